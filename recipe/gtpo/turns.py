@@ -1,0 +1,123 @@
+"""The record of one trajectory, turn by turn: written by the agent loop, read by everything after it.
+
+prompt -> agent loop -> **Trajectory** -> reward -> group credit -> advantage -> update -> record
+
+A `Trajectory` crosses process borders as a plain dict (`to_dict` / `from_dict`) in verl's `extra_fields`. The spans are
+those of the tokens the policy generated, noted while they were generated: nothing downstream guesses turns from a mask
+that verl may rewrite (rollout correction does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+
+class FormatReason(str, Enum):
+    """Why a turn breaks the format. At most one per turn, the first that applies in this order."""
+
+    UNBALANCED_TAG = "unbalanced_tag"  # <tool_call> without </tool_call>, or the reverse
+    INVALID_JSON = "invalid_json"  # the call is not a JSON object with "name" and "arguments"
+    UNKNOWN_TOOL = "unknown_tool"
+    MISSING_ARGUMENT = "missing_argument"
+    BAD_ARGUMENT = "bad_argument"  # unknown name, or a value of the wrong JSON type
+    FIRST_TURN_NO_CALL = "first_turn_no_call"
+    NO_CALL_NO_ANSWER = "no_call_no_answer"  # a turn before the last that does neither
+    NO_ANSWER = "no_answer"  # the last turn has no parseable answer
+
+
+class Finish(str, Enum):
+    """Why a trajectory ended."""
+
+    ANSWER = "answer"  # a turn without a tool call: the model is done, right or wrong
+    TURN_LIMIT = "turn_limit"
+    LENGTH = "length"  # response budget, or one turn's token limit
+    INFRA = "infra"  # the tool server failed, not the code: never charged to the model
+
+
+#: Ends that are a limit of ours, not a choice of the model's.
+TRUNCATED = frozenset({Finish.TURN_LIMIT, Finish.LENGTH})
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call the model wrote. `error` is None when the call is well formed (and was executed)."""
+
+    name: str
+    arguments: dict
+    error: FormatReason | None = None
+    detail: str = ""  # what the model was told about a malformed call
+
+
+@dataclass(frozen=True)
+class ToolOutcome:
+    """What the tool answered. `outcome` is one of the tool server's closed set (ok, error, timeout, ...)."""
+
+    outcome: str
+    output: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn. `[start, end)` indexes the response tokens the policy generated in this turn."""
+
+    start: int
+    end: int
+    text: str
+    calls: tuple[ToolCall, ...] = ()
+    outcomes: tuple[ToolOutcome, ...] = ()
+    broken: FormatReason | None = None
+
+    @property
+    def code(self) -> str:
+        """The executed code of this turn: only calls that reached the tool."""
+        return "\n".join(str(c.arguments.get("code", "")) for c in self.calls if c.error is None)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One rollout of one prompt. `acc` is the raw outcome in {0.0, 1.0}; it is never shaped."""
+
+    turns: tuple[Turn, ...]
+    finish: Finish
+    acc: float
+    pred: str = ""
+
+    @property
+    def code(self) -> str:
+        """The executed code of all turns, in order (part 3 of the method compares these)."""
+        return "\n".join(t.code for t in self.turns if t.code)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish in TRUNCATED
+
+    def to_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Trajectory:
+        """Inverse of `to_dict`. Raises KeyError / ValueError on a record that is not one."""
+        return cls(
+            turns=tuple(_turn(t) for t in data["turns"]),
+            finish=Finish(data["finish"]),
+            acc=float(data["acc"]),
+            pred=data["pred"],
+        )
+
+
+def _turn(data: dict) -> Turn:
+    calls = tuple(
+        ToolCall(c["name"], c["arguments"], FormatReason(c["error"]) if c["error"] else None, c["detail"])
+        for c in data["calls"]
+    )
+    return Turn(
+        start=data["start"],
+        end=data["end"],
+        text=data["text"],
+        calls=calls,
+        outcomes=tuple(ToolOutcome(**o) for o in data["outcomes"]),
+        broken=FormatReason(data["broken"]) if data["broken"] else None,
+    )

@@ -1,0 +1,1 @@
+"""What verl lacks and any recipe could use; never imports from recipe/."""

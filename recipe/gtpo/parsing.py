@@ -1,6 +1,6 @@
 """Read one assistant turn: its tool calls, its answer, and whether it breaks the format.
 
-verl's `HermesToolParser` drops a malformed call silently, so a malformed call looks like a final answer. Here every call
+verl's `HermesToolParser` drops a malformed call silently, so a malformed call looks like a final answer. Here each call
 is classified, and the model can be told what was wrong. Pure functions: no verl, no tokenizer.
 """
 

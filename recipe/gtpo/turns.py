@@ -41,7 +41,7 @@ TRUNCATED = frozenset({Finish.TURN_LIMIT, Finish.LENGTH})
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call the model wrote. `error` is None when the call is well formed (and was executed)."""
+    """One call the model wrote. `error` is None when the call is well formed."""
 
     name: str
     arguments: dict
@@ -49,9 +49,13 @@ class ToolCall:
     detail: str = ""  # what the model was told about a malformed call
 
 
+#: Outcomes of calls that never reached the tool: the format is broken, or the turn made more calls than allowed.
+NOT_EXECUTED = frozenset({"malformed", "over_limit"})
+
+
 @dataclass(frozen=True)
 class ToolOutcome:
-    """What the tool answered. `outcome` is one of the tool server's closed set (ok, error, timeout, ...)."""
+    """What became of one call: the tool server's closed set (ok, error, timeout, ...) or one of `NOT_EXECUTED`."""
 
     outcome: str
     output: str
@@ -60,7 +64,10 @@ class ToolOutcome:
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn. `[start, end)` indexes the response tokens the policy generated in this turn."""
+    """One assistant turn. `[start, end)` indexes the response tokens the policy generated in this turn.
+
+    `outcomes[i]` belongs to `calls[i]`; the turn that ends a trajectory at a limit has calls and no outcomes.
+    """
 
     start: int
     end: int
@@ -72,7 +79,8 @@ class Turn:
     @property
     def code(self) -> str:
         """The executed code of this turn: only calls that reached the tool."""
-        return "\n".join(str(c.arguments.get("code", "")) for c in self.calls if c.error is None)
+        executed = (c for c, o in zip(self.calls, self.outcomes, strict=False) if o.outcome not in NOT_EXECUTED)
+        return "\n".join(str(c.arguments.get("code", "")) for c in executed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""What `import verl` loads in every process, through the entry point `verl.plugins` (pyproject.toml).
+
+It makes our names known to verl's registries, so that `algorithm.adv_estimator=gtpo` works in any verl command, not only
+in ours. verl logs a failing plugin at DEBUG only; `assert_registered` turns that into an error at start-up.
+"""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    # The platform first: verl resolves it once, at the first question any of its modules asks. An accelerator run
+    # imports none of this.
+    import verl_ext.cpu.platform  # noqa: I001
+    import verl_ext.cpu.rollout  # noqa: F401
+
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+
+from recipe.gtpo.advantage import compute_gtpo_advantage
+
+register_adv_est("gtpo")(compute_gtpo_advantage)
+
+
+def assert_registered() -> None:
+    """Raise RuntimeError when verl did not load this module as a plugin (then its workers will not either)."""
+    from importlib.metadata import entry_points
+
+    if not any(ep.value == __name__ for ep in entry_points(group="verl.plugins")):
+        raise RuntimeError(
+            "verl does not know the gtpo plugin: the package is not installed, so Ray workers cannot find the 'gtpo' "
+            "estimator. Run `pip install --no-deps -e .` in this repository."
+        )
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    if policy != "auto" and "gtpo" not in policy.split(","):
+        raise RuntimeError(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading the gtpo plugin; unset it.")
+    if ADV_ESTIMATOR_REGISTRY.get("gtpo") is not compute_gtpo_advantage:
+        raise RuntimeError("another package has registered an advantage estimator named 'gtpo' with verl")

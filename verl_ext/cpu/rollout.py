@@ -1,0 +1,263 @@
+"""A rollout backend named "transformers": verl's server mode without vLLM or SGLang.
+
+One async Ray actor a replica. Requests that arrive while a batch runs form the next batch. Slow beside a real engine on
+a GPU, and meant for small models: it starts in seconds and installs nothing.
+
+- `TransformersServer`: the actor.
+- `TransformersReplica`: verl's handle on it (`RolloutReplica`).
+- `TransformersAdapter`: lives in the training worker and pushes new weights (`BaseRollout`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+import torch
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
+
+from verl_ext.cpu.generation import Request, Sample, generate
+
+NAME = "transformers"
+logger = logging.getLogger(__name__)
+
+
+def server_actor_name(replica_rank: int) -> str:
+    return f"{NAME}_server_{replica_rank}"
+
+
+class TransformersServer:
+    """Token-in, token-out generation for one replica (an async Ray actor)."""
+
+    def __init__(self, config: RolloutConfig, model_config: Any, replica_rank: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.config = config
+        model: HFModelConfig = omega_conf_to_dataclass(model_config)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+        if dtype is None:
+            raise ValueError(f"rollout.dtype={config.dtype!r}: the transformers rollout has float32 and bfloat16")
+        torch.manual_seed(config.seed + replica_rank)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model.local_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+        ).eval()
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.tokenizer = model.tokenizer
+        self.stop_ids = frozenset(i for i in _as_list(self.tokenizer.eos_token_id) if i is not None)
+        self.global_steps: int | None = None
+        self._waiting: list[tuple[Request, asyncio.Future[Sample]]] = []
+        self._wake = asyncio.Event()
+        self._admit = asyncio.Event()
+        self._admit.set()
+        # One thread: torch's own pool has the cores, and weights never change under a running batch.
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._loop_task: asyncio.Task | None = None
+
+    async def ready(self) -> str:
+        """Start serving; returns an address-like label (the server speaks Ray, not HTTP)."""
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._serve())
+        return ray.get_runtime_context().get_actor_id()
+
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        request_id: str,
+        image_data: Any = None,
+        video_data: Any = None,
+    ) -> TokenOutput:
+        """Continue `prompt_ids`. `sampling_params` takes vLLM's names; unknown ones raise instead of being ignored."""
+        if image_data is not None or video_data is not None:
+            raise ValueError("the transformers rollout is text-only; use rollout=vllm or rollout=sglang for images")
+        await self._admit.wait()
+        request = self._request(list(prompt_ids), dict(sampling_params))
+        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        self._wake.set()
+        sample = await future
+        return TokenOutput(
+            token_ids=sample.token_ids,
+            log_probs=sample.log_probs,
+            stop_reason="completed" if sample.stop_reason == "stop" else sample.stop_reason,
+            extra_fields={"global_steps": self.global_steps},
+        )
+
+    def _request(self, prompt_ids: list[int], params: dict[str, Any]) -> Request:
+        room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
+        limit = min(params.pop("max_tokens", self.config.response_length), room)
+        if limit < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room in prompt_length + response_length = "
+                f"{self.config.prompt_length + self.config.response_length}"
+            )
+        params.pop("logprobs", None)  # always returned
+        penalty = params.pop("repetition_penalty", 1.0)
+        if penalty != 1.0:
+            raise ValueError(f"repetition_penalty={penalty}: the transformers rollout has none")
+        stop_ids = self.stop_ids | frozenset(params.pop("stop_token_ids", None) or ())
+        request = Request(prompt_ids, limit, stop_ids=stop_ids)
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            if name in params:
+                setattr(request, name, params.pop(name))
+        if params:
+            raise ValueError(f"sampling parameters the transformers rollout does not know: {sorted(params)}")
+        return request
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            # Requests of one wave come in separate Ray calls: a moment's wait makes one batch of them.
+            await asyncio.sleep(0.002)
+            batch = self._waiting[: self.config.max_num_seqs]
+            del self._waiting[: len(batch)]
+            if not self._waiting:
+                self._wake.clear()
+            if not batch:
+                continue
+            try:
+                samples = await loop.run_in_executor(self._thread, self._generate, [r for r, _ in batch])
+            except Exception as e:  # the batch failed: its callers must hear of it, the server goes on
+                logger.exception("generation failed")
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(RuntimeError(f"transformers rollout: {type(e).__name__}: {e}"))
+                continue
+            for (_, future), sample in zip(batch, samples, strict=True):
+                if not future.done():
+                    future.set_result(sample)
+
+    def _generate(self, requests: list[Request]) -> list[Sample]:
+        return generate(
+            self.model,
+            requests,
+            vocab_size=len(self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id or 0,
+            aborted=lambda: not self._admit.is_set(),
+        )
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    async def load_weights(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        """Copy one bucket of full tensors into the model, between batches. Unknown names raise."""
+        unknown = [name for name, _ in bucket if name not in self.parameters]
+        if unknown:
+            raise KeyError(f"weight sync: the rollout model has no parameters {unknown[:3]}")
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._copy, bucket)
+
+    @torch.no_grad()
+    def _copy(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in bucket:
+            self.parameters[name].copy_(tensor)
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        """The version of the weights; travels with every output (verl's staleness control reads it)."""
+        self.global_steps = global_steps
+
+    # -- life-cycle calls of verl's RolloutReplica ----------------------------------------------------------------
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """Running rows end with what they have ("aborted"); new requests wait for `resume_generation`."""
+        self._admit.clear()
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_result(Sample(stop_reason="aborted"))
+        self._waiting.clear()
+
+    async def resume_generation(self) -> None:
+        self._admit.set()
+
+    # Weights and cache are in ordinary memory and stay there: nothing to release, nothing to restore.
+    async def sleep(self) -> None: ...
+
+    async def wake_up(self) -> None: ...
+
+    async def clear_kv_cache(self) -> None: ...
+
+    async def release_kv_cache(self) -> None: ...
+
+    async def resume_kv_cache(self) -> None: ...
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class TransformersReplica(RolloutReplica):
+    """verl's handle on one `TransformersServer`."""
+
+    async def launch_servers(self) -> None:
+        if self.world_size != 1:
+            raise ValueError("the transformers rollout does not shard a model: set tensor_model_parallel_size=1")
+        server = (
+            ray.remote(TransformersServer)
+            .options(name=server_actor_name(self.replica_rank), num_cpus=0, max_concurrency=self.max_concurrency)
+            .remote(config=self.config, model_config=self.model_config, replica_rank=self.replica_rank)
+        )
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = await server.ready.remote()
+
+
+class TransformersAdapter(BaseRollout):
+    """In the training worker: sends the engine's weights to this rank's server, bucket by bucket."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = torch.distributed.get_rank() if replica_rank == -1 else replica_rank
+        self._server: Any = None
+
+    @property
+    def server(self) -> Any:
+        if self._server is None:  # the server starts after the training worker
+            self._server = ray.get_actor(server_actor_name(self.replica_rank))
+        return self._server
+
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if wire_format != "named_tensors":
+            raise ValueError(f"the transformers rollout takes full tensors, not wire_format={wire_format!r}")
+        async for bucket in _buckets(weights, self.config.checkpoint_engine.update_weights_bucket_megabytes << 20):
+            await self.server.load_weights.remote(bucket)
+        if global_steps is not None:
+            await self.server.set_global_steps.remote(global_steps)
+
+    async def resume(self, tags: list[str]) -> None: ...
+
+    async def release(self) -> None: ...
+
+
+async def _buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> AsyncIterator[list[tuple[str, torch.Tensor]]]:
+    """Groups of at most `limit` bytes (a single larger tensor is a group of its own)."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    async for name, tensor in ensure_async_iterator(weights):
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor.detach()))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
+# verl has a public registry for replicas but none for the trainer-side adapter, only this dict.
+# tests/cpu/test_registries.py breaks when it moves.
+_ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.cpu.rollout.TransformersAdapter"

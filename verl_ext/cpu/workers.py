@@ -1,0 +1,52 @@
+"""verl's workers with a gloo process group, and the trainer mixin that puts them in place.
+
+verl builds the group from the string "cpu:gloo,<device>:<backend>"; with the device "cpu" that names the CPU twice and
+torch refuses it. verl skips the step when a group exists, so these workers make one first.
+"""
+
+from __future__ import annotations
+
+import verl_ext.cpu.platform  # noqa: F401, I001  before any verl module that asks for the platform
+
+import ray
+import torch
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+import verl_ext.cpu.engine  # noqa: F401  registers the engine in the process that needs it
+
+
+class CPUTrainingWorker(TrainingWorker):
+    def __init__(self, config):
+        if not torch.distributed.is_initialized():
+            initialize_global_process_group_ray(backend="gloo")
+        super().__init__(config)
+
+
+class CPUActorRolloutRefWorker(ActorRolloutRefWorker):
+    actor_worker_cls = CPUTrainingWorker
+    ref_worker_cls = CPUTrainingWorker
+
+
+class CPUWorkersMixin:
+    """For a verl V1 trainer: swap the worker classes when the device is the CPU. Put it before the trainer class."""
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()  # type: ignore[misc]
+        if self.config.trainer.device != "cpu":  # type: ignore[attr-defined]
+            return
+        swap = {Role.Critic: CPUTrainingWorker}
+        for role in self.role_worker_mapping:  # type: ignore[attr-defined]
+            self.role_worker_mapping[role] = ray.remote(swap.get(role, CPUActorRolloutRefWorker))  # type: ignore[attr-defined]
+
+
+@register_trainer("cpu_sync")
+class CPUTrainerSync(CPUWorkersMixin, PPOTrainerSync):
+    """verl's synchronous trainer on the CPU: `trainer.v1.trainer_mode=cpu_sync` in a stock verl command."""
+
+    def __init__(self, config):
+        config.trainer.v1.trainer_mode = "sync"  # verl compares the mode's name with "sync" in several places
+        super().__init__(config)

@@ -1,0 +1,1 @@
+"""Tools for verl's multi-turn rollouts (`multi_turn.tool_config_path`)."""

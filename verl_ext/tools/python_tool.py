@@ -1,0 +1,90 @@
+"""The tool `python` for any verl agent loop: runs code on a tool server (`verl_ext.tool_server`) over HTTP.
+
+Use it through a tool config like `recipe/gtpo/config/tools/python.yaml`. Code never runs in the Ray worker.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import (
+    OpenAIFunctionParametersSchema,
+    OpenAIFunctionPropertySchema,
+    OpenAIFunctionSchema,
+    OpenAIFunctionToolSchema,
+    ToolResponse,
+)
+
+from verl_ext.tool_server import ToolClient
+
+
+class LimitedString(OpenAIFunctionPropertySchema):
+    """verl's property schema has no `maxLength`; dump with `serialize_as_any=True` to see it."""
+
+    maxLength: int | None = None  # noqa: N815  JSON schema's own name
+
+
+class PythonTool(BaseTool):
+    """Stateless Python execution.
+
+    Config (the tool's `config` mapping; anything else raises):
+        type: verl's tool type, "native".
+        url: the tool server, e.g. http://127.0.0.1:8000.
+        token: bearer token, where the server asks for one.
+        timeout: wall seconds for one execution; default: the server's limit.
+        max_code_chars: longest `code` the schema allows; default: the server's limit only.
+        error_lines: show only the last so many lines of a failure (1 = just "NameError: ..."); default: all.
+    """
+
+    _KEYS = frozenset({"type", "url", "token", "timeout", "max_code_chars", "error_lines"})
+
+    def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
+        unknown = sorted(set(config) - self._KEYS)
+        if unknown:
+            raise ValueError(f"PythonTool: unknown config key {unknown[0]!r}; known: {', '.join(sorted(self._KEYS))}")
+        if not config.get("url"):
+            raise ValueError("PythonTool: config.url is empty: start a server (`python -m verl_ext.tool_server`)")
+        super().__init__(config, tool_schema or self._schema(config.get("max_code_chars")))
+        self._client: ToolClient | None = None
+
+    @staticmethod
+    def _schema(max_code_chars: int | None) -> OpenAIFunctionToolSchema:
+        return OpenAIFunctionToolSchema(
+            type="function",
+            function=OpenAIFunctionSchema(
+                name="python",
+                description="Run Python code and see what it prints; the value of a last expression is shown too.",
+                parameters=OpenAIFunctionParametersSchema(
+                    type="object",
+                    properties={
+                        "code": LimitedString(type="string", description="Python code", maxLength=max_code_chars)
+                    },
+                    required=["code"],
+                ),
+            ),
+        )
+
+    @property
+    def client(self) -> ToolClient:
+        # Made at first use: it belongs to the event loop that runs the rollouts, not to the one that loads the config.
+        if self._client is None:
+            self._client = ToolClient.from_url(self.config["url"], token=self.config.get("token"))
+        return self._client
+
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
+        """Run `parameters["code"]`.
+
+        Returns:
+            (text for the model, 0.0, {"outcome": tool server outcome, "seconds": wall seconds, "detail": for operators}).
+            A failing server is the outcome "infra", never an exception and never charged to the code.
+        """
+        result = await self.client.run(parameters["code"], timeout=self.config.get("timeout"))
+        text = result.output
+        lines = self.config.get("error_lines")
+        if lines and result.outcome in ("error", "syntax_error"):
+            text = "\n".join(text.rstrip("\n").splitlines()[-lines:])
+        metrics = {"outcome": result.outcome.value, "seconds": result.seconds, "detail": result.detail}
+        return ToolResponse(text=text), 0.0, metrics

@@ -1,0 +1,40 @@
+"""The ways a :class:`~verl_ext.tool_server.client.ToolClient` can have code run: one small class each.
+
+A backend turns requests into results. It does not retry: the client does that, in one place, for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend gave no answer (connection lost, queue full). Asking again with the same ids is safe.
+
+    ``retry_after``: seconds the backend asked us to wait; ``busy``: it is alive and merely full.
+    """
+
+    def __init__(self, detail: str, retry_after: float = 0.0, busy: bool = False) -> None:
+        super().__init__(detail)
+        self.retry_after, self.busy = retry_after, busy
+
+
+class RequestRejected(ValueError):
+    """The request is the caller's mistake (too large, malformed, wrong token); it is never retried."""
+
+
+class Backend(Protocol):
+    """What the client needs."""
+
+    async def run(self, requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+        """Return one result per request, in order. Raises ``BackendUnavailable`` or ``RequestRejected``."""
+        ...
+
+    async def health(self) -> dict[str, Any]:
+        """Raises ``BackendUnavailable`` when the backend cannot run code."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,130 @@
+"""``ToolClient``: the one way to have model-written code run, whatever runs it.
+
+The program's own failures are results, never exceptions, and never retried. Only failures of the service are: with
+growing pauses, under one deadline, with the same request id so that nothing runs twice. When the service stays
+away, the result says ``infra`` and the model is not charged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from verl_ext.tool_server.backends import Backend, BackendUnavailable
+from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Outcome
+
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+
+
+class ToolClient:
+    """Runs code on a backend. Use as an async context manager, in the event loop that created it.
+
+    Args:
+        backend: where code runs; see the ``from_*`` constructors.
+        deadline: default for the longest a call may take in all, queueing and retries included, in seconds.
+        attempts: how often a request is handed to the service when it fails; being told "busy" does not count.
+    """
+
+    def __init__(self, backend: Backend, *, deadline: float = 300.0, attempts: int = 4) -> None:
+        if attempts < 1 or deadline <= 0:
+            raise ValueError("attempts must be at least 1 and deadline positive")
+        self._backend = backend
+        self._deadline = deadline
+        self._attempts = attempts
+
+    @classmethod
+    def from_url(cls, url: str, token: str | None = None, **options: Any) -> ToolClient:
+        """A tool server at ``url``."""
+        from verl_ext.tool_server.backends.http import HttpBackend
+
+        return cls(HttpBackend(url, token), **options)
+
+    async def __aenter__(self) -> ToolClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._backend.close()
+
+    async def health(self) -> dict[str, Any]:
+        """The backend's health report. Raises ``BackendUnavailable`` when it cannot run code."""
+        return await self._backend.health()
+
+    async def run(
+        self,
+        code: str,
+        timeout: float | None = None,
+        session_id: str | None = None,
+        stdin: str | None = None,
+        *,
+        echo: bool = True,
+        deadline: float | None = None,
+    ) -> ExecutionResult:
+        """Run one program.
+
+        Args:
+            code: the program; the value of a last expression is shown when ``echo``.
+            timeout: wall seconds; the server's own limit also holds.
+            session_id: keep variables between calls with the same id (strong isolation only).
+            stdin: text for standard input.
+            deadline: seconds for the whole call; None: the client's default.
+
+        Raises:
+            RequestRejected: the request itself is wrong (too large, bad token).
+        """
+        request = ExecutionRequest(code, timeout=timeout, session_id=session_id, stdin=stdin, echo=echo)
+        return (await self.run_batch([request], deadline=deadline))[0]
+
+    async def run_batch(
+        self, requests: Sequence[str | ExecutionRequest], *, deadline: float | None = None
+    ) -> list[ExecutionResult]:
+        """Run several programs at once. Returns their results in order; raises as :meth:`run` does."""
+        orders = [r if isinstance(r, ExecutionRequest) else ExecutionRequest(r) for r in requests]
+        ends = time.monotonic() + (self._deadline if deadline is None else deadline)
+        results: dict[str, ExecutionResult] = {}
+        last_failure = ""
+        failures = 0
+        pause = _FIRST_PAUSE_SECONDS
+        while pending := [order for order in orders if _unsettled(order, results)]:
+            left = ends - time.monotonic()
+            if left <= 0 or failures >= self._attempts:
+                break
+            wait = pause * random.uniform(0.5, 1.0)
+            try:
+                for result in await asyncio.wait_for(self._backend.run(pending), left):
+                    results[result.request_id] = result
+                if not any(_unsettled(order, results) for order in orders):
+                    break
+                failures += 1
+            except BackendUnavailable as error:
+                last_failure = str(error)
+                failures += not error.busy
+                wait = max(wait, error.retry_after)
+            except asyncio.TimeoutError:
+                last_failure = "the client's deadline passed"
+                break
+            if failures < self._attempts:
+                await asyncio.sleep(min(wait, max(0.0, ends - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        unknown = last_failure or "no answer"
+        return [
+            results.get(o.request_id) or ExecutionResult.infra(o.request_id, unknown, Isolation.NONE) for o in orders
+        ]
+
+
+def _unsettled(order: ExecutionRequest, results: dict[str, ExecutionResult]) -> bool:
+    """Whether ``order`` has no answer yet, or one that may be asked for again.
+
+    A session's infra answer is final: its state may be gone, and running the turn on a fresh one would lie.
+    """
+    result = results.get(order.request_id)
+    return result is None or (result.outcome is Outcome.INFRA and order.session_id is None)

@@ -1,0 +1,298 @@
+"""Decides who runs what and when: bounded queue, zygote pools by kind, one retry of lost work, idempotent request ids.
+
+The HTTP server and the Ray actor are two faces of this one class.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import itertools
+import re
+import time
+from dataclasses import dataclass, field
+
+from verl_ext.tool_server.isolation import Tier
+from verl_ext.tool_server.outcome import build_result
+from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Limits, Outcome
+from verl_ext.tool_server.worker import Worker, WorkerLost
+
+KINDS = ("bare", "numpy", "sci")
+RECYCLE_AFTER = 10_000  # executions; bounds whatever a long-lived interpreter or kernel object might accumulate
+_REMEMBERED = 4096  # finished results kept for a client that asks again
+_SCI = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\b(?:sympy|scipy|mpmath)\b", re.MULTILINE)
+_NUMPY = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\bnumpy\b", re.MULTILINE)
+
+
+class Overloaded(RuntimeError):
+    """The queue is full. ``retry_after`` is a guess, in seconds, of when it is worth asking again."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full, try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class RequestRefused(ValueError):
+    """The request itself cannot be served (too large, an id reused for other code). Retrying will not help."""
+
+
+@dataclass
+class Counters:
+    """What /metrics shows."""
+
+    outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    rejected: int = 0
+    retried: int = 0
+    zygotes_started: int = 0
+    zygotes_lost: int = 0
+
+
+@dataclass
+class _Entry:
+    """A request known by id: its execution and how many callers wait for it."""
+
+    request: ExecutionRequest
+    task: asyncio.Task[ExecutionResult]
+    waiters: int = 0
+
+
+def kind_of(code: str) -> str:
+    """Which zygote to fork for ``code``. A wrong guess costs an import, never correctness."""
+    if _SCI.search(code):
+        return "sci"
+    return "numpy" if _NUMPY.search(code) else "bare"
+
+
+class Dispatcher:
+    """Runs requests on at most ``workers`` zygote children at once; up to ``queue_size`` more may wait."""
+
+    def __init__(
+        self, tier: Tier, limits: Limits, workers: int, queue_size: int = 1024, queue_seconds: float = 60.0
+    ) -> None:
+        self.tier, self.limits, self.workers = tier, limits, workers
+        self.queue_size, self.queue_seconds = queue_size, queue_seconds
+        self.counters = Counters()
+        self.running = 0
+        self._waiting: collections.deque[asyncio.Future[bool]] = collections.deque()
+        self._idle: dict[str, list[Worker]] = {kind: [] for kind in KINDS}
+        self._all: set[Worker] = set()
+        self._free_indices = itertools.count()
+        self._returned_indices: list[int] = []
+        self._known: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
+        self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def draining(self) -> bool:
+        return self._closing
+
+    @property
+    def zygotes(self) -> list[Worker]:
+        return list(self._all)
+
+    async def start(self) -> None:
+        """Start one zygote of each kind and run a program on it. Raises ``WorkerLost`` when that fails."""
+        for kind in KINDS:
+            self._idle[kind].append(await self._new_worker(kind))
+        for kind in KINDS:
+            await self.canary(kind)
+
+    async def canary(self, kind: str = "bare") -> None:
+        """Run a known program past the queue. Raises ``WorkerLost`` unless it answers correctly."""
+        request = ExecutionRequest(code="print(6 * 7)", timeout=10.0)
+        worker = await self._take_worker(kind)
+        try:
+            run = await worker.run(request, 10.0)
+        except BaseException:
+            self._discard(worker)
+            raise
+        self._give_back(worker)
+        if run.stdout.text() != "42\n" or run.status != 0:
+            raise WorkerLost(f"canary failed: status {run.status}, stderr {run.stderr.text()[-300:]!r}")
+
+    async def execute(self, request: ExecutionRequest) -> ExecutionResult:
+        """Run ``request``, or join or repeat the answer of an earlier one with the same id.
+
+        Cancelling the last caller that waits for an execution kills it.
+
+        Raises:
+            Overloaded: the queue is full.
+            RequestRefused: too large, or its id belongs to a different request.
+        """
+        self._check_size(request)
+        entry = self._known.get(request.request_id)
+        if entry is not None and entry.request != request:
+            raise RequestRefused(f"request id {request.request_id!r} was used for a different request")
+        if entry is None or (entry.task.done() and self._worth_repeating(entry.task)):
+            self.check_room(1)
+            entry = _Entry(request, asyncio.ensure_future(self._execute(request)))
+            self._known[request.request_id] = entry
+            self._known.move_to_end(request.request_id)
+            self._forget_old()
+        entry.waiters += 1
+        try:
+            return await asyncio.shield(entry.task)
+        except asyncio.CancelledError:
+            if entry.waiters == 1 and not entry.task.done():
+                entry.task.cancel()
+            raise
+        finally:
+            entry.waiters -= 1
+
+    def check_room(self, count: int) -> None:
+        """Raise ``Overloaded`` unless ``count`` more requests fit."""
+        if self._closing:
+            raise Overloaded(5.0)
+        free = max(0, self.workers - self.running)
+        if len(self._waiting) + count > self.queue_size + free:
+            self.counters.rejected += count
+            finished = sum(self.counters.outcomes.values())
+            mean = self.counters.seconds / finished if finished else 1.0
+            raise Overloaded(min(30.0, max(0.5, mean * (len(self._waiting) + 1) / self.workers)))
+
+    @staticmethod
+    def _worth_repeating(task: asyncio.Task[ExecutionResult]) -> bool:
+        """Whether a finished execution said nothing about its program, so that the same id may run again."""
+        return task.cancelled() or task.exception() is not None or task.result().outcome is Outcome.INFRA
+
+    def _check_size(self, request: ExecutionRequest) -> None:
+        limits = self.limits
+        for name, text, most in (("code", request.code, limits.code_bytes), ("stdin", request.stdin, limits.stdin_bytes)):
+            if text and (len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most):
+                raise RequestRefused(f"{name!r} is larger than {most} bytes")
+
+    def _forget_old(self) -> None:
+        while len(self._known) > _REMEMBERED:
+            request_id, entry = next(iter(self._known.items()))
+            if not entry.task.done():
+                break  # the oldest still runs; the queue bound keeps the rest of the table small
+            del self._known[request_id]
+
+    async def _execute(self, request: ExecutionRequest) -> ExecutionResult:
+        queued = time.monotonic()
+        if not await self._acquire_slot():
+            detail = f"waited longer than {self.queue_seconds:g} s for a free worker"
+            return self._count(ExecutionResult.infra(request.request_id, detail, self.tier.isolation))
+        try:
+            return self._count(await self._run(request, time.monotonic() - queued))
+        finally:
+            self._release_slot()
+
+    async def _run(self, request: ExecutionRequest, queue_seconds: float) -> ExecutionResult:
+        """Run on a zygote; when the zygote or the child is lost to an outside cause, once more on another."""
+        wall = min(request.timeout or self.limits.wall_seconds, self.limits.wall_seconds)
+        kind = kind_of(request.code)
+        for attempt in (1, 2):
+            if attempt == 2:
+                self.counters.retried += 1
+            try:
+                worker = await self._take_worker(kind)
+            except WorkerLost as error:
+                result = ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
+                continue
+            try:
+                run = await worker.run(request, wall)
+            except WorkerLost as error:
+                self.counters.zygotes_lost += 1
+                self._discard(worker)
+                result = ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
+                continue
+            except BaseException:
+                self._give_back(worker)
+                raise
+            self._give_back(worker)
+            result = build_result(
+                request, run, self.limits, self.tier.isolation, self.tier.runtime, wall, queue_seconds, attempt
+            )
+            if result.outcome is not Outcome.INFRA:
+                break
+        return result
+
+    def _count(self, result: ExecutionResult) -> ExecutionResult:
+        self.counters.outcomes[result.outcome.value] += 1
+        self.counters.seconds += result.seconds
+        self.counters.cpu_seconds += result.cpu_seconds
+        self.counters.queue_seconds += result.queue_seconds
+        return result
+
+    async def _acquire_slot(self) -> bool:
+        """Wait, first come first served, for one of ``workers`` slots. Returns False after ``queue_seconds``."""
+        if self.running < self.workers and not self._waiting:
+            self.running += 1
+            return True
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        timer = asyncio.get_running_loop().call_later(self.queue_seconds, _resolve, turn, False)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.result():
+                self._release_slot()  # the slot was handed over in the moment we were cancelled
+            raise
+        finally:
+            timer.cancel()
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+
+    def _release_slot(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(True)  # the slot changes hands; `running` stays
+                return
+        self.running -= 1
+
+    async def _take_worker(self, kind: str) -> Worker:
+        while self._idle[kind]:
+            worker = self._idle[kind].pop()
+            if worker.alive:
+                return worker
+            self._discard(worker)
+        return await self._new_worker(kind)
+
+    async def _new_worker(self, kind: str) -> Worker:
+        index = self._returned_indices.pop() if self._returned_indices else next(self._free_indices)
+        worker = Worker(self.tier, kind, index, self.limits)
+        self._all.add(worker)
+        try:
+            await worker.start()
+        except BaseException:
+            self._discard(worker)
+            raise
+        self.counters.zygotes_started += 1
+        return worker
+
+    def _give_back(self, worker: Worker) -> None:
+        if worker.alive and worker.executions < RECYCLE_AFTER and not self._closing:
+            self._idle[worker.kind].append(worker)
+        else:
+            self._discard(worker)
+
+    def _discard(self, worker: Worker) -> None:
+        worker.close()
+        if worker in self._all:
+            self._all.remove(worker)
+            self._returned_indices.append(worker.index)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new work, give running and queued work ``seconds`` to end, then kill what is left."""
+        self._closing = True
+        tasks = [entry.task for entry in self._known.values() if not entry.task.done()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for worker in self.zygotes:
+            self._discard(worker)
+
+
+def _resolve(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)

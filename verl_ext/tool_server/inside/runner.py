@@ -1,0 +1,125 @@
+"""Runs one program in an already confined process, the way ``python file.py`` would, plus the echo of a last expression.
+
+Not a sandbox: by the time :func:`run` is called the kernel confines the process, and nothing here is relied on for
+safety. The status bytes it writes are hints that let the server tell apart what the kernel cannot (see ``STATUS_*``);
+a program that forges them can only claim an outcome it could also have brought about honestly.
+"""
+
+import ast
+import atexit
+import builtins
+import io
+import linecache
+import os
+import resource
+import sys
+import threading
+import traceback
+import types
+
+FILENAME = "<code>"
+# Written before any of the program runs, so these two cannot be forged:
+STATUS_SYNTAX_ERROR = b"S"
+STATUS_RUNNING = b"R"
+# Written after it ran:
+STATUS_MEMORY = b"M"
+
+_FUTURE_FLAGS = 0
+for _name in __import__("__future__").all_feature_names:
+    _FUTURE_FLAGS |= getattr(__import__("__future__"), _name).compiler_flag
+
+
+def run(source: str, echo: bool, status_fd: int) -> int:
+    """Compile and run ``source``; write status bytes to ``status_fd``. Returns the process exit status."""
+    _fresh_streams()
+    lines = source.splitlines(keepends=True)
+    linecache.cache[FILENAME] = (len(source), None, lines, FILENAME)
+    try:
+        parts = compile_program(source, echo)
+    except BaseException:
+        os.write(status_fd, STATUS_SYNTAX_ERROR)
+        _print_exception()
+        return _finish(1)
+    main = types.ModuleType("__main__")
+    main.__builtins__ = builtins
+    sys.modules["__main__"] = main
+    sys.argv = [FILENAME]
+    os.write(status_fd, STATUS_RUNNING)
+    code = run_parts(parts, main.__dict__, status_fd)
+    return _finish(code)
+
+
+def compile_program(source: str, echo: bool) -> list[types.CodeType]:
+    """Compile; with ``echo``, a last expression statement becomes a unit of its own in REPL ("single") mode.
+
+    The split is made on the syntax tree, never on the text, so strings, decorators, continuation lines and trailing
+    comments cannot confuse it, and line numbers stay those of ``source``.
+    """
+    tree = ast.parse(source, FILENAME)
+    if not (echo and tree.body and isinstance(tree.body[-1], ast.Expr)):
+        return [compile(tree, FILENAME, "exec", dont_inherit=True)]
+    last = ast.Interactive([tree.body.pop()])
+    body = compile(tree, FILENAME, "exec", dont_inherit=True)
+    # A `from __future__` import at the top holds for the last line too.
+    return [body, compile(last, FILENAME, "single", flags=body.co_flags & _FUTURE_FLAGS, dont_inherit=True)]
+
+
+def run_parts(parts: list[types.CodeType], namespace: dict[str, object], status_fd: int) -> int:
+    """Run compiled parts in one namespace. Returns the exit status ``python`` would have given."""
+    try:
+        for part in parts:
+            exec(part, namespace)
+    except SystemExit as stop:
+        if stop.code is None:
+            return 0
+        if isinstance(stop.code, int):
+            return stop.code & 0xFF
+        print(stop.code, file=sys.stderr)
+        return 1
+    except MemoryError:
+        _raise_memory_limit_to_hard()
+        os.write(status_fd, STATUS_MEMORY)
+        _print_exception()
+        return 1
+    except BaseException:
+        _print_exception()
+        return 1
+    return 0
+
+
+def _raise_memory_limit_to_hard() -> None:
+    """The hard limit leaves a little room above the soft one, so that a traceback can be printed at all."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+def _fresh_streams() -> None:
+    """New text streams over descriptors 0-2. Line buffered: a program killed later has still shown what it printed."""
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "replace")
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+        stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
+        stream.mode = "w"
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _print_exception() -> None:
+    """Print the current exception as the interpreter would, without the frames of this file."""
+    kind, error, tb = sys.exc_info()
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    try:
+        traceback.print_exception(kind, error, tb, file=sys.__stderr__)
+    except BaseException:  # a hostile __str__, or no memory left: still say what class of error it was
+        os.write(2, f"{kind.__name__}\n".encode(errors="replace"))
+
+
+def _finish(code: int) -> int:
+    """What interpreter shutdown does and programs rely on: join threads, run atexit, flush. Returns the exit status."""
+    for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+        try:
+            step()
+        except BaseException:
+            code = code or 1
+    return code

@@ -1,0 +1,234 @@
+"""A zygote: an interpreter with its libraries loaded that forks one confined child per execution.
+
+It never runs, parses or even reads user code, output or ids. For each execution it receives descriptors (program,
+stdin, stdout, stderr, status) and limits, forks, kills by pidfd at the deadline, and answers with what the kernel said
+about the child. The child reads the program only after the fork, so nothing of one execution is in the memory another
+one inherits, and output of an execution can go nowhere but into that execution's own pipes.
+
+Ends when the control socket closes, so it cannot outlive the server however that died.
+"""
+
+import gc
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+
+import kernel
+import runner
+
+PRELOAD = {
+    "bare": ("collections", "itertools", "functools", "math", "re", "json", "random", "datetime", "statistics",
+             "fractions", "decimal", "heapq", "bisect", "string", "typing", "dataclasses", "copy", "operator"),
+    "numpy": ("math", "random", "itertools", "collections", "numpy", "numpy.random", "numpy.linalg", "numpy.fft"),
+    "sci": ("numpy", "numpy.random", "numpy.linalg", "sympy", "scipy", "scipy.optimize", "scipy.integrate",
+            "scipy.stats", "scipy.linalg", "scipy.special"),
+}  # fmt: skip
+HARD_MEMORY_MARGIN = 16 << 20  # between the soft and the hard RLIMIT_AS: room to print the traceback
+FIRST_FREE_FD = 4  # in a child: 0-2 are the standard streams, 3 the status pipe
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    kernel.die_with_parent(signal.SIGKILL)
+    control = socket.socket(fileno=config["control_fd"])
+    control.setblocking(True)
+    warm(config["kind"])
+    zygote = Zygote(control, config)
+    gc.collect()
+    gc.freeze()  # no collection ever touches, and so copies, the pages shared with the children
+    control.send(json.dumps({"ready": True}).encode())
+    zygote.serve()
+
+
+def warm(kind: str) -> None:
+    """Import the libraries of ``kind`` and use them once, so that lazily built tables exist before the first fork."""
+    for name in PRELOAD[kind]:
+        try:
+            __import__(name)
+        except ModuleNotFoundError as missing:
+            # Only the runtime's own package list decides what exists; a broken package must still fail loudly.
+            if missing.name != name.partition(".")[0]:
+                raise
+    if kind == "sci" and "sympy" in sys.modules:
+        sympy = sys.modules["sympy"]
+        x = sympy.Symbol("x")
+        sympy.solve(x**2 - 3 * x + 2, x)
+        sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2)
+        sympy.integrate(x * sympy.exp(x), x)
+        sympy.factorint(360)
+        str(sympy.Rational(1, 3) + sympy.sqrt(2))
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        numpy.linalg.solve(numpy.eye(2), numpy.ones(2))
+        repr(numpy.arange(3.0))
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, config: dict) -> None:
+        self.control = control
+        self.namespaces: bool = config["namespaces"]
+        self.seccomp: bytes | None = bytes.fromhex(config["seccomp"]) if config["seccomp"] else None
+        self.seccomp_pid_marker: bytes = bytes.fromhex(config["seccomp_pid_marker"])
+        self.scratch: str | None = config["scratch"]
+        self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.ruleset: int | None = None
+        if config["landlock"]:
+            self.ruleset = kernel.landlock_ruleset(config["read_paths"], self.scratch)
+            kernel.landlock_allow_write_file(self.ruleset, "/dev/null")
+        self.own_pidfd = os.pidfd_open(os.getpid())
+
+    def serve(self) -> None:
+        while True:
+            message, fds, _, _ = socket.recv_fds(self.control, 4096, 8)
+            if not message:
+                return
+            order = json.loads(message)
+            if "kill" in order:
+                continue  # its child was already gone when the order came
+            try:
+                answer = self.execute(order, fds)
+            except OSError as error:
+                answer = {"failed": str(error)}
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            self.control.send(json.dumps(answer).encode())
+
+    def execute(self, order: dict, fds: list[int]) -> dict:
+        """Fork, wait, kill at the deadline. Returns the kernel's account of the child."""
+        started = time.monotonic()
+        pid = self.fork()
+        if pid == 0:
+            self.become_child(order, fds)
+        pidfd = os.pidfd_open(pid)
+        try:
+            killed = self.wait(pidfd, started + order["wall"])
+            _, status, usage = os.wait4(pid, 0)
+        finally:
+            os.close(pidfd)
+        if not self.namespaces and self.seccomp is None:
+            self.kill_group(pid)
+        return {
+            "status": status,
+            "killed": killed,
+            "seconds": time.monotonic() - started,
+            "cpu": usage.ru_utime + usage.ru_stime,
+            "rss": usage.ru_maxrss * 1024,
+        }
+
+    def fork(self) -> int:
+        """Fork; with namespaces, into a new pid namespace whose init the child becomes, so its death ends all in it."""
+        if not self.namespaces:
+            return os.fork()
+        # unshare() only decides where the next child goes. Pointing it back afterwards is what makes it repeatable.
+        kernel.unshare(kernel.CLONE_NEWPID)
+        try:
+            pid = os.fork()
+        except BaseException:
+            kernel.setns(self.own_pidfd, kernel.CLONE_NEWPID)
+            raise
+        if pid:
+            kernel.setns(self.own_pidfd, kernel.CLONE_NEWPID)
+        return pid
+
+    def wait(self, pidfd: int, deadline: float) -> str:
+        """Wait for the child to die, killing it on the server's word or at ``deadline``. Returns who killed it."""
+        killed = ""
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.register(self.control, select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            events = dict(poller.poll(max(0, left * 1000) if not killed else None))
+            if pidfd in events:
+                return killed
+            if self.control.fileno() in events:
+                message = self.control.recv(4096)
+                if not message:  # the server is gone; take the child along
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    os._exit(0)
+                killed = json.loads(message)["kill"]
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            elif not killed and time.monotonic() >= deadline:
+                killed = "wall"
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    @staticmethod
+    def kill_group(pid: int) -> None:
+        """Without isolation a program can leave processes behind; take those of its process group (others escape)."""
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def become_child(self, order: dict, fds: list[int]) -> None:
+        """In the child: confine this process for good, then run the program. Does not return."""
+        code = 70
+        try:
+            program, stdin, stdout, stderr, status = fds
+            os.dup2(stdin if order["stdin"] else self.null, 0)
+            os.dup2(stdout, 1)
+            os.dup2(stderr, 2)
+            source = os.pread(program, order["code_bytes"], 0).decode("utf-8", "surrogatepass")
+            self.confine(order)
+            # Last, because the ruleset and the program are among what gets closed.
+            os.dup2(status, 3)
+            os.closerange(FIRST_FREE_FD, 4096)
+            if self.seccomp is not None:
+                own_pid = os.getpid().to_bytes(4, "little")
+                kernel.install_seccomp(self.seccomp.replace(self.seccomp_pid_marker, own_pid))
+            reseed()
+            code = runner.run(source, order["echo"], 3)
+        finally:
+            os._exit(code)
+
+    def confine(self, order: dict) -> None:
+        """Everything but seccomp, which would forbid the rest of it."""
+        if self.namespaces:
+            kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
+            kernel.mount_tmpfs(self.scratch, order["scratch"])
+        else:
+            os.setsid()
+            kernel.die_with_parent(signal.SIGKILL)
+        os.chdir(self.scratch or "/")
+        set_limits(order)
+        kernel.drop_all_capabilities()
+        kernel.set_not_dumpable()
+        kernel.set_no_new_privs()
+        if self.ruleset is not None:
+            kernel.landlock_restrict_self(self.ruleset)
+
+
+def set_limits(order: dict) -> None:
+    """rlimits, soft equal to hard except for memory. The kernel sends SIGKILL at the hard CPU limit."""
+    for name, value in (
+        (resource.RLIMIT_CPU, order["cpu"]),
+        (resource.RLIMIT_NOFILE, order["files"]),
+        (resource.RLIMIT_NPROC, order["threads"]),
+        (resource.RLIMIT_FSIZE, order["scratch"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
+    ):
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+    resource.setrlimit(resource.RLIMIT_AS, (order["memory"], order["memory"] + HARD_MEMORY_MARGIN))
+
+
+def reseed() -> None:
+    """Give each child its own random state: forked copies would otherwise all draw the same numbers."""
+    random.seed()
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+
+
+if __name__ == "__main__":
+    main()

@@ -37,6 +37,10 @@ class ServerHandle:
         _end(self._process, seconds)
         self._directory.cleanup()
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def log(self) -> str:
         """What the server wrote to stderr so far."""
         return (Path(self._directory.name) / "stderr").read_text(errors="replace")

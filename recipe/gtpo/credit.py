@@ -1,0 +1,152 @@
+"""From the recorded trajectories of a batch to the reward of every turn: the one pure function the trainer calls.
+
+    recorded trajectories -> shaped outcomes (`shaping.py`) -> turn rewards (`rewards.py`) -> Credit
+
+The trainer writes `Credit.token_rewards` where verl looks for scores and runs verl's own advantage computation inside
+`recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.rewards import TurnRewards, assign_turn_rewards, scatter_to_tokens
+from recipe.gtpo.shaping import shape_outcomes
+from recipe.gtpo.similarity import Similarity, make_similarity
+from recipe.gtpo.turns import Finish, FormatReason, Trajectory
+
+#: The order of `Credit.reasons`.
+REASONS = tuple(FormatReason)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The reward of every turn of a batch of B rows, T turns at most. Tensors are on the CPU.
+
+    A row is a padding row, or dropped, or valid; only valid rows have turns here.
+    """
+
+    group_ids: tuple[str, ...]  # B prompts
+    valid: torch.Tensor  # (B,) bool: takes part in the update
+    dropped: torch.Tensor  # (B,) bool: a real trajectory left out of everything; its response_mask must become 0
+    outcomes: torch.Tensor  # (B,) float32: raw, never shaped; 0 in rows that are not valid
+    turn_mask: torch.Tensor  # (B, T) bool
+    spans: torch.Tensor  # (B, T, 2) int64: the tokens [start, end) of each turn in the response
+    reasons: torch.Tensor  # (B, T) int64: index in REASONS of why the turn breaks the format, -1 when it does not
+    rewards: TurnRewards  # (B, T), by part
+
+    @property
+    def solved(self) -> torch.Tensor:
+        """(B,) bool."""
+        return self.outcomes == 1
+
+    def token_rewards(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """One 1-D float32 tensor of `lengths[i]` tokens a row: each turn's reward on the turn's last token."""
+        return scatter_to_tokens(self.rewards.combined, self.turn_mask, self.spans, lengths)
+
+    def turn_ids(self, length: int) -> torch.Tensor:
+        """(B, length) int16: the turn each token was generated in, -1 elsewhere."""
+        batch, turns = self.turn_mask.shape
+        starts = torch.where(self.turn_mask, self.spans[..., 0], length)
+        ends = torch.where(self.turn_mask, self.spans[..., 1], length)
+        if turns and int(torch.where(self.turn_mask, self.spans[..., 1], 0).max()) > length:
+            row = int((torch.where(self.turn_mask, ends, 0) > length).any(dim=1).nonzero()[0])
+            raise ValueError(f"row {row}: a recorded turn ends after the response's {length} tokens")
+        # A row is: gap, turn 0, gap, turn 1, ..., rest. Turns that do not exist have length 0, at the end.
+        edges = torch.zeros(batch, 2 * turns + 2, dtype=torch.long)
+        edges[:, 1:-1:2], edges[:, 2:-1:2], edges[:, -1] = starts, ends, length
+        value = torch.full((2 * turns + 1,), -1, dtype=torch.int16)
+        value[1::2] = torch.arange(turns, dtype=torch.int16)
+        return value.repeat(batch).repeat_interleave(edges.diff(dim=1).flatten()).view(batch, length)
+
+
+def assign_credit(
+    trajectories: Sequence[Trajectory | None],
+    group_ids: Sequence[str],
+    options: GTPOOptions,
+    similarity: Similarity | None = None,
+) -> Credit:
+    """Shape the outcomes inside each group and put every reward on its turn.
+
+    Args:
+        trajectories: B records; None for a padding row.
+        group_ids: B labels, equal for rows of one prompt (verl's uid). Groups may be ragged and scattered.
+        options: `algorithm.gtpo`.
+        similarity: what compares programs; None makes the one that the options name. Keep one across steps: it
+            remembers embeddings.
+
+    Dropped are trajectories that ended because the tool server failed, and with `truncated=drop` those cut by a limit.
+    Raises ValueError, naming the row, on a record whose spans are empty, overlap, or are missing.
+    """
+    if len(trajectories) != len(group_ids):
+        raise ValueError(f"{len(trajectories)} trajectories for {len(group_ids)} group ids")
+    dropped = [t is not None and _is_dropped(t, options) for t in trajectories]
+    members = {i: t for i, t in enumerate(trajectories) if t is not None and not dropped[i]}
+    batch, turns = len(trajectories), max((len(t.turns) for t in members.values()), default=0)
+
+    turn_mask = torch.zeros(batch, turns, dtype=torch.bool)
+    spans = torch.zeros(batch, turns, 2, dtype=torch.long)
+    reasons = torch.full((batch, turns), -1, dtype=torch.long)
+    for row, trajectory in members.items():
+        _check_spans(row, trajectory)
+        count = len(trajectory.turns)
+        turn_mask[row, :count] = True
+        spans[row, :count] = torch.tensor([(turn.start, turn.end) for turn in trajectory.turns])
+        reasons[row, :count] = torch.tensor([_REASON_INDEX[turn.broken] for turn in trajectory.turns])
+
+    valid = torch.zeros(batch, dtype=torch.bool)
+    outcomes = torch.zeros(batch)
+    rows = list(members)
+    valid[rows] = True
+    outcomes[rows] = torch.tensor([t.acc for t in members.values()])
+    shaped = outcomes
+    if options.shaping.enable:
+        shaped = outcomes.clone()
+        shaped[rows] = shape_outcomes(
+            outcomes[rows],
+            [t.code for t in members.values()],
+            [group_ids[row] for row in rows],
+            make_similarity(options.shaping.similarity) if similarity is None else similarity,
+            options.shaping.alpha,
+        )
+    return Credit(
+        group_ids=tuple(group_ids),
+        valid=valid,
+        dropped=torch.tensor(dropped, dtype=torch.bool),
+        outcomes=outcomes,
+        turn_mask=turn_mask,
+        spans=spans,
+        reasons=reasons,
+        rewards=assign_turn_rewards(
+            outcomes,
+            shaped,
+            reasons >= 0,
+            turn_mask,
+            format_penalty=options.format_penalty,
+            turn_rewards=options.turn_rewards,
+        ),
+    )
+
+
+_REASON_INDEX: dict[FormatReason | None, int] = {None: -1} | {reason: i for i, reason in enumerate(REASONS)}
+
+
+def _is_dropped(trajectory: Trajectory, options: GTPOOptions) -> bool:
+    return trajectory.finish is Finish.INFRA or (options.truncated == "drop" and trajectory.truncated)
+
+
+def _check_spans(row: int, trajectory: Trajectory) -> None:
+    if not trajectory.turns:
+        raise ValueError(f"row {row}: a trajectory that ended by {trajectory.finish.value!r} has no turn to reward")
+    previous_end = 0
+    for k, turn in enumerate(trajectory.turns):
+        if not previous_end <= turn.start < turn.end:
+            raise ValueError(
+                f"row {row}: turn {k} has the tokens [{turn.start}, {turn.end}) after a turn that ends at "
+                f"{previous_end}; turns need at least one token each, in order"
+            )
+        previous_end = turn.end

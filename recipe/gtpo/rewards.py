@@ -1,0 +1,93 @@
+"""Rewards by turn: the first part of GTPO (arXiv 2511.14846).
+
+    r[i,j] = acc[i] if j is the last turn else 0, plus format_penalty if turn j breaks the format
+
+acc[i] is 1 when the answer verifies, else the shaped credit of a failed trajectory (`shaping.py`). *Why* a turn breaks
+the format is decided by the agent loop and recorded in the turn (`turns.FormatReason`, at most one a turn); here it
+only costs. The three parts are kept apart so that the metrics can tell an answer from a penalty from a closeness.
+
+Shapes: B rows, T turns; `turn_mask` is (B, T) bool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TurnRewards:
+    """The reward of every turn, (B, T) float32, by where it came from. 0 where there is no turn."""
+
+    outcome: torch.Tensor  # 1 on the last turn of a solved trajectory
+    shaping: torch.Tensor  # credit on the last turn of a failed one, below 1
+    format: torch.Tensor  # the penalty, on turns that break the format
+
+    @property
+    def combined(self) -> torch.Tensor:
+        """r[i,j]: what the return is made of."""
+        return self.outcome + self.shaping + self.format
+
+
+def assign_turn_rewards(
+    outcomes: torch.Tensor,
+    shaped: torch.Tensor,
+    broken: torch.Tensor,
+    turn_mask: torch.Tensor,
+    *,
+    format_penalty: float,
+    turn_rewards: bool = True,
+) -> TurnRewards:
+    """Put each part of a trajectory's reward on its turn.
+
+    Args:
+        outcomes: (B,) raw outcome, 0 or 1. shaped: (B,) the same after shaping (equal where nothing was shaped).
+        broken: (B, T) bool, the turn breaks the format.
+        turn_mask: (B, T) bool. A row without turns gets nothing.
+        format_penalty: 0 or below, added once per broken turn.
+        turn_rewards: false sums each part on the last turn: the trajectory-level reward of the ablation.
+    """
+    last = _last_turn(turn_mask)
+    penalty = torch.where(broken & turn_mask, format_penalty, 0.0)
+    if not turn_rewards:
+        penalty = torch.where(last, penalty.sum(dim=1, keepdim=True), 0.0)
+    return TurnRewards(
+        outcome=torch.where(last, outcomes[:, None], 0.0),
+        shaping=torch.where(last, (shaped - outcomes)[:, None], 0.0),
+        format=penalty,
+    )
+
+
+def scatter_to_tokens(
+    turn_values: torch.Tensor, turn_mask: torch.Tensor, spans: torch.Tensor, lengths: Sequence[int]
+) -> list[torch.Tensor]:
+    """One 1-D float32 tensor a row, `lengths[i]` long, with each turn's value on the turn's last token and 0 elsewhere.
+
+    Nothing is lost: a row's tokens hold the row's turn values, each exactly once. `spans` is (B, T, 2), `[start, end)`.
+    Raises ValueError, naming the row, when a turn does not fit its row.
+    """
+    rows, turns = turn_mask.nonzero(as_tuple=True)
+    last_token = spans[rows, turns, 1] - 1
+    size = torch.as_tensor(lengths, dtype=torch.long, device=turn_mask.device)
+    if len(size) != len(turn_mask):
+        raise ValueError(f"{len(size)} response lengths for {len(turn_mask)} rows")
+    beyond = last_token >= size[rows]
+    if beyond.any():
+        at = int(beyond.nonzero()[0])
+        raise ValueError(
+            f"row {int(rows[at])}: turn {int(turns[at])} ends at token {int(last_token[at]) + 1} of a response of "
+            f"{int(size[rows[at]])} tokens: the record is not of this row"
+        )
+    offset = torch.cumsum(size, 0) - size
+    flat = torch.zeros(int(size.sum()), dtype=torch.float32, device=turn_mask.device)
+    flat[offset[rows] + last_token] = turn_values[rows, turns].float()
+    return list(flat.split(size.tolist()))
+
+
+def _last_turn(turn_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: the last existing turn of each row."""
+    after = torch.zeros_like(turn_mask)
+    after[:, :-1] = turn_mask[:, 1:]
+    return turn_mask & ~after

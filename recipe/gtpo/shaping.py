@@ -1,0 +1,79 @@
+"""Self-supervised reward shaping: the third part of GTPO (arXiv 2511.14846).
+
+For a failed trajectory i, with P the successful trajectories of the same prompt and c the code a trajectory executed:
+
+    acc[i] = (alpha / |P|) * sum over p in P of sim(c_i, c_p)          0 when P or c_i is empty; sim in [0, 1]
+
+Shaping pays for closeness, not for correctness: for every similarity measured, a buggy near-copy of a correct program
+scores higher than a correct rewording. Hence alpha < 1, its own metric, and a switch. Validation is never shaped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+
+from recipe.gtpo.similarity import Similarity
+
+
+def shape_outcomes(
+    outcomes: torch.Tensor,
+    codes: Sequence[str],
+    group_ids: Sequence[Hashable],
+    similarity: Similarity,
+    alpha: float,
+) -> torch.Tensor:
+    """The outcome of every trajectory, shaped where it failed. (B,) float32; successful rows stay 1.
+
+    Args:
+        outcomes: (B,), 0 or 1. codes: B programs; blank ones count as empty. group_ids: B labels, equal for one prompt.
+        similarity: asked once, and only about groups with both a failed and a successful trajectory that ran code.
+        alpha: in [0, 1).
+
+    Rows that must not count as siblings (padding, dropped) are the caller's to leave out. A successful trajectory
+    without code counts in |P| with similarity 0. Raises ValueError on an outcome that is neither 0 nor 1, and
+    whatever the backend raises.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha} must be in [0, 1): at 1, closeness would pay as much as success")
+    if not len(outcomes) == len(codes) == len(group_ids):
+        raise ValueError(f"{len(outcomes)} outcomes, {len(codes)} codes and {len(group_ids)} group ids")
+    shaped = outcomes.float().clone()
+    solved = shaped == 1
+    if (wrong := ~solved & (shaped != 0)).any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"row {row}: outcome {float(shaped[row])} is neither 0 nor 1; only raw outcomes can be shaped")
+    if alpha == 0:
+        return shaped
+
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for row, group in enumerate(group_ids):
+        members[group].append(row)
+    is_solved = solved.tolist()
+    failed_rows, successes, pairs = [], [], []  # one entry for each group that needs comparing
+    for rows in members.values():
+        failed = [i for i in rows if not is_solved[i] and codes[i].strip()]
+        models = [i for i in rows if is_solved[i] and codes[i].strip()]
+        if failed and models:
+            failed_rows.append(failed)
+            successes.append(sum(is_solved[i] for i in rows))
+            pairs.append(([codes[i] for i in failed], [codes[i] for i in models]))
+    if not pairs:
+        return shaped
+    for failed, count, (a, b), matrix in zip(failed_rows, successes, pairs, similarity.compare(pairs), strict=True):
+        credit = alpha / count * _in_range(matrix, (len(a), len(b))).sum(axis=1)
+        shaped[failed] = torch.as_tensor(credit, dtype=torch.float32, device=shaped.device)
+    return shaped
+
+
+def _in_range(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Similarities clipped to [0, 1]: opposite embeddings are as bad as unrelated ones. Anything above 1 is a fault."""
+    matrix = np.asarray(matrix, dtype=np.float64)
+    if matrix.shape != shape or not np.isfinite(matrix).all() or matrix.max() > 1 + 1e-3:
+        raise ValueError(
+            f"the similarity backend answered {matrix.shape} for {shape}, or a value that is no similarity"
+        )
+    return matrix.clip(0.0, 1.0)

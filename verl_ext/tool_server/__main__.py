@@ -20,7 +20,7 @@ from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.isolation import TierUnavailable
 from verl_ext.tool_server.probe import reach_tier
 from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, ensure_runtime
-from verl_ext.tool_server.types import KIB, MIB, Isolation, Limits
+from verl_ext.tool_server.types import KIB, MIB, Limits
 from verl_ext.tool_server.worker import WorkerLost
 
 TOKEN_VARIABLE = "TOOL_SERVER_TOKEN"

@@ -84,7 +84,8 @@ class Tier:
             "scratch": _SCRATCH if self.namespaces else None,
             "read_paths": [root, *existing, *_DEVICES],
         }
-        boot = f"import sys; sys.path[:0] = [{root + '/inside'!r}, {root + '/site'!r}]; import zygote; zygote.main()"
+        paths = [f"{root}/{self.runtime.inside}", f"{root}/site"]
+        boot = f"import sys; sys.path[:0] = {paths!r}; import zygote; zygote.main()"
         argv = [f"{root}/bin/python", "-I", "-S", "-B", "-c", boot, json.dumps(config)]
         env = dict(_ENVIRONMENT)
         if self.namespaces:

@@ -19,7 +19,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,10 @@ class RuntimeBuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A built tree. ``bin/python`` is the interpreter, ``inside/`` the sandbox program, ``bwrap`` bubblewrap if any."""
+    """A built tree: ``bin/python``, ``lib``, ``site`` (packages) and ``inside-*`` (versions of the sandbox program)."""
 
     root: Path
+    inside: str  # name of the folder below root that holds this version's inside/*.py
 
     @property
     def python(self) -> Path:
@@ -62,7 +63,7 @@ class Runtime:
     def library_prefixes(self) -> tuple[str, ...]:
         """Folders below the root to cut from file names in tracebacks, longest first."""
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        return (f"lib/{version}/", "inside/", "site/", "")
+        return (f"lib/{version}/", f"{self.inside}/", "site/", "")
 
 
 def default_cache_dir() -> Path:
@@ -90,8 +91,11 @@ def ensure_runtime(cache_dir: Path | None = None, packages: Iterable[str] = DEFA
     if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeBuildError(f"{cache} must belong to this user and be writable by nobody else; pass --runtime-dir")
     if not target.exists():
-        _build(cache, target, distributions)
-    return Runtime(target)
+        _publish(target, lambda work: _build(work, distributions))
+    inside = f"inside-{_inside_key()}"
+    if not (target / inside).exists():
+        _publish(target / inside, _build_inside)
+    return Runtime(target, inside)
 
 
 def _closure(packages: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
@@ -124,33 +128,49 @@ def _content_key(distributions: dict[str, importlib.metadata.Distribution]) -> s
     digest = hashlib.sha256(f"{_FORMAT} {sys.version} {sys.base_prefix} {platform.machine()}".encode())
     for name in sorted(distributions):
         digest.update(f"{name}=={distributions[name].version}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def _inside_key() -> str:
+    """The sandbox program is keyed apart from the packages, so that a change to it does not copy them again."""
+    digest = hashlib.sha256()
     for source in sorted(INSIDE.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _build(cache: Path, target: Path, distributions: dict[str, importlib.metadata.Distribution]) -> None:
-    """Copy into a temporary sibling, then rename: a reader sees a whole tree or none."""
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+def _publish(target: Path, build: Callable[[Path], None]) -> None:
+    """Build in a temporary sibling of ``target``, compile, then rename: a reader sees a whole tree or none."""
     try:
-        _copy_interpreter(work)
-        (work / "site").mkdir()
-        for distribution in distributions.values():
-            _copy_distribution(distribution, work / "site")
-        shutil.copytree(INSIDE, work / "inside", ignore=shutil.ignore_patterns("__pycache__"))
-        # Bytecode that never looks at source times: valid whatever the copy did to them.
-        compileall.compile_dir(work, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-        _make_world_readable(work)
+        work = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
         try:
-            work.rename(target)
-        except OSError:
-            if not target.exists():  # otherwise another server built the same tree first
-                raise
+            build(work)
+            # Bytecode that never looks at source times: valid whatever the copy did to them.
+            mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+            compileall.compile_dir(work, quiet=2, stripdir=str(work), invalidation_mode=mode)
+            _make_world_readable(work)
+            try:
+                work.rename(target)
+            except OSError:
+                if not target.exists():  # otherwise another server built the same tree first
+                    raise
+        finally:
+            if work.exists():
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise RuntimeBuildError(f"cannot build the tool runtime in {cache}: {error}; pass --runtime-dir") from error
-    finally:
-        if work.exists():
-            shutil.rmtree(work, ignore_errors=True)
+        raise RuntimeBuildError(f"cannot build the tool runtime at {target}: {error}; pass --runtime-dir") from error
+
+
+def _build(work: Path, distributions: dict[str, importlib.metadata.Distribution]) -> None:
+    _copy_interpreter(work)
+    (work / "site").mkdir()
+    for distribution in distributions.values():
+        _copy_distribution(distribution, work / "site")
+
+
+def _build_inside(work: Path) -> None:
+    for source in INSIDE.glob("*.py"):
+        shutil.copyfile(source, work / source.name)
 
 
 def _copy_interpreter(root: Path) -> None:

@@ -59,6 +59,9 @@ def compile_policy(allow_fork: bool = False) -> bytes:
         ) from error
     policy = s.SyscallFilter(s.ERRNO(errno.EPERM))
     policy.set_attr(s.Attr.ACT_BADARCH, s.KILL_PROCESS)
+    # A binary tree instead of a chain: on installation the kernel walks the filter once for every system call number,
+    # which with a chain costs each execution half a millisecond.
+    policy.set_attr(s.Attr.CTL_OPTIMIZE, 2)
     for name in _ALWAYS:
         _add(policy, s.ALLOW, name)
     # glibc falls back to clone() on ENOSYS; clone3's flags lie behind a pointer that a filter cannot read.
@@ -84,9 +87,10 @@ def compile_policy(allow_fork: bool = False) -> bytes:
     # attributed (deadline, kernel, operator) without asking the program.
     for name, signal_argument in (("kill", 1), ("tgkill", 2)):
         own = s.Arg(0, s.EQ, PID_MARKER)
-        for number in range(65):
-            if number not in (_SIGKILL, _SIGSTOP):
-                policy.add_rule(s.ALLOW, name, own, s.Arg(signal_argument, s.EQ, number))
+        policy.add_rule(s.ALLOW, name, own, s.Arg(signal_argument, s.LT, _SIGKILL))
+        for number in range(_SIGKILL + 1, _SIGSTOP):
+            policy.add_rule(s.ALLOW, name, own, s.Arg(signal_argument, s.EQ, number))
+        policy.add_rule(s.ALLOW, name, own, s.Arg(signal_argument, s.GT, _SIGSTOP))
     with tempfile.TemporaryFile() as out:
         policy.export_bpf(out)
         os.lseek(out.fileno(), 0, os.SEEK_SET)

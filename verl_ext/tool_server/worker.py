@@ -12,7 +12,6 @@ import socket
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -167,7 +166,8 @@ class Worker:
                 killing = True
                 self._send_kill("output")
 
-        pipes = [_Pipe(loop, capture, on_output) for capture in (stdout, stderr, marks)]
+        pipes = [_Pipe(loop, capture, on_output) for capture in (stdout, stderr)]
+        pipes.append(_Pipe(None, marks, on_output))  # a few bytes at most: read once, at the end
         try:
             self._send_order(request, wall_seconds, [p.write_fd for p in pipes])
             for pipe in pipes:
@@ -201,19 +201,20 @@ class Worker:
             "threads": self._thread_limit,
             "scratch": limits.scratch_bytes,
             "echo": request.echo,
-            "stdin": request.stdin is not None,
             "code_bytes": limits.code_bytes,
         }
         assert self._control is not None
-        program = _sealed_memfd(request.code.encode("utf-8", "surrogatepass"))
-        stdin = _sealed_memfd((request.stdin or "").encode("utf-8", "surrogatepass"))
+        inputs = [_sealed_memfd(request.code)]
         try:
-            socket.send_fds(self._control, [json.dumps(order).encode()], [program, stdin, *write_fds])
+            if request.stdin is not None:
+                inputs.append(_sealed_memfd(request.stdin))
+            fds = [inputs[0], *write_fds, *inputs[1:]]
+            socket.send_fds(self._control, [json.dumps(order).encode()], fds)
         except OSError as error:
             raise WorkerLost(f"the zygote is gone: {error}") from error
         finally:
-            os.close(program)
-            os.close(stdin)
+            for fd in inputs:
+                os.close(fd)
 
     async def _await_answer(self, wall_seconds: float) -> dict:
         try:
@@ -289,10 +290,10 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _sealed_memfd(data: bytes) -> int:
-    """An anonymous file holding ``data`` that nobody can change or grow any more."""
+def _sealed_memfd(text: str) -> int:
+    """An anonymous file holding ``text`` that nobody can change or grow any more."""
     fd = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(data)
+    view = memoryview(text.encode("utf-8", "surrogatepass"))
     while view:
         view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
@@ -315,14 +316,15 @@ def _tasks_of_this_user() -> int:
 
 
 class _Pipe:
-    """A pipe whose write end goes to the child and whose read end feeds a :class:`Capture`."""
+    """A pipe whose write end goes to the child and whose read end feeds a :class:`Capture`, watched by ``loop`` if any."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, capture: Capture, on_data: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None, capture: Capture, on_data: Callable[[], None]) -> None:
         self._loop, self._capture, self._on_data = loop, capture, on_data
         self.read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.read_fd, False)
-        self._watched = True
-        loop.add_reader(self.read_fd, self._read)
+        self._ended = False
+        if loop is not None:
+            loop.add_reader(self.read_fd, self._read)
 
     def _read(self) -> bool:
         """Take one chunk. Returns whether there may be more."""
@@ -333,6 +335,7 @@ class _Pipe:
                 raise
             return False
         if not data:
+            self._ended = True
             self._unwatch()
             return False
         self._capture.add(data)
@@ -340,7 +343,7 @@ class _Pipe:
         return True
 
     def drain(self) -> None:
-        while self._watched and self._read():
+        while not self._ended and self._read():
             pass
 
     def close_write_end(self) -> None:
@@ -349,9 +352,9 @@ class _Pipe:
             self.write_fd = -1
 
     def _unwatch(self) -> None:
-        if self._watched:
+        if self._loop is not None:
             self._loop.remove_reader(self.read_fd)
-            self._watched = False
+            self._loop = None
 
     def close(self) -> None:
         self._unwatch()

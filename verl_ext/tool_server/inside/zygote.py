@@ -11,7 +11,6 @@ Ends when the control socket closes, so it cannot outlive the server however tha
 import gc
 import json
 import os
-import random
 import resource
 import select
 import signal
@@ -171,15 +170,15 @@ class Zygote:
         """In the child: confine this process for good, then run the program. Does not return."""
         code = 70
         try:
-            program, stdin, stdout, stderr, status = fds
-            os.dup2(stdin if order["stdin"] else self.null, 0)
+            program, stdout, stderr, status, *stdin = fds
+            os.dup2(stdin[0] if stdin else self.null, 0)
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             source = os.pread(program, order["code_bytes"], 0).decode("utf-8", "surrogatepass")
             self.confine(order)
             # Last, because the ruleset and the program are among what gets closed.
             os.dup2(status, 3)
-            os.closerange(FIRST_FREE_FD, 4096)
+            kernel.close_from(FIRST_FREE_FD)
             if self.seccomp is not None:
                 own_pid = os.getpid().to_bytes(4, "little")
                 kernel.install_seccomp(self.seccomp.replace(self.seccomp_pid_marker, own_pid))
@@ -224,10 +223,10 @@ def set_limits(order: dict) -> None:
 
 
 def reseed() -> None:
-    """Give each child its own random state: forked copies would otherwise all draw the same numbers."""
-    random.seed()
+    """Give each child its own numpy.random state, or all would draw the same numbers (`random` reseeds itself)."""
     if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()
+        # An explicit seed is ten times cheaper than seed() without one.
+        sys.modules["numpy.random"].seed(int.from_bytes(os.urandom(4), "little"))
 
 
 if __name__ == "__main__":

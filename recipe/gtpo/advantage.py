@@ -24,7 +24,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -318,21 +317,13 @@ def _sum_rewards_by_turn(
 # The estimator, as verl's registry calls it
 
 
-@dataclass
-class RecordedTurns:
-    """What the trainer recorded, and after the call what came of it by turn (for the metrics)."""
+_Record: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]  # turn ids, solved
 
-    turn_ids: torch.Tensor  # (B, L)
-    solved: torch.Tensor | None = None  # (B,) bool
-    returns: torch.Tensor | None = None  # (B, T), set by `compute_gtpo_advantage`
-    advantages: torch.Tensor | None = None  # (B, T), set by `compute_gtpo_advantage`
-
-
-_RECORDED: ContextVar[RecordedTurns | None] = ContextVar("gtpo_recorded_turns", default=None)
+_RECORDED: ContextVar[_Record | None] = ContextVar("gtpo_recorded_turns", default=None)
 
 
 @contextmanager
-def recorded_turns(turn_ids: torch.Tensor, solved: torch.Tensor | None = None) -> Iterator[RecordedTurns]:
+def recorded_turns(turn_ids: torch.Tensor, solved: torch.Tensor | None = None) -> Iterator[None]:
     """Hand the recorded turns to the `compute_gtpo_advantage` that verl calls inside the `with` block.
 
     Args:
@@ -340,10 +331,9 @@ def recorded_turns(turn_ids: torch.Tensor, solved: torch.Tensor | None = None) -
             cut: missing columns count as -1, surplus ones must all be -1.
         solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
     """
-    record = RecordedTurns(turn_ids, solved)
-    token = _RECORDED.set(record)
+    token = _RECORDED.set((turn_ids, solved))
     try:
-        yield record
+        yield
     finally:
         _RECORDED.reset(token)
 
@@ -374,11 +364,9 @@ def compute_gtpo_advantage(
     that is not there.
     """
     options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
-    record = None
-    if turn_ids is None:
-        record = _RECORDED.get()
-        if record is not None:
-            turn_ids, solved = record.turn_ids, record.solved
+    record = _RECORDED.get()
+    if turn_ids is None and record is not None:
+        turn_ids, solved = record
     if turn_ids is None:
         _check_runs_on_the_mask(config, options, solved)
     else:
@@ -401,8 +389,6 @@ def compute_gtpo_advantage(
         solved=None if solved is None else solved.to(returns.device),
         unsolved_groups=options.unsolved_groups,
     )
-    if record is not None:
-        record.returns, record.advantages = returns, advantages
     return _spread(advantages, runs, response_mask.shape), _spread(returns, runs, response_mask.shape)
 
 

@@ -269,5 +269,5 @@ def _require(module: str, package: str, backend: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise SimilarityError(
-            f"similarity backend {backend!r} needs {package}: pip install {package} (requirements/similarity.txt pins it)"
+            f"similarity backend {backend!r} needs {package}: pip install {package} (pin: requirements/similarity.txt)"
         ) from error

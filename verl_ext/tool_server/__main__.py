@@ -21,7 +21,7 @@ from verl_ext.tool_server.isolation import TierUnavailable
 from verl_ext.tool_server.probe import reach_tier
 from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, ensure_runtime
 from verl_ext.tool_server.types import KIB, MIB, Limits
-from verl_ext.tool_server.worker import WorkerLost
+from verl_ext.tool_server.channel import WorkerLost
 
 TOKEN_VARIABLE = "TOOL_SERVER_TOKEN"
 EXIT_CANNOT_START = 3
@@ -32,18 +32,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m verl_ext.tool_server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help=f"other than loopback needs ${TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=8080, help="0: any free port, see --ready-file")
-    parser.add_argument("--ready-file", type=Path, help="written, as JSON {url, pid, isolation}, once requests are served")
+    parser.add_argument("--ready-file", type=Path, help="gets one JSON {url, pid, isolation} once requests are served")
     parser.add_argument("--parent-pid", type=int, help="exit, with everything started, when this process ends")
     parser.add_argument("--isolation", choices=["auto", "strong", "standard"], default="auto")
-    parser.add_argument("--unsafe-no-isolation", action="store_true", help="run code with nothing but rlimits around it")
+    parser.add_argument("--unsafe-no-isolation", action="store_true", help="nothing but rlimits around the code")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="executions at once")
     parser.add_argument("--queue-size", type=int, default=1024, help="requests that may wait; more get 429")
     parser.add_argument("--queue-seconds", type=float, default=60.0, help="longest wait for a worker")
     parser.add_argument("--drain-seconds", type=float, default=20.0, help="time running work gets on SIGTERM")
+    parser.add_argument("--max-sessions", type=int, default=64, help="each holds a zygote of its own")
+    parser.add_argument("--session-idle-seconds", type=float, default=600.0, help="a session ends after so long unused")
     parser.add_argument("--wall-seconds", type=float, default=limits.wall_seconds)
     parser.add_argument("--cpu-seconds", type=int, default=limits.cpu_seconds)
     parser.add_argument("--memory-mib", type=int, default=limits.memory_bytes // MIB)
-    parser.add_argument("--scratch-mib", type=int, default=limits.scratch_bytes // MIB, help="private /tmp (strong tier)")
+    parser.add_argument("--scratch-mib", type=int, default=limits.scratch_bytes // MIB, help="private /tmp (strong)")
     parser.add_argument("--open-files", type=int, default=limits.open_files)
     parser.add_argument("--threads", type=int, default=limits.threads)
     parser.add_argument("--code-kib", type=int, default=limits.code_bytes // KIB)
@@ -120,7 +122,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     wanted = "none" if arguments.unsafe_no_isolation else arguments.isolation
     tier = await reach_tier(wanted, runtime)
     dispatcher = Dispatcher(
-        tier, limits_of(arguments), arguments.workers, arguments.queue_size, arguments.queue_seconds
+        tier,
+        limits_of(arguments),
+        arguments.workers,
+        arguments.queue_size,
+        arguments.queue_seconds,
+        arguments.max_sessions,
+        arguments.session_idle_seconds,
     )
     runner = web.AppRunner(
         build_app(dispatcher, os.environ.get(TOKEN_VARIABLE)),

@@ -1,7 +1,7 @@
 """The HTTP face of a :class:`Dispatcher`: native /v1 API, SandboxFusion's /run_code, health and metrics.
 
-Every answer has a JSON body, errors included: ``{"error": "..."}`` with 400 (malformed), 401 (token), 413/422 (refused),
-429 + Retry-After (queue full), 500 (a bug here; logged).
+Every answer has a JSON body, errors included: ``{"error": "..."}`` with 400 (malformed), 401 (token), 413 and 422
+(refused), 429 + Retry-After (queue full), 500 (a bug here; logged).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 from aiohttp import web
 
-from verl_ext.tool_server.dispatcher import Dispatcher, Overloaded, RequestRefused
+from verl_ext.tool_server.dispatcher import Dispatcher, Overloaded
 from verl_ext.tool_server.metrics import render_metrics
-from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Outcome
-from verl_ext.tool_server.worker import WorkerLost
+from verl_ext.tool_server.sessions import RequestRefused
+from verl_ext.tool_server.types import MAX_ID, ExecutionRequest, ExecutionResult, Outcome
+from verl_ext.tool_server.channel import WorkerLost
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -37,6 +38,8 @@ def build_app(dispatcher: Dispatcher, token: str | None) -> web.Application:
     app[TOKEN] = token or ""
     app.router.add_post("/v1/run", run)
     app.router.add_post("/v1/batch", batch)
+    app.router.add_post("/v1/sessions", open_session)
+    app.router.add_delete("/v1/sessions/{session_id}", close_session)
     app.router.add_post("/run_code", run_code)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/metrics", metrics)
@@ -93,7 +96,7 @@ async def run(request: web.Request) -> web.Response:
 
 
 async def batch(request: web.Request) -> web.Response:
-    """POST /v1/batch: ``{"requests": [...]}`` to ``{"results": [...]}``, in order; admitted as a whole or not at all."""
+    """POST /v1/batch: ``{"requests": [...]}`` to ``{"results": [...]}`` in order; admitted as a whole or not at all."""
     body = await _json_body(request)
     if not isinstance(body, dict) or not isinstance(body.get("requests"), list):
         raise ValueError("the body must be an object with a list 'requests'")
@@ -113,6 +116,22 @@ async def batch(request: web.Request) -> web.Response:
     return web.json_response({"results": [result.to_dict() for result in results]})
 
 
+async def open_session(request: web.Request) -> web.Response:
+    """POST /v1/sessions: ``{"session_id": optional}`` to ``{"session_id"}``; then use the id in requests."""
+    body = await _json_body(request) if request.can_read_body else {}
+    wanted = body.get("session_id") if isinstance(body, dict) else body
+    if wanted is not None and not (isinstance(wanted, str) and 0 < len(wanted) <= MAX_ID):
+        raise ValueError(f"'session_id' must be a string of 1 to {MAX_ID} characters")
+    return web.json_response({"session_id": request.app[DISPATCHER].open_session(wanted)})
+
+
+async def close_session(request: web.Request) -> web.Response:
+    """DELETE /v1/sessions/ID: end a session and free what it holds."""
+    session_id = request.match_info["session_id"]
+    await request.app[DISPATCHER].sessions.close(session_id)
+    return web.json_response({"session_id": session_id})
+
+
 async def run_code(request: web.Request) -> web.Response:
     """POST /run_code as SandboxFusion defines it. Extra answer field ``result``: the native result.
 
@@ -126,7 +145,8 @@ async def run_code(request: web.Request) -> web.Response:
     if body.get("files") or body.get("fetch_files"):
         raise RequestRefused("'files' and 'fetch_files' are not served here")
     known = {"code": body.get("code"), "stdin": body.get("stdin"), "timeout": body.get("run_timeout")}
-    known |= {"echo": body.get("echo", False), "session_id": body.get("session_id"), "request_id": body.get("request_id")}
+    known |= {"echo": body.get("echo", False)}
+    known |= {name: body.get(name) for name in ("session_id", "request_id")}
     result = await request.app[DISPATCHER].execute(ExecutionRequest.from_dict(known))
     return web.json_response(sandbox_fusion_answer(result))
 
@@ -165,6 +185,7 @@ async def healthz(request: web.Request) -> web.Response:
         "workers": dispatcher.workers,
         "running": dispatcher.running,
         "waiting": dispatcher.waiting,
+        "sessions": len(dispatcher.sessions),
         "draining": dispatcher.draining,
     }
     try:

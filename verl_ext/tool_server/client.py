@@ -59,6 +59,18 @@ class ToolClient:
         """The backend's health report. Raises ``BackendUnavailable`` when it cannot run code."""
         return await self._backend.health()
 
+    async def open_session(self) -> str:
+        """Open a session (strong isolation only) and return the id to pass to :meth:`run`. Close it when done.
+
+        Raises:
+            BackendUnavailable, RequestRejected: no session can be had.
+        """
+        return await self._backend.open_session()
+
+    async def close_session(self, session_id: str) -> None:
+        """End a session. Raises ``RequestRejected`` when there is none of that id (it may have expired)."""
+        await self._backend.close_session(session_id)
+
     async def run(
         self,
         code: str,
@@ -74,7 +86,7 @@ class ToolClient:
         Args:
             code: the program; the value of a last expression is shown when ``echo``.
             timeout: wall seconds; the server's own limit also holds.
-            session_id: keep variables between calls with the same id (strong isolation only).
+            session_id: as :meth:`open_session` gave it; variables are kept between calls, a failed call changes none.
             stdin: text for standard input.
             deadline: seconds for the whole call; None: the client's default.
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 
 from verl_ext.tool_server.isolation import Tier
 from verl_ext.tool_server.outcome import build_result
+from verl_ext.tool_server.sessions import RequestRefused, Session, SessionTable
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Limits, Outcome
-from verl_ext.tool_server.worker import Worker, WorkerLost
+from verl_ext.tool_server.channel import WorkerLost
+from verl_ext.tool_server.worker import Worker
 
 KINDS = ("bare", "numpy", "sci")
+SESSION_SECONDS = 24 * 3600.0  # backstop in the zygote; the idle time ends sessions much sooner
 RECYCLE_AFTER = 10_000  # executions; bounds whatever a long-lived interpreter or kernel object might accumulate
 _REMEMBERED = 4096  # finished results kept for a client that asks again
 _SCI = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\b(?:sympy|scipy|mpmath)\b", re.MULTILINE)
@@ -30,10 +33,6 @@ class Overloaded(RuntimeError):
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full, try again in {retry_after:.1f} s")
         self.retry_after = retry_after
-
-
-class RequestRefused(ValueError):
-    """The request itself cannot be served (too large, an id reused for other code). Retrying will not help."""
 
 
 @dataclass
@@ -70,11 +69,19 @@ class Dispatcher:
     """Runs requests on at most ``workers`` zygote children at once; up to ``queue_size`` more may wait."""
 
     def __init__(
-        self, tier: Tier, limits: Limits, workers: int, queue_size: int = 1024, queue_seconds: float = 60.0
+        self,
+        tier: Tier,
+        limits: Limits,
+        workers: int,
+        queue_size: int = 1024,
+        queue_seconds: float = 60.0,
+        max_sessions: int = 64,
+        session_idle_seconds: float = 600.0,
     ) -> None:
         self.tier, self.limits, self.workers = tier, limits, workers
         self.queue_size, self.queue_seconds = queue_size, queue_seconds
         self.counters = Counters()
+        self.sessions = SessionTable(max_sessions, session_idle_seconds)
         self.running = 0
         self._waiting: collections.deque[asyncio.Future[bool]] = collections.deque()
         self._idle: dict[str, list[Worker]] = {kind: [] for kind in KINDS}
@@ -109,10 +116,8 @@ class Dispatcher:
         worker = await self._take_worker(kind)
         try:
             run = await worker.run(request, 10.0)
-        except BaseException:
-            self._discard(worker)
-            raise
-        self._give_back(worker)
+        finally:
+            self._give_back(worker)
         if run.stdout.text() != "42\n" or run.status != 0:
             raise WorkerLost(f"canary failed: status {run.status}, stderr {run.stderr.text()[-300:]!r}")
 
@@ -126,6 +131,8 @@ class Dispatcher:
             RequestRefused: too large, or its id belongs to a different request.
         """
         self._check_size(request)
+        if request.session_id is not None:
+            self.sessions.get(request.session_id)
         entry = self._known.get(request.request_id)
         if entry is not None and entry.request != request:
             raise RequestRefused(f"request id {request.request_id!r} was used for a different request")
@@ -145,6 +152,17 @@ class Dispatcher:
         finally:
             entry.waiters -= 1
 
+    def open_session(self, session_id: str | None = None) -> str:
+        """Open a session and return its id.
+
+        Raises:
+            RequestRefused: not in this isolation tier, too many sessions, or the id is taken.
+        """
+        if not self.tier.namespaces:
+            # State is kept by forking, and only a pid namespace makes sure that a fork can be found and ended.
+            raise RequestRefused(f"sessions need isolation 'strong'; this server runs {self.tier.isolation.value!r}")
+        return self.sessions.open(session_id)
+
     def check_room(self, count: int) -> None:
         """Raise ``Overloaded`` unless ``count`` more requests fit."""
         if self._closing:
@@ -163,7 +181,8 @@ class Dispatcher:
 
     def _check_size(self, request: ExecutionRequest) -> None:
         limits = self.limits
-        for name, text, most in (("code", request.code, limits.code_bytes), ("stdin", request.stdin, limits.stdin_bytes)):
+        sizes = (("code", request.code, limits.code_bytes), ("stdin", request.stdin, limits.stdin_bytes))
+        for name, text, most in sizes:
             if text and (len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most):
                 raise RequestRefused(f"{name!r} is larger than {most} bytes")
 
@@ -185,34 +204,69 @@ class Dispatcher:
             self._release_slot()
 
     async def _run(self, request: ExecutionRequest, queue_seconds: float) -> ExecutionResult:
-        """Run on a zygote; when the zygote or the child is lost to an outside cause, once more on another."""
         wall = min(request.timeout or self.limits.wall_seconds, self.limits.wall_seconds)
-        kind = kind_of(request.code)
-        for attempt in (1, 2):
-            if attempt == 2:
-                self.counters.retried += 1
-            try:
-                worker = await self._take_worker(kind)
-            except WorkerLost as error:
-                result = ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
-                continue
+        if request.session_id is not None:
+            return await self._run_turn(request, request.session_id, wall, queue_seconds)
+        result = await self._run_once(request, wall, queue_seconds, attempt=1)
+        if result.outcome is Outcome.INFRA:
+            # The zygote or the child was lost to an outside cause. Stateless work can simply be done again.
+            self.counters.retried += 1
+            result = await self._run_once(request, wall, queue_seconds, attempt=2)
+        return result
+
+    async def _run_once(
+        self, request: ExecutionRequest, wall: float, queue_seconds: float, attempt: int
+    ) -> ExecutionResult:
+        try:
+            worker = await self._take_worker(kind_of(request.code))
             try:
                 run = await worker.run(request, wall)
-            except WorkerLost as error:
-                self.counters.zygotes_lost += 1
-                self._discard(worker)
-                result = ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
-                continue
-            except BaseException:
+            finally:
                 self._give_back(worker)
-                raise
+        except WorkerLost as error:
+            return ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
+        return build_result(
+            request, run, self.limits, self.tier.isolation, self.tier.runtime, wall, queue_seconds, attempt
+        )
+
+    async def _run_turn(
+        self, request: ExecutionRequest, session_id: str, wall: float, queue_seconds: float
+    ) -> ExecutionResult:
+        """Run one turn of a session. A turn is never repeated: its session's state may have gone with it."""
+        isolation = self.tier.isolation
+        session = self.sessions.get(session_id)
+        async with session.turn:
+            self.sessions.touch(session_id, session)
+            if session.lost:
+                return ExecutionResult.infra(request.request_id, f"the session is lost: {session.lost}", isolation)
+            try:
+                if session.process is None:
+                    await self._start_session(session, kind_of(request.code))
+                assert session.process is not None
+                run = await session.process.run(request, wall)
+            except (WorkerLost, asyncio.CancelledError) as error:
+                session.lost = str(error) or "a turn was cancelled"
+                await self._end_session(session)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                return ExecutionResult.infra(request.request_id, f"the session is lost: {session.lost}", isolation)
+            finally:
+                self.sessions.touch(session_id, session)
+        return build_result(request, run, self.limits, isolation, self.tier.runtime, wall, queue_seconds, attempts=1)
+
+    async def _start_session(self, session: Session, kind: str) -> None:
+        worker = await self._take_worker(kind)
+        try:
+            session.process = await worker.open_session(SESSION_SECONDS)
+        except BaseException:
             self._give_back(worker)
-            result = build_result(
-                request, run, self.limits, self.tier.isolation, self.tier.runtime, wall, queue_seconds, attempt
-            )
-            if result.outcome is not Outcome.INFRA:
-                break
-        return result
+            raise
+        session.process.on_close = self._give_back
+
+    async def _end_session(self, session: Session) -> None:
+        process, session.process = session.process, None
+        if process is not None:
+            await process.close()
 
     def _count(self, result: ExecutionResult) -> ExecutionResult:
         self.counters.outcomes[result.outcome.value] += 1
@@ -253,6 +307,7 @@ class Dispatcher:
             worker = self._idle[kind].pop()
             if worker.alive:
                 return worker
+            self.counters.zygotes_lost += 1
             self._discard(worker)
         return await self._new_worker(kind)
 
@@ -272,6 +327,8 @@ class Dispatcher:
         if worker.alive and worker.executions < RECYCLE_AFTER and not self._closing:
             self._idle[worker.kind].append(worker)
         else:
+            if not worker.alive:
+                self.counters.zygotes_lost += 1
             self._discard(worker)
 
     def _discard(self, worker: Worker) -> None:
@@ -289,6 +346,7 @@ class Dispatcher:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self.sessions.close_all()
         for worker in self.zygotes:
             self._discard(worker)
 

@@ -63,7 +63,7 @@ class Tier:
         self._policies: dict[bool, str] = {}
         if self.confined:
             try:
-                self._policies = {fork: compile_policy(allow_fork=fork).hex() for fork in (False, True)}
+                self._policies = {sessions: compile_policy(sessions).hex() for sessions in (False, True)}
             except SeccompUnavailable as error:
                 raise TierUnavailable(str(error)) from error
         if self.namespaces and runtime.bwrap is None:

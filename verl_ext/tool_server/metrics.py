@@ -27,6 +27,7 @@ def render_metrics(dispatcher: Dispatcher) -> str:
         ("zygotes_started_total", "counter", "Zygotes started.", counters.zygotes_started),
         ("zygotes_lost_total", "counter", "Zygotes that died at work.", counters.zygotes_lost),
         ("zygotes", "gauge", "Zygotes alive.", len(dispatcher.zygotes)),
+        ("sessions", "gauge", "Sessions open.", len(dispatcher.sessions)),
         ("workers", "gauge", "Executions that may run at once.", dispatcher.workers),
         ("running", "gauge", "Executions running.", dispatcher.running),
         ("waiting", "gauge", "Executions waiting for a worker.", dispatcher.waiting),

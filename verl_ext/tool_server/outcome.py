@@ -7,7 +7,7 @@ import signal
 
 from verl_ext.tool_server.runtime import Runtime
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Limits, Outcome
-from verl_ext.tool_server.worker import RawRun
+from verl_ext.tool_server.channel import RawRun
 
 # Status bytes, as inside/runner.py writes them (it cannot be imported here: it is not part of this process's world).
 _SYNTAX_ERROR, _MEMORY = b"S", b"M"
@@ -93,7 +93,7 @@ def _note(outcome: Outcome, run: RawRun, limits: Limits, wall_seconds: float) ->
 
 
 def join_output(stdout: str, stderr: str, note: str, kept: int) -> tuple[str, bool]:
-    """The text for the model: stdout, stderr, note, at most ``kept`` characters of it. Returns it and whether it was cut."""
+    """The text for the model: stdout, stderr, note; at most ``kept`` characters. Returns it and whether it was cut."""
     parts = [part for part in (stdout, stderr) if part]
     text = "".join(part if part.endswith("\n") or part is parts[-1] else part + "\n" for part in parts)
     cut = len(text) > kept

@@ -18,10 +18,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_ext.tool_server.isolation import FIRST_UID, Tier, TierUnavailable, runtime_readable_by_payload, why_unavailable
+from verl_ext.tool_server.isolation import (
+    FIRST_UID,
+    Tier,
+    TierUnavailable,
+    runtime_readable_by_payload,
+    why_unavailable,
+)
 from verl_ext.tool_server.runtime import Runtime
 from verl_ext.tool_server.types import MIB, ExecutionRequest, Isolation, Limits
-from verl_ext.tool_server.worker import RawRun, Worker, WorkerLost
+from verl_ext.tool_server.channel import RawRun, WorkerLost
+from verl_ext.tool_server.worker import Worker
 
 logger = logging.getLogger(__name__)
 _LIMITS = Limits(wall_seconds=10, cpu_seconds=5, memory_bytes=128 * MIB, scratch_bytes=4 * MIB)

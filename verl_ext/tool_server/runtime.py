@@ -206,7 +206,7 @@ def _copy_distribution(distribution: importlib.metadata.Distribution, site: Path
 
 
 def _is_test(parts: tuple[str, ...]) -> bool:
-    """Test modules are a third of numpy, scipy and sympy. Other files of a tests folder stay: numpy.testing uses some."""
+    """Test modules are a third of these packages. Other files of a tests folder stay: numpy.testing uses some."""
     return "tests" in parts[1:-1] and parts[-1].startswith("test_")
 
 

@@ -17,9 +17,9 @@ PID_MARKER = 0x5EC0DE51
 
 _ALWAYS = """
 read write readv writev pread64 pwrite64 preadv pwritev close close_range lseek fsync fdatasync
-stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd getdents64 getdents
+stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd getdents64
 open openat creat mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat
-truncate ftruncate fallocate utimensat utime utimes futimesat umask chdir fchdir flock fadvise64 copy_file_range sendfile
+getdents truncate ftruncate fallocate utimensat utime utimes futimesat umask chdir fchdir flock fadvise64 sendfile
 mmap mprotect munmap mremap madvise brk msync mincore
 pipe pipe2 dup dup2 dup3 select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
 epoll_pwait2 eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime
@@ -35,7 +35,7 @@ getsockopt getsockname getpeername recvfrom shutdown
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # DUPFD..SETFL, record locks, DUPFD_CLOEXEC, GETPIPE_SZ
 _IOCTL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX
 _PRCTL_OPTIONS = (3, 15, 16, 21, 39)  # GET_DUMPABLE, SET_NAME, GET_NAME, GET_SECCOMP, GET_NO_NEW_PRIVS
-_SOCK_STREAM, _SOCK_FLAGS = 1, 0o2000000 | 0o4000  # SOCK_CLOEXEC | SOCK_NONBLOCK
+_SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_FLAGS = 1, 5, 0o2000000 | 0o4000  # SOCK_CLOEXEC | SOCK_NONBLOCK
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = 0x7E020000 | 0x00000080  # every CLONE_NEW*
 _SIGKILL, _SIGSTOP = 9, 19
@@ -45,8 +45,11 @@ class SeccompUnavailable(RuntimeError):
     """libseccomp or its Python binding is missing; the message says what to install."""
 
 
-def compile_policy(allow_fork: bool = False) -> bytes:
-    """Return the filter as classic BPF. ``allow_fork`` (sessions, inside their own pid namespace) permits plain fork.
+def compile_policy(sessions: bool = False) -> bytes:
+    """Return the filter as classic BPF.
+
+    ``sessions``: for processes that keep state by forking. Permits plain fork, signals, and passing descriptors, which
+    is safe only inside pid, network and mount namespaces of their own (the strong tier).
 
     Raises:
         SeccompUnavailable: pyseccomp or libseccomp is not installed.
@@ -66,8 +69,11 @@ def compile_policy(allow_fork: bool = False) -> bytes:
         _add(policy, s.ALLOW, name)
     # glibc falls back to clone() on ENOSYS; clone3's flags lie behind a pointer that a filter cannot read.
     _add(policy, s.ERRNO(errno.ENOSYS), "clone3")
-    no_namespaces = _CLONE_NAMESPACES | (0 if allow_fork else _CLONE_THREAD)
-    policy.add_rule(s.ALLOW, "clone", s.Arg(0, s.MASKED_EQ, no_namespaces, 0 if allow_fork else _CLONE_THREAD))
+    policy.add_rule(s.ALLOW, "clone", s.Arg(0, s.MASKED_EQ, _CLONE_NAMESPACES | _CLONE_THREAD, _CLONE_THREAD))
+    if sessions:
+        policy.add_rule(s.ALLOW, "clone", s.Arg(0, s.MASKED_EQ, _CLONE_NAMESPACES, 0))
+        for name in ("fork", "vfork", "kill", "tgkill", "recvmsg", "sendmsg"):
+            _add(policy, s.ALLOW, name)
     for command in _FCNTL_COMMANDS:
         policy.add_rule(s.ALLOW, "fcntl", s.Arg(1, s.EQ, command))
     for request in _IOCTL_REQUESTS:
@@ -82,10 +88,17 @@ def compile_policy(allow_fork: bool = False) -> bytes:
         s.Arg(0, s.EQ, 1),
         s.Arg(1, s.MASKED_EQ, 0xFFFFFFFF & ~_SOCK_FLAGS, _SOCK_STREAM),
     )
+    if sessions:  # the supervisor's line to its holders
+        policy.add_rule(
+            s.ALLOW,
+            "socketpair",
+            s.Arg(0, s.EQ, 1),
+            s.Arg(1, s.MASKED_EQ, 0xFFFFFFFF & ~_SOCK_FLAGS, _SOCK_SEQPACKET),
+        )
     policy.add_rule(s.ALLOW, "sendto", s.Arg(4, s.EQ, 0))
     # Signals to itself only. Not SIGKILL or SIGSTOP: a SIGKILL must always mean somebody else, so that it can be
     # attributed (deadline, kernel, operator) without asking the program.
-    for name, signal_argument in (("kill", 1), ("tgkill", 2)):
+    for name, signal_argument in () if sessions else (("kill", 1), ("tgkill", 2)):
         own = s.Arg(0, s.EQ, PID_MARKER)
         policy.add_rule(s.ALLOW, name, own, s.Arg(signal_argument, s.LT, _SIGKILL))
         for number in range(_SIGKILL + 1, _SIGSTOP):

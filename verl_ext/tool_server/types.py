@@ -15,6 +15,7 @@ from typing import Any
 
 KIB = 1024
 MIB = 1024 * KIB
+MAX_ID = 128  # characters in a request or session id
 
 
 class Outcome(str, enum.Enum):
@@ -89,7 +90,8 @@ class ExecutionRequest:
         if not isinstance(data.get("code"), str):
             raise ValueError("'code' must be a string")
         timeout = data.get("timeout")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and timeout > 0):
             raise ValueError("'timeout' must be a positive number of seconds")
         for name in ("stdin", "session_id"):
             if data.get(name) is not None and not isinstance(data[name], str):
@@ -97,8 +99,8 @@ class ExecutionRequest:
         if not isinstance(data.get("echo", True), bool):
             raise ValueError("'echo' must be true or false")
         for name in ("session_id", "request_id"):
-            if isinstance(data.get(name), str) and not 0 < len(data[name]) <= 128:
-                raise ValueError(f"{name!r} must have 1 to 128 characters")
+            if isinstance(data.get(name), str) and not 0 < len(data[name]) <= MAX_ID:
+                raise ValueError(f"{name!r} must have 1 to {MAX_ID} characters")
         if data.get("request_id") is None:
             data = {k: v for k, v in data.items() if k != "request_id"}
         elif not isinstance(data["request_id"], str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
@@ -33,6 +34,12 @@ class HttpBackend:
             answer = await self._call("POST", "/v1/batch", {"requests": [request.to_dict() for request in requests]})
             answers = answer["results"]
         return [ExecutionResult.from_dict(answer) for answer in answers]
+
+    async def open_session(self) -> str:
+        return (await self._call("POST", "/v1/sessions", {}))["session_id"]
+
+    async def close_session(self, session_id: str) -> None:
+        await self._call("DELETE", f"/v1/sessions/{quote(session_id, safe='')}", None)
 
     async def health(self) -> dict[str, Any]:
         return await self._call("GET", "/healthz", None)

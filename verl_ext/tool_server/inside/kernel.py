@@ -1,4 +1,4 @@
-"""The few Linux calls the sandbox needs that Python does not offer: namespaces, mounts, landlock, seccomp, capabilities.
+"""The few Linux calls the sandbox needs that Python does not offer: namespaces, mounts, landlock, seccomp.
 
 Every function raises ``OSError`` on failure; none of them retries, guesses or degrades.
 """

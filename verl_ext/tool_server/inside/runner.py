@@ -1,4 +1,4 @@
-"""Runs one program in an already confined process, the way ``python file.py`` would, plus the echo of a last expression.
+"""Runs one program in an already confined process, as ``python file.py`` would, plus the echo of a last expression.
 
 Not a sandbox: by the time :func:`run` is called the kernel confines the process, and nothing here is relied on for
 safety. The status bytes it writes are hints that let the server tell apart what the kernel cannot (see ``STATUS_*``);
@@ -29,39 +29,55 @@ for _name in __import__("__future__").all_feature_names:
     _FUTURE_FLAGS |= getattr(__import__("__future__"), _name).compiler_flag
 
 
-def run(source: str, echo: bool, status_fd: int) -> int:
-    """Compile and run ``source``; write status bytes to ``status_fd``. Returns the process exit status."""
+def run(
+    source: str,
+    echo: bool,
+    status_fd: int,
+    main: types.ModuleType | None = None,
+    filename: str = FILENAME,
+    last: bool = True,
+) -> int:
+    """Compile and run ``source`` as ``main`` (None: a fresh one); write status bytes to ``status_fd``.
+
+    ``last``: the process ends afterwards, so do what interpreter shutdown does. Returns the process exit status.
+    """
     _fresh_streams()
-    lines = source.splitlines(keepends=True)
-    linecache.cache[FILENAME] = (len(source), None, lines, FILENAME)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     try:
-        parts = compile_program(source, echo)
+        parts = compile_program(source, echo, filename)
     except BaseException:
         os.write(status_fd, STATUS_SYNTAX_ERROR)
         _print_exception()
-        return _finish(1)
+        return _finish(1, last)
+    if main is None:
+        main = fresh_main()
+    os.write(status_fd, STATUS_RUNNING)
+    code = run_parts(parts, main.__dict__, status_fd)
+    return _finish(code, last)
+
+
+def fresh_main() -> types.ModuleType:
+    """A new ``__main__`` with nothing of ours in it."""
     main = types.ModuleType("__main__")
     main.__builtins__ = builtins
     sys.modules["__main__"] = main
     sys.argv = [FILENAME]
-    os.write(status_fd, STATUS_RUNNING)
-    code = run_parts(parts, main.__dict__, status_fd)
-    return _finish(code)
+    return main
 
 
-def compile_program(source: str, echo: bool) -> list[types.CodeType]:
+def compile_program(source: str, echo: bool, filename: str = FILENAME) -> list[types.CodeType]:
     """Compile; with ``echo``, a last expression statement becomes a unit of its own in REPL ("single") mode.
 
     The split is made on the syntax tree, never on the text, so strings, decorators, continuation lines and trailing
     comments cannot confuse it, and line numbers stay those of ``source``.
     """
-    tree = ast.parse(source, FILENAME)
+    tree = ast.parse(source, filename)
     if not (echo and tree.body and isinstance(tree.body[-1], ast.Expr)):
-        return [compile(tree, FILENAME, "exec", dont_inherit=True)]
+        return [compile(tree, filename, "exec", dont_inherit=True)]
     last = ast.Interactive([tree.body.pop()])
-    body = compile(tree, FILENAME, "exec", dont_inherit=True)
+    body = compile(tree, filename, "exec", dont_inherit=True)
     # A `from __future__` import at the top holds for the last line too.
-    return [body, compile(last, FILENAME, "single", flags=body.co_flags & _FUTURE_FLAGS, dont_inherit=True)]
+    return [body, compile(last, filename, "single", flags=body.co_flags & _FUTURE_FLAGS, dont_inherit=True)]
 
 
 def run_parts(parts: list[types.CodeType], namespace: dict[str, object], status_fd: int) -> int:
@@ -95,7 +111,8 @@ def _raise_memory_limit_to_hard() -> None:
 
 def _fresh_streams() -> None:
     """New text streams over descriptors 0-2. Line buffered: a program killed later has still shown what it printed."""
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "replace")
+    stdin = io.BufferedReader(io.FileIO(0, "r", closefd=False))
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(stdin, "utf-8", "replace")
     for fd, name in ((1, "stdout"), (2, "stderr")):
         raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
         stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
@@ -115,9 +132,10 @@ def _print_exception() -> None:
         os.write(2, f"{kind.__name__}\n".encode(errors="replace"))
 
 
-def _finish(code: int) -> int:
+def _finish(code: int, last: bool) -> int:
     """What interpreter shutdown does and programs rely on: join threads, run atexit, flush. Returns the exit status."""
-    for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+    flush = (sys.stdout.flush, sys.stderr.flush)
+    for step in (threading._shutdown, atexit._run_exitfuncs, *flush) if last else flush:
         try:
             step()
         except BaseException:

@@ -20,6 +20,7 @@ import time
 
 import kernel
 import runner
+import session
 
 PRELOAD = {
     "bare": ("collections", "itertools", "functools", "math", "re", "json", "random", "datetime", "statistics",
@@ -71,8 +72,10 @@ def warm(kind: str) -> None:
 class Zygote:
     def __init__(self, control: socket.socket, config: dict) -> None:
         self.control = control
+        self.pid = os.getpid()
         self.namespaces: bool = config["namespaces"]
         self.seccomp: bytes | None = bytes.fromhex(config["seccomp"]) if config["seccomp"] else None
+        self.seccomp_sessions = bytes.fromhex(config["seccomp_sessions"]) if config["seccomp"] else None
         self.seccomp_pid_marker: bytes = bytes.fromhex(config["seccomp_pid_marker"])
         self.scratch: str | None = config["scratch"]
         self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
@@ -104,7 +107,7 @@ class Zygote:
         started = time.monotonic()
         pid = self.fork()
         if pid == 0:
-            self.become_child(order, fds)
+            self.become_session(order, fds) if "session" in order else self.become_child(order, fds)
         pidfd = os.pidfd_open(pid)
         try:
             killed = self.wait(pidfd, started + order["wall"])
@@ -187,6 +190,21 @@ class Zygote:
         finally:
             os._exit(code)
 
+    def become_session(self, order: dict, fds: list[int]) -> None:
+        """In the child: confine this process like any other, but let it fork, and serve turns. Does not return."""
+        try:
+            for fd in (0, 1, 2):
+                os.dup2(self.null, fd)
+            self.confine(order)
+            os.dup2(fds[0], FIRST_FREE_FD - 1)
+            kernel.close_from(FIRST_FREE_FD)
+            if self.seccomp_sessions is not None:
+                kernel.install_seccomp(self.seccomp_sessions)
+            reseed()
+            session.supervise(socket.socket(fileno=FIRST_FREE_FD - 1))
+        finally:
+            os._exit(0)
+
     def confine(self, order: dict) -> None:
         """Everything but seccomp, which would forbid the rest of it."""
         if self.namespaces:
@@ -195,6 +213,8 @@ class Zygote:
         else:
             os.setsid()
             kernel.die_with_parent(signal.SIGKILL)
+            if os.getppid() != self.pid:
+                os._exit(70)  # the zygote died before the line above
         os.chdir(self.scratch or "/")
         set_limits(order)
         kernel.drop_all_capabilities()
@@ -207,7 +227,8 @@ class Zygote:
 def set_limits(order: dict) -> None:
     """rlimits, soft equal to hard except for memory. The kernel sends SIGKILL at the hard CPU limit."""
     for name, value in (
-        (resource.RLIMIT_CPU, order["cpu"]),
+        # A session's supervisor lives long; it limits each turn instead.
+        (resource.RLIMIT_CPU, resource.RLIM_INFINITY if "session" in order else order["cpu"]),
         (resource.RLIMIT_NOFILE, order["files"]),
         (resource.RLIMIT_NPROC, order["threads"]),
         (resource.RLIMIT_FSIZE, order["scratch"]),
@@ -216,10 +237,16 @@ def set_limits(order: dict) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 64),
     ):
-        hard = resource.getrlimit(name)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        resource.setrlimit(name, (at_most_hard(name, value),) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (order["memory"], order["memory"] + HARD_MEMORY_MARGIN))
+
+
+def at_most_hard(name: int, value: int) -> int:
+    """``value``, or the present hard limit where that is lower (RLIM_INFINITY is -1, so min() will not do)."""
+    hard = resource.getrlimit(name)[1]
+    if hard == resource.RLIM_INFINITY:
+        return value
+    return hard if value == resource.RLIM_INFINITY else min(value, hard)
 
 
 def reseed() -> None:

@@ -41,7 +41,7 @@ RELATIVE_SPREAD = 1e-6
 
 #: Elements of a (rows, length) block worked on at once: it stays in the cache, so that a pass over a gigabyte of tokens
 #: allocates no second gigabyte.
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 
 GroupIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any]
 
@@ -222,28 +222,10 @@ def _spread(turn_values: torch.Tensor, runs: _Runs, shape: torch.Size) -> torch.
     return _repeat(values, runs.length, shape.numel()).view(shape)
 
 
-def _repeat(values: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """`torch.repeat_interleave`. On the CPU numpy's, which fills the result directly: torch's builds an index of the
-    result's size first and takes six times as long."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
-    return torch.repeat_interleave(values, counts, output_size=size)
-
-
 def _find_runs(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> _Runs:
     """Runs of the mask and the turn ids together. Without ids, the k-th unmasked run of a row is its turn k."""
     batch, length = response_mask.shape
-    step = max(1, _BLOCK // max(1, length))
-    starts = []
-    for top in range(0, batch, step):
-        mask = response_mask[top : top + step].bool()
-        edge = torch.ones_like(mask)
-        torch.ne(mask[:, 1:], mask[:, :-1], out=edge[:, 1:])
-        if turn_ids is not None:
-            ids = turn_ids[top : top + step]
-            edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-        starts.append(_flat_nonzero(edge) + top * length)
-    start = torch.cat(starts) if starts else torch.zeros(0, dtype=torch.long, device=response_mask.device)
+    start = _run_starts(response_mask, turn_ids)
     row, column = start // max(1, length), start % max(1, length)
     run_length = torch.diff(start, append=start.new_tensor([batch * length]))
     masked = response_mask[row, column].bool()
@@ -253,12 +235,6 @@ def _find_runs(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> _R
     before_row = torch.zeros(batch, dtype=torch.long, device=row.device).index_add_(0, row, masked.long())
     before_row = torch.cumsum(before_row, 0) - before_row
     return _Runs(row, column, run_length, torch.where(masked, seen - 1 - before_row[row], -1), masked)
-
-
-def _flat_nonzero(flags: torch.Tensor) -> torch.Tensor:
-    if flags.device.type == "cpu":  # five times faster than torch's
-        return torch.from_numpy(np.flatnonzero(flags.numpy()))
-    return flags.view(-1).nonzero().squeeze(1)
 
 
 def _turn_starts(runs: _Runs, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,25 +268,100 @@ def _sum_rewards_by_turn(
     """(B, T) float64: a turn's reward is all that lies from its start to the next turn's start.
 
     So a reward on a masked token is not lost (verl writes the score on the last response token, whatever its mask): it
-    belongs to the last turn that began at or before it, or to the first turn when none has. Differences of float64
-    prefix sums: exact for a few float32 rewards a row, and one pass when every token has one (KL in the reward).
+    belongs to the last turn that began at or before it, or to the first turn when none has.
     """
-    batch, length = token_level_rewards.shape
-    turns = starts.shape[1]
-    edges = torch.full((batch, turns + 1), length, device=starts.device)
-    edges[:, :turns][turn_mask] = starts[turn_mask]
-    edges[:, 0] = 0
-    sums = torch.zeros(edges.shape, dtype=torch.float64, device=starts.device)
-    step = max(1, _BLOCK // max(1, length))
-    for top in range(0, batch if turns else 0, step):
-        block = slice(top, top + step)
-        prefix = torch.cumsum(token_level_rewards[block], dim=1, dtype=torch.float64)
-        sums[block] = torch.where(edges[block] > 0, prefix.gather(1, (edges[block] - 1).clamp_min(0)), 0.0)
-    rewards = torch.where(turn_mask, sums.diff(dim=1), 0.0)
+    begins = starts.clone()
+    begins[:, :1] = 0
+    rewards = torch.where(turn_mask, _segment_sums(token_level_rewards, begins, turn_mask), 0.0)
     if not torch.isfinite(rewards).all():
         row = int((~torch.isfinite(rewards)).any(dim=1).nonzero()[0])
         raise ValueError(f"row {row}: a token-level reward is NaN or infinite")
     return rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three passes over all tokens. On the CPU they run in numpy, on views of the same memory: its repeat and nonzero are
+# several times faster than torch's, and one thread without barriers keeps its pace when the trainer's host is busy.
+# Elsewhere they are torch's. The two give the same result; a test compares them.
+
+
+def _run_starts(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
+    """(N,) flat positions at which a row begins or its mask or turn id changes, in order."""
+    if response_mask.device.type == "cpu":
+        return _run_starts_numpy(response_mask, turn_ids)
+    return _run_starts_torch(response_mask, turn_ids)
+
+
+def _run_starts_torch(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
+    mask = response_mask.bool()
+    edge = torch.ones_like(mask)
+    edge[:, 1:] = mask[:, 1:] != mask[:, :-1]
+    if turn_ids is not None:
+        edge[:, 1:] |= turn_ids[:, 1:] != turn_ids[:, :-1]
+    return edge.view(-1).nonzero().squeeze(1)
+
+
+def _run_starts_numpy(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
+    length = response_mask.shape[1]
+    starts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    for block in _row_blocks(response_mask.shape):
+        mask = response_mask[block].numpy() != 0
+        edge = np.ones(mask.shape, dtype=bool)
+        np.not_equal(mask[:, 1:], mask[:, :-1], out=edge[:, 1:])
+        if turn_ids is not None:
+            ids = turn_ids[block].numpy()
+            edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+        starts.append(np.flatnonzero(edge) + block.start * length)
+    return torch.from_numpy(np.concatenate(starts))
+
+
+def _segment_sums(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """(B, T) float64: the sum of `values` (B, L) from each existing begin to the row's next one or its end.
+
+    Begins ascend in a row and the first is 0. Unspecified where none exists.
+    """
+    if values.device.type == "cpu":
+        return _segment_sums_numpy(values, begins, exists)
+    return _segment_sums_torch(values, begins, exists)
+
+
+def _segment_sums_torch(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    length = values.shape[1]
+    ends = torch.nn.functional.pad(torch.where(exists, begins, length)[:, 1:], (0, 1), value=length)
+    prefix = torch.nn.functional.pad(torch.cumsum(values, dim=1, dtype=torch.float64), (1, 0))
+    return prefix.gather(1, ends) - prefix.gather(1, begins.clamp_max(length))
+
+
+def _segment_sums_numpy(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    length = values.shape[1]
+    sums = np.zeros(begins.shape)
+    for block in _row_blocks(values.shape):
+        have = exists[block].numpy()
+        rows, _ = have.nonzero()
+        if len(rows):
+            # A row without a begin must not be summed into the row before it: every row opens a segment.
+            opens = np.arange(len(have)) * length
+            flat = np.concatenate((rows * length + begins[block].numpy()[have], opens[~have.any(axis=1)]))
+            order = np.argsort(flat, kind="stable")
+            wide = values[block].numpy().astype(np.float64).reshape(-1)
+            parts = np.empty(len(flat))
+            parts[order] = np.add.reduceat(wide, flat[order])
+            sums[block][have] = parts[: len(rows)]
+    return torch.from_numpy(sums)
+
+
+def _repeat(values: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """`values[i]`, `counts[i]` times each: (size,). torch's builds an index of that size first."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
+    return torch.repeat_interleave(values, counts, output_size=size)
+
+
+def _row_blocks(shape: torch.Size) -> Iterator[slice]:
+    """The rows of a (B, L) tensor in blocks of about `_BLOCK` elements."""
+    batch, length = shape
+    step = max(1, _BLOCK // max(1, length))
+    return (slice(top, min(top + step, batch)) for top in range(0, batch, step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

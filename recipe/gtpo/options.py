@@ -6,6 +6,7 @@ GTPO here is Group *Turn* Policy Optimization (arXiv 2511.14846), not Group *Tok
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -81,7 +82,7 @@ class GTPOOptions:
 def _build(cls: type, config: Mapping[str, Any], path: str) -> Any:
     if not isinstance(config, Mapping):
         raise ValueError(f"{path}: expected a mapping of options, got {config!r}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     valid = [f.name for f in fields(cls)]
     values = {}
     for key, value in config.items():
@@ -91,6 +92,11 @@ def _build(cls: type, config: Mapping[str, Any], path: str) -> Any:
             raise ValueError(f"{path}: unknown option {key!r}.{hint} Valid options: {', '.join(valid)}.")
         values[key] = _coerce(hints[key], value, f"{path}.{key}")
     return cls(**values)
+
+
+@functools.cache  # the estimator reads its options every step
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:

@@ -21,7 +21,6 @@ from verl.experimental.agent_loop.agent_loop import (
     AgentLoopMetrics,
     AgentLoopOutput,
     ToolListWrap,
-    register,
 )
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.reward import get_custom_reward_fn
@@ -33,13 +32,13 @@ from recipe.gtpo.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOut
 TRAJECTORY = "trajectory"
 
 
-@register("gtpo_agent")
 class GTPOAgentLoop(AgentLoopBase):
     """Chat with the policy, run its tool calls, record turns.
 
-    Limits come from verl's own `rollout.multi_turn.*` keys. Tools are verl tools (`multi_turn.tool_config_path`); a tool
-    may report an outcome of the closed set in its metrics ("outcome"), otherwise it is "ok", or "error" when it raises.
-    The raw outcome comes from `reward.custom_reward_function`, called with the *final assistant turn* only.
+    Limits are verl's own `rollout.multi_turn.*` keys. Tools are verl tools (`multi_turn.tool_config_path`). A tool
+    may report an outcome of the tool server's closed set in its metrics ("outcome"), otherwise it is "ok"; one that
+    raises is "infra". The raw outcome comes from `reward.custom_reward_function`, called with the *final assistant
+    turn* only.
     """
 
     def __init__(self, *args: Any, tools: ToolListWrap | None = None, **kwargs: Any) -> None:
@@ -57,7 +56,7 @@ class GTPOAgentLoop(AgentLoopBase):
         self.response_length = self.rollout_config.response_length
         self.score = get_custom_reward_fn(self.config)
         if self.score is None:
-            raise ValueError("gtpo_agent needs reward.custom_reward_function.path and .name (the task= configs set them)")
+            raise ValueError("gtpo_agent needs reward.custom_reward_function.path and .name (a task= sets them)")
         eos = self.tokenizer.eos_token_id
         self.eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
 
@@ -81,8 +80,10 @@ class GTPOAgentLoop(AgentLoopBase):
             )
             seconds["generate"] += time.perf_counter() - began
             if not output.token_ids:
-                raise RuntimeError(f"the rollout server generated nothing for a turn (stop_reason={output.stop_reason})")
-            versions += [v for k in ("min_global_steps", "max_global_steps") if (v := output.extra_fields.get(k)) is not None]
+                raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
+            for key in ("min_global_steps", "max_global_steps"):
+                if output.extra_fields.get(key) is not None:
+                    versions.append(output.extra_fields[key])
             merged, mask, log_probs = await self.ct_merge_assistant_token(
                 ids, output.token_ids, mask, log_probs, assistant_logprobs=output.log_probs
             )
@@ -105,8 +106,8 @@ class GTPOAgentLoop(AgentLoopBase):
                 if any(o.outcome == "infra" for o in outcomes):
                     finish = Finish.INFRA
                 else:
-                    before = messages + [{"role": "assistant", "content": text}]
-                    messages = before + [{"role": "tool", "content": o.output} for o in outcomes]
+                    before = [*messages, {"role": "assistant", "content": text}]
+                    messages = [*before, *({"role": "tool", "content": o.output} for o in outcomes)]
                     context, new_mask, new_log_probs = await self.ct_merge_context_msg(
                         before, messages, ids, mask, log_probs, tools=self.tool_schemas
                     )
@@ -122,7 +123,7 @@ class GTPOAgentLoop(AgentLoopBase):
             prompt_ids=ids[: len(ids) - len(mask)],
             response_ids=ids[len(ids) - len(mask) :],
             response_mask=mask,
-            response_logprobs=log_probs if any(m and p for m, p in zip(mask, log_probs, strict=True)) else None,
+            response_logprobs=log_probs if self.rollout_config.calculate_log_probs else None,
             # The raw outcome. On training rows the trainer replaces it by turn rewards; validation keeps it.
             reward_score=trajectory.acc,
             num_turns=len(turns),
@@ -158,8 +159,8 @@ class GTPOAgentLoop(AgentLoopBase):
             if call.error is not None:
                 jobs.append(_said(ToolOutcome("malformed", f"Error: {call.detail}", 0.0)))
             elif allowed == 0:
-                limit = self.limits.max_parallel_calls
-                jobs.append(_said(ToolOutcome("over_limit", f"Error: at most {limit} call(s) per turn; not run", 0.0)))
+                text = f"Error: not run: at most {self.limits.max_parallel_calls} tool call(s) a turn"
+                jobs.append(_said(ToolOutcome("over_limit", text, 0.0)))
             else:
                 allowed -= 1
                 jobs.append(self._execute(call))
@@ -173,7 +174,7 @@ class GTPOAgentLoop(AgentLoopBase):
             response, _, metrics = await tool.execute(instance_id, call.arguments)
             outcome = metrics.get("outcome", "ok")
         except Exception as e:
-            # A tool that raises is broken, whatever the model wrote: the tool server answers failing code with a result.
+            # A tool that raises is broken, whatever the model wrote: failing code is a result, not an exception.
             response, outcome = ToolResponse(text=f"Error: {type(e).__name__}: {e}"), "infra"
         finally:
             await tool.release(instance_id)

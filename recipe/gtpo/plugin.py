@@ -1,7 +1,7 @@
 """What `import verl` loads in every process, through the entry point `verl.plugins` (pyproject.toml).
 
-It makes our names known to verl's registries, so that `algorithm.adv_estimator=gtpo` works in any verl command, not only
-in ours. verl logs a failing plugin at DEBUG only; `assert_registered` turns that into an error at start-up.
+It makes our names known to verl's registries, so that `algorithm.adv_estimator=gtpo` works in any verl command, not
+only in ours. verl logs a failing plugin at DEBUG only; `assert_registered` turns that into an error at start-up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     # The platform first: verl resolves it once, at the first question any of its modules asks. An accelerator run
     # imports none of this.
-    import verl_ext.cpu.platform  # noqa: I001
+    import verl_ext.cpu.platform
     import verl_ext.cpu.rollout  # noqa: F401
 
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est

@@ -2,11 +2,12 @@
 
 verl builds the group from the string "cpu:gloo,<device>:<backend>"; with the device "cpu" that names the CPU twice and
 torch refuses it. verl skips the step when a group exists, so these workers make one first.
+
+A stock verl command finds `cpu_sync` with VERL_USE_EXTERNAL_MODULES=verl_ext.cpu.platform,verl_ext.cpu.workers: in this
+order, because verl asks for the platform while it imports its trainers.
 """
 
 from __future__ import annotations
-
-import verl_ext.cpu.platform  # noqa: F401, I001  before any verl module that asks for the platform
 
 import ray
 import torch

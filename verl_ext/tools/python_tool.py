@@ -22,7 +22,7 @@ from verl_ext.tool_server import ToolClient
 class LimitedString(OpenAIFunctionPropertySchema):
     """verl's property schema has no `maxLength`; dump with `serialize_as_any=True` to see it."""
 
-    maxLength: int | None = None  # noqa: N815  JSON schema's own name
+    maxLength: int | None = None
 
 
 class PythonTool(BaseTool):
@@ -78,7 +78,7 @@ class PythonTool(BaseTool):
         """Run `parameters["code"]`.
 
         Returns:
-            (text for the model, 0.0, {"outcome": tool server outcome, "seconds": wall seconds, "detail": for operators}).
+            (text for the model, 0.0, {"outcome": of the closed set, "seconds": wall time, "detail": for operators}).
             A failing server is the outcome "infra", never an exception and never charged to the code.
         """
         result = await self.client.run(parameters["code"], timeout=self.config.get("timeout"))

@@ -1,0 +1,86 @@
+"""Compose and check a run's configuration. Everything that can be wrong before a process starts is found here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.gtpo.options import GTPOOptions
+
+CONFIG_DIR = Path(__file__).parent / "config"
+
+#: hardware -> rollouts that make sense on it.
+ROLLOUTS = {
+    "cpu": ("transformers",),
+    "single_gpu": ("vllm", "sglang"),
+    "single_node": ("vllm", "sglang"),
+    "multi_node": ("vllm", "sglang"),
+}
+
+
+def register() -> None:
+    """Make the options (`gtpo_options`) and the resolver `gtpo_config` known; call before hydra composes."""
+    ConfigStore.instance().store(name="gtpo_options", node=asdict(GTPOOptions()))
+    OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run. The message is one line: what is wrong and what to do."""
+
+
+def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
+    """Raise ConfigError where a run could not start or would not mean what it says.
+
+    Args:
+        config: the composed configuration.
+        choices: hydra's `runtime.choices` (which file of each group was taken).
+    """
+    hardware, rollout = choices.get("hardware"), choices.get("rollout")
+    if rollout not in ROLLOUTS[hardware]:
+        raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={ROLLOUTS[hardware][0]}")
+    try:
+        options = GTPOOptions.from_config(config.algorithm.get("gtpo"))
+    except ValueError as e:
+        raise ConfigError(f"algorithm.gtpo: {e}") from e
+    if not config.trainer.use_v1:
+        raise ConfigError("trainer.use_v1=false: GTPO runs on verl's V1 trainer only")
+    mode = config.trainer.v1.trainer_mode
+    modes = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
+    if mode not in modes:
+        raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(modes)}")
+    filters = config.algorithm.filter_groups
+    if filters.enable and filters.metric != "acc":
+        raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
+    missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
+    return options
+
+
+#: Mandatory keys of verl's defaults that nothing reads in our runs (no reward model).
+_UNUSED_MANDATORY = {"reward.reward_model.rollout.name"}
+
+
+def check_paths(config: DictConfig) -> None:
+    """Raise ConfigError for a model or data file that is not there."""
+    model = config.actor_rollout_ref.model.path
+    if model is None:
+        raise ConfigError("actor_rollout_ref.model.path is not set: a local folder or a hub name")
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+    if looks_local and not Path(os.path.expanduser(model)).is_dir():
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={model} is not a folder: download the model there, or give its hub name "
+            "(for example Qwen/Qwen2.5-7B-Instruct)"
+        )
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        if files is None:
+            raise ConfigError(f"data.{key} is not set: a parquet or jsonl file in verl's format")
+        for file in [files] if isinstance(files, str) else files:
+            if not Path(os.path.expanduser(file)).is_file():
+                raise ConfigError(f"data.{key}: {file} does not exist; see the README on how to make it")

@@ -1,0 +1,122 @@
+"""What the user sees of a run: one bar while it trains, a few lines at the end. Both read the run's own record."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from recipe.gtpo.run_record import RunRecord
+
+#: Shown beside the bar: name -> metric of a training step.
+_SHOWN = {
+    "acc": "gtpo/acc/mean",
+    "turns": "gtpo/turns/mean",
+    "tool_errors": "gtpo/tool/error_rate",
+}
+_POLL_SECONDS = 0.5
+
+
+class Progress:
+    """A context manager: follows metrics.jsonl in a thread and draws a bar (on a terminal) or a line a step."""
+
+    def __init__(self, record: RunRecord, total_steps: int, out: TextIO = sys.stderr) -> None:
+        self._record = record
+        self._total = total_steps
+        self._out = out
+        self._began = time.time()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._bar: tqdm | None = None
+        before = record.read_metrics()
+        self._seen = before[-1]["step"] if before else -1
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        self._draw()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            self._draw()
+
+    def _draw(self) -> None:
+        for line in self._record.read_metrics():
+            step, metrics = line["step"], line["metrics"]
+            if step <= self._seen:
+                continue
+            self._seen = step
+            validation = validation_accuracy(metrics)
+            if validation is not None:
+                self._print(f"step {step}: held-out accuracy {validation:.3f}")
+            shown = {name: metrics[key] for name, key in _SHOWN.items() if key in metrics}
+            if not shown:
+                continue
+            if self._bar is None:
+                self._bar = tqdm(total=self._total, initial=step - 1, desc="training", unit="step", file=self._out)
+            self._bar.set_postfix_str(" ".join(f"{k}={v:.2f}" for k, v in shown.items()), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._out)
+        else:
+            print(text, file=self._out, flush=True)
+
+
+def validation_accuracy(metrics: Mapping[str, float]) -> float | None:
+    """Mean of the raw outcome over all validation sets, or None when the step did not validate."""
+    values = [v for k, v in metrics.items() if k.startswith("val-core/") and "/acc/mean@" in k]
+    return sum(values) / len(values) if values else None
+
+
+def _validation_mean(metrics: Mapping[str, float], name: str) -> float | None:
+    values = [v for k, v in metrics.items() if k.startswith("val-aux/") and f"/{name}/mean@" in k]
+    return sum(values) / len(values) if values else None
+
+
+def summarize(record: RunRecord, config: DictConfig, seconds: float | None = None) -> dict[str, Any]:
+    """Write summary.json and print it: validation before and after, and where everything is."""
+    validated = [line for line in record.read_metrics() if validation_accuracy(line["metrics"]) is not None]
+    if not validated:
+        print(f"gtpo: done, without validation; outputs in {record.dir}")
+        return {}
+    first, last = validated[0], validated[-1]
+    names = ("first_turn_call", "malformed_call", "tool_error", "turns")
+    summary: dict[str, Any] = {
+        "method": config.method,
+        "task": config.task.name,
+        "seed": config.seed,
+        "steps": [first["step"], last["step"]],
+        "accuracy": [validation_accuracy(first["metrics"]), validation_accuracy(last["metrics"])],
+        **{name: [_validation_mean(line["metrics"], name) for line in (first, last)] for name in names},
+    }
+    if seconds is not None:
+        summary["seconds"] = round(seconds, 1)
+    record.write_summary(summary)
+    rows = {
+        "held-out accuracy": "accuracy",
+        "first turn calls the tool": "first_turn_call",
+        "has a malformed call": "malformed_call",
+        "has failing code": "tool_error",
+        "turns": "turns",
+    }
+    print(f"\n{config.method} on {config.task.name}, seed {config.seed}")
+    print(f"{'':28}{'step ' + str(first['step']):>10}{'step ' + str(last['step']):>10}")
+    for label, key in rows.items():
+        before, after = summary[key]
+        if before is not None and after is not None:
+            print(f"{label:28}{before:10.3f}{after:10.3f}")
+    print(f"outputs: {record.dir}", flush=True)
+    return summary

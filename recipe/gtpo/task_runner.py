@@ -1,0 +1,53 @@
+"""verl's TaskRunner with our trainers known to it and a watch on everything it starts."""
+
+from __future__ import annotations
+
+import ray
+from verl.trainer.main_ppo import TaskRunnerV1
+
+import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
+from recipe.gtpo.watchdog import ActorWatch, write_cause
+
+# verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
+# tests/gtpo/test_task_runner.py breaks when it moves.
+_TaskRunner = TaskRunnerV1.__ray_metadata__.modified_class
+
+
+@ray.remote
+class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
+    """Runs the trainer in its own process; ends it when a part of the run dies."""
+
+    def init_agent_loop_manager(self) -> None:
+        super().init_agent_loop_manager()
+        self.watch = ActorWatch(self._parts(), self.config.run_dir, self.config.watchdog.poll_seconds)
+        self.watch.start()
+
+    def run(self, config) -> None:
+        self.watch: ActorWatch | None = None
+        try:
+            super().run(config)
+        except BaseException as e:
+            # The error may be a consequence: an actor found dead is the better answer.
+            cause = self.watch.find_dead(timeout=2.0) if self.watch is not None else None
+            write_cause(config.run_dir, cause or f"{type(e).__name__}: {_first_line(e)}")
+            raise
+        finally:
+            if self.watch is not None:
+                self.watch.stop()
+
+    def _parts(self):
+        trainer = self.trainer
+        for worker in trainer.actor_rollout_wg.workers:
+            yield "training worker", worker
+        for replica in trainer.llm_server_manager.get_replicas():
+            for server in replica.servers:
+                yield "rollout server", server
+        for worker in self.agent_loop_manager.agent_loop_workers:
+            yield "agent loop worker", worker
+        for worker in trainer.get_reward_handles() or ():
+            yield "reward worker", worker
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""

@@ -1,0 +1,181 @@
+"""GTPO on verl's V1 trainers: the recorded turns of a batch become turn rewards before verl computes advantages.
+
+    TransferQueue: trajectories -> `assign_credit` -> rm_scores (turn by turn) -> verl's own `_compute_advantage`
+
+One mixin for verl's sync, colocate_async and separate_async trainers. It serves the baselines too: their estimator sums
+the same rewards over the trajectory.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+import torch
+import transfer_queue as tq
+from omegaconf import open_dict
+from tensordict import NonTensorStack, TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.device import get_device_name
+
+from recipe.gtpo.advantage import recorded_turns
+from recipe.gtpo.agent_loop import TRAJECTORY
+from recipe.gtpo.credit import Credit, assign_credit
+from recipe.gtpo.metrics import credit_metrics, log_prob_gap_by_turn
+from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.similarity import make_similarity
+from recipe.gtpo.turns import Trajectory
+
+if get_device_name() == "cpu":
+    from verl_ext.cpu.workers import CPUWorkersMixin as _Workers
+else:
+
+    class _Workers:  # type: ignore[no-redef]
+        """On an accelerator verl's own workers stay."""
+
+
+class GTPOTrainerMixin(_Workers):
+    """Put it before one of verl's trainer classes."""
+
+    #: verl's name of the trainer that it extends. verl compares trainer_mode with "sync" in several places, and reads
+    #: trainer.v1.<mode> by it, so the registered name ends here.
+    base_mode: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        self.options = GTPOOptions.from_config(config.algorithm.get("gtpo"))
+        self.similarity = make_similarity(self.options.shaping.similarity) if self.options.shaping.enable else None
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = self.base_mode
+        super().__init__(config)
+        self.record = RunRecord(config.run_dir)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        began = time.perf_counter()
+        fields = ["uid", "extra_fields", "response_mask", "rollout_log_probs", "old_log_probs"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        trajectories = read_trajectories(batch, list(rows["extra_fields"]))
+        uids = list(rows["uid"])
+        lengths = rows["response_mask"].offsets().diff().tolist()
+        credit = assign_credit(trajectories, uids, self.options, self.similarity)
+        write_rewards(batch, credit, uids, rows["response_mask"])
+        turn_ids = credit.turn_ids(max(lengths))
+        seconds = time.perf_counter() - began
+
+        with recorded_turns(turn_ids, credit.solved):
+            batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+
+        began = time.perf_counter()
+        # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
+        fields = ["advantages", "returns"]
+        result = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        returns, advantages = (at_turn_ends(result[name], credit) for name in ("returns", "advantages"))
+        metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
+        if "rollout_log_probs" in rows:
+            metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
+        if self.global_steps % self.config.trajectory_freq == 0:  # type: ignore[attr-defined]
+            self._record_trajectories(trajectories, credit, advantages)
+        metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
+        return batch
+
+    # -- record -----------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()  # type: ignore[misc]
+        if self.global_steps == 0:  # type: ignore[attr-defined]  later ones come with their step's metrics
+            self.record.write_metrics(0, metrics)
+        return metrics
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)  # type: ignore[misc]
+        metrics["gtpo/credit_share_of_step"] = metrics["gtpo/credit_seconds"] / timing_raw["step"]
+        self.record.write_metrics(global_steps, metrics)
+
+    def _record_trajectories(
+        self, trajectories: list[Trajectory | None], credit: Credit, advantages: torch.Tensor
+    ) -> None:
+        rewards = credit.rewards.combined
+        self.record.write_trajectories(
+            self.global_steps,  # type: ignore[attr-defined]
+            (
+                {
+                    "group": credit.group_ids[i],
+                    "dropped": bool(credit.dropped[i]),
+                    "turn_rewards": rewards[i][credit.turn_mask[i]].tolist(),
+                    "advantages": advantages[i][credit.turn_mask[i]].tolist(),
+                    **trajectory.to_dict(),
+                }
+                for i, trajectory in enumerate(trajectories)
+                if trajectory is not None
+            ),
+        )
+
+
+def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Trajectory | None]:
+    """The recorded trajectory of every row; None for verl's padding rows, which carry a copy of somebody else's record.
+
+    Raises ValueError for a row without a record, and for a session with several rows (a record is one whole trajectory).
+    """
+    trajectories: list[Trajectory | None] = []
+    for key, tag, fields in zip(batch.keys, batch.tags, extra_fields, strict=True):
+        if tag.get("is_padding", False):
+            trajectories.append(None)
+            continue
+        if not key.endswith("_0"):  # {uid}_{session}_{output}
+            raise ValueError(f"row {key}: this agent loop returns several outputs a session; GTPO needs one")
+        if TRAJECTORY not in fields:
+            raise ValueError(f"row {key} has no recorded turns: set rollout.agent.default_agent_loop=gtpo_agent")
+        trajectories.append(Trajectory.from_dict(fields[TRAJECTORY]))
+    return trajectories
+
+
+def write_rewards(batch: KVBatchMeta, credit: Credit, uids: list[str], response_mask: torch.Tensor) -> None:
+    """Turn rewards to `rm_scores`. Dropped rows leave the loss (zero mask) and every group's statistics (own uid).
+
+    verl treats its padding rows the same way. `response_mask` is the nested mask as stored.
+    """
+    lengths = response_mask.offsets().diff().tolist()
+    fields: dict[str, Any] = {"rm_scores": _nested(credit.token_rewards(lengths))}
+    if credit.dropped.any():
+        rows = response_mask.unbind()
+        masks = [row * 0 if drop else row for row, drop in zip(rows, credit.dropped.tolist(), strict=True)]
+        # verl's loss reads loss_mask, everything else response_mask
+        fields["response_mask"] = _nested(masks)
+        fields["loss_mask"] = _nested(masks)
+        own = [f"dropped-{key}" if d else uid for key, uid, d in zip(batch.keys, uids, credit.dropped, strict=True)]
+        fields["uid"] = NonTensorStack(*own)
+    tq.kv_batch_put(
+        keys=batch.keys,
+        partition_id=batch.partition_id,
+        fields=TensorDict(fields, batch_size=len(batch)),
+    )
+
+
+def at_turn_ends(nested: torch.Tensor, credit: Credit) -> torch.Tensor:
+    """(B, T): the value on the last token of each turn, 0 where there is no turn."""
+    padded = nested.to_padded_tensor(0.0)
+    last = (credit.spans[..., 1] - 1).clamp_min(0)
+    return torch.where(credit.turn_mask, padded.gather(1, last), 0.0)
+
+
+def _nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+@register_trainer("gtpo_sync")
+class GTPOTrainerSync(GTPOTrainerMixin, PPOTrainerSync):
+    base_mode = "sync"
+
+
+@register_trainer("gtpo_colocate_async")
+class GTPOTrainerColocateAsync(GTPOTrainerMixin, PPOTrainerColocateAsync):
+    base_mode = "colocate_async"
+
+
+@register_trainer("gtpo_separate_async")
+class GTPOTrainerSeparateAsync(GTPOTrainerMixin, PPOTrainerSeparateAsync):
+    base_mode = "separate_async"

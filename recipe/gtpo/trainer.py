@@ -31,6 +31,9 @@ from recipe.gtpo.run_record import RunRecord
 from recipe.gtpo.similarity import make_similarity
 from recipe.gtpo.turns import Trajectory
 
+#: Seconds between two looks for finished trajectories. verl's 2.0 is most of a step on a small run and nothing on a large.
+POLL_SECONDS = 0.1
+
 if get_device_name() == "cpu":
     from verl_ext.cpu.workers import CPUWorkersMixin as _Workers
 else:
@@ -53,6 +56,11 @@ class GTPOTrainerMixin(_Workers):
             config.trainer.v1.trainer_mode = self.base_mode
         super().__init__(config)
         self.record = RunRecord(config.run_dir)
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()  # type: ignore[misc]
+        buffer.poll_interval = POLL_SECONDS
+        return buffer
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         began = time.perf_counter()

@@ -58,7 +58,7 @@ def test_law_1_holds_for_ragged_groups_of_one_batch():
 @given(ragged_batches(rewards=(0.0, 1.0, 0.3)))
 def test_law_2_turn_baseline_without_discount_is_verls_grpo_at_turn_0(batch):
     last = torch.zeros_like(batch.rewards)
-    last[:, -1] = batch.rewards.sum(dim=1)  # verl's place for an outcome
+    last[:, -1] = batch.rewards.amax(dim=1)  # verl's place for an outcome
     batch.rewards = last
     ours, _ = gtpo(batch, gamma=1.0, baseline="turn")
     verls, _ = compute_grpo_outcome_advantage(*batch.args)

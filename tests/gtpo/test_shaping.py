@@ -1,0 +1,107 @@
+"""Credit for failed trajectories: who gets it, from whom, how much, and what the backend is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe.gtpo.options import SimilarityOptions
+from recipe.gtpo.shaping import shape_outcomes
+from recipe.gtpo.similarity import TokenJaccard
+
+pytestmark = pytest.mark.unit
+
+
+class Table:
+    """A similarity that is looked up, and remembers what it was asked."""
+
+    def __init__(self, **pairs: float) -> None:
+        self.pairs, self.asked = pairs, []
+
+    def compare(self, groups):
+        self.asked.extend(groups)
+        return [np.array([[self.pairs[x + y] for y in b] for x in a]) for a, b in groups]
+
+
+def shape(outcomes, codes, groups, similarity, alpha=0.5):
+    return shape_outcomes(torch.tensor(outcomes), codes, groups, similarity, alpha).tolist()
+
+
+def test_the_mean_over_the_successes_times_alpha():
+    similarity = Table(cA=0.8, cB=0.4)
+    assert shape([1.0, 0.0, 1.0], ["A", "c", "B"], "ggg", similarity) == pytest.approx([1.0, 0.5 * 0.6, 1.0])
+    assert similarity.asked == [(["c"], ["A", "B"])]
+
+
+def test_a_success_without_code_counts_in_p_with_similarity_0():
+    assert shape([1.0, 0.0, 1.0, 1.0], ["A", "c", "", " \n"], "gggg", Table(cA=0.9))[1] == pytest.approx(0.5 * 0.9 / 3)
+
+
+def test_only_groups_with_both_kinds_of_code_are_asked_about():
+    similarity = Table(xX=0.5)
+    outcomes = [0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    codes = ["a", "b", "c", "d", "", "e", "f", "", "x", "X"]
+    # u: nobody solved it. s: everybody did. e: the failure ran nothing. n: the success ran nothing.
+    shaped = shape(outcomes, codes, "uusseenngg", similarity)
+    assert similarity.asked == [(["x"], ["X"])]
+    assert shaped == [0, 0, 1, 1, 0, 1, 0, 1, 0.25, 1]
+    shape([0.0, 0.0], ["a", "b"], "uu", (untouched := Table()))
+    assert untouched.asked == []
+
+
+def test_opposite_is_no_worse_than_unrelated():
+    assert shape([1.0, 0.0, 1.0], ["A", "c", "B"], "ggg", Table(cA=-0.7, cB=0.4))[1] == pytest.approx(0.5 * 0.2)
+
+
+def test_a_perfect_copy_earns_alpha_and_never_more():
+    copies = ["print(1)"] * 4
+    shaped = shape([1.0, 0.0, 1.0, 0.0], copies, "gggg", TokenJaccard(SimilarityOptions()), alpha=0.99)
+    assert shaped == pytest.approx([1.0, 0.99, 1.0, 0.99])
+    assert shape([1.0, 0.0], ["A", "c"], "gg", Table(cA=1.0000004))[1] == 0.5  # a float32 cosine of equal vectors
+
+
+@pytest.mark.parametrize("answer", [np.array([[np.nan]]), np.array([[1.5]]), np.zeros((1, 2)), np.zeros(1)])
+def test_an_impossible_answer_raises(answer):
+    class Broken:
+        def compare(self, groups):
+            return [answer]
+
+    with pytest.raises(ValueError, match="similarity backend"):
+        shape([1.0, 0.0], ["A", "c"], "gg", Broken())
+
+
+def test_a_failing_backend_raises():
+    class Down:
+        def compare(self, groups):
+            raise ConnectionError("no server")
+
+    with pytest.raises(ConnectionError):
+        shape([1.0, 0.0], ["A", "c"], "gg", Down())
+    assert shape([1.0, 0.0], ["A", "c"], "gg", Down(), alpha=0.0) == [1.0, 0.0]  # nothing to ask
+
+
+def test_what_cannot_be_shaped_is_refused():
+    with pytest.raises(ValueError, match=r"alpha=1.0 must be in \[0, 1\)"):
+        shape([1.0], ["A"], "g", Table(), alpha=1.0)
+    with pytest.raises(ValueError, match=r"row 1: outcome 0.25 is neither 0 nor 1"):
+        shape([1.0, 0.25], ["A", "c"], "gg", Table(cA=1.0))
+    with pytest.raises(ValueError, match="2 outcomes, 1 codes and 2 group ids"):
+        shape([1.0, 0.0], ["A"], "gg", Table())
+
+
+programs = st.sampled_from(["", "a = 1", "a = 2\nprint(a)", "import math", "print(math.pi)", "x"])
+rows = st.lists(st.tuples(st.sampled_from((0.0, 1.0)), programs, st.sampled_from("gh")), min_size=1, max_size=10)
+
+
+@given(rows, st.floats(0, 0.99), st.randoms(use_true_random=False))
+def test_order_does_not_matter_and_closeness_never_pays_as_much_as_success(batch, alpha, random):
+    jaccard = TokenJaccard(SimilarityOptions())
+    outcomes, codes, groups = (list(column) for column in zip(*batch, strict=True))
+    shaped = shape(outcomes, codes, groups, jaccard, alpha)
+    assert all(s == 1 if o else 0 <= s <= alpha + 1e-7 for o, s in zip(outcomes, shaped, strict=True))
+    order = random.sample(range(len(batch)), len(batch))
+    permuted = shape(*([column[i] for i in order] for column in (outcomes, codes, groups)), jaccard, alpha)
+    assert permuted == pytest.approx([shaped[i] for i in order])

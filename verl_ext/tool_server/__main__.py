@@ -16,12 +16,12 @@ from pathlib import Path
 from aiohttp import web
 
 from verl_ext.tool_server.app import build_app
+from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.isolation import TierUnavailable
 from verl_ext.tool_server.probe import reach_tier
 from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, ensure_runtime
 from verl_ext.tool_server.types import KIB, MIB, Limits
-from verl_ext.tool_server.channel import WorkerLost
 
 TOKEN_VARIABLE = "TOOL_SERVER_TOKEN"
 EXIT_CANNOT_START = 3

@@ -16,11 +16,11 @@ from typing import Any
 
 from aiohttp import web
 
+from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher, Overloaded
 from verl_ext.tool_server.metrics import render_metrics
 from verl_ext.tool_server.sessions import RequestRefused
 from verl_ext.tool_server.types import MAX_ID, ExecutionRequest, ExecutionResult, Outcome
-from verl_ext.tool_server.channel import WorkerLost
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 1024 * 1024

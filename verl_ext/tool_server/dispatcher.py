@@ -12,11 +12,11 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.isolation import Tier
 from verl_ext.tool_server.outcome import build_result
 from verl_ext.tool_server.sessions import RequestRefused, Session, SessionTable
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Limits, Outcome
-from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.worker import Worker
 
 KINDS = ("bare", "numpy", "sci")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
+from verl_ext.tool_server.channel import RawRun
 from verl_ext.tool_server.runtime import Runtime
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Limits, Outcome
-from verl_ext.tool_server.channel import RawRun
 
 # Status bytes, as inside/runner.py writes them (it cannot be imported here: it is not part of this process's world).
 _SYNTAX_ERROR, _MEMORY = b"S", b"M"
-_CPU_SLACK_SECONDS = 0.05  # RLIMIT_CPU and wait4's usage are read at slightly different moments
+# The kernel enforces RLIMIT_CPU by counting timer ticks and reports usage by exact accounting; they differ by percents.
+_CPU_LIMIT_REACHED = 0.75
 
 
 def classify(run: RawRun, limits: Limits) -> Outcome:
@@ -25,7 +26,7 @@ def classify(run: RawRun, limits: Limits) -> Outcome:
     if os.WIFSIGNALED(run.status):
         if os.WTERMSIG(run.status) != signal.SIGKILL:
             return Outcome.CRASH
-        if run.killed == "wall" or run.cpu_seconds >= limits.cpu_seconds - _CPU_SLACK_SECONDS:
+        if run.killed == "wall" or run.cpu_seconds >= _CPU_LIMIT_REACHED * limits.cpu_seconds:
             return Outcome.TIMEOUT
         return Outcome.INFRA
     if not run.marks:

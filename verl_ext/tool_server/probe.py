@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_ext.tool_server.channel import RawRun, WorkerLost
 from verl_ext.tool_server.isolation import (
     FIRST_UID,
     Tier,
@@ -27,7 +28,6 @@ from verl_ext.tool_server.isolation import (
 )
 from verl_ext.tool_server.runtime import Runtime
 from verl_ext.tool_server.types import MIB, ExecutionRequest, Isolation, Limits
-from verl_ext.tool_server.channel import RawRun, WorkerLost
 from verl_ext.tool_server.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ def attempt(action):
 attempt(lambda: print(open({secret_file!r}).read()))
 attempt(lambda: open({drop!r} + "/dropped", "w").close())
 attempt(lambda: os.symlink("/", {drop!r} + "/link"))
+attempt(lambda: os.open({open_file!r}, os.O_RDONLY | os.O_TRUNC))
+attempt(lambda: os.truncate({open_file!r}, 0))
+attempt(lambda: os.utime({open_file!r}, (0, 0)))
 attempt(lambda: socket.create_connection(("127.0.0.1", {port}), timeout=1))
 attempt(lambda: socket.socket(socket.AF_UNIX).connect("\\0" + {abstract!r}))
 attempt(lambda: os.kill({victim}, 9))
@@ -107,8 +110,10 @@ async def attack(tier: Tier) -> None:
         run = await worker.run(ExecutionRequest(_EAT_MEMORY), _LIMITS.wall_seconds)
         _require(run.peak_rss_bytes < 2 * _LIMITS.memory_bytes, "a program exceeded its memory limit")
         run = await worker.run(ExecutionRequest(_FILL_SCRATCH), _LIMITS.wall_seconds)
-        allowed = _LIMITS.scratch_bytes if tier.namespaces else 0
-        _require(int(run.stdout.text() or -1) in range(allowed + 1), "a program exceeded its disk limit")
+        written, most = int(run.stdout.text() or -1), _LIMITS.scratch_bytes if tier.namespaces else 0
+        _require(written <= most, "a program exceeded its disk limit")
+        if written < most // 2:
+            raise TierUnavailable(f"the scratch directory cannot be used: {written} of {most} bytes could be written")
     finally:
         worker.close()
 
@@ -125,6 +130,7 @@ class _Targets:
     secret: str
     secret_file: Path
     drop: Path
+    open_file: Path
     tcp: socket.socket
     unix: socket.socket
     victim: subprocess.Popen[bytes]
@@ -133,6 +139,7 @@ class _Targets:
         return _BREAK_OUT.format(
             secret_file=str(self.secret_file),
             drop=str(self.drop),
+            open_file=str(self.open_file),
             port=self.tcp.getsockname()[1],
             abstract=self.unix.getsockname()[1:].decode(),
             victim=self.victim.pid,
@@ -144,6 +151,8 @@ class _Targets:
             raise TierUnavailable(f"a harmless program did not run: {run.stderr.text()[-300:].strip()}")
         _require(self.secret not in output, "a program read a file outside")
         _require(not any(self.drop.iterdir()), "a program wrote outside")
+        _require(self.open_file.read_text() == "whole", "a program emptied a file outside")
+        _require(self.open_file.stat().st_mtime > 0, "a program changed the times of a file outside")
         _require(not _connected(self.tcp), "a program reached a TCP port of this machine")
         _require(not _connected(self.unix), "a program reached a unix socket of this machine")
         _require(self.victim.poll() is None, "a program killed another process")
@@ -161,6 +170,9 @@ def _targets() -> Iterator[_Targets]:
         secret_file.chmod(0o644)
         drop.mkdir()
         drop.chmod(0o777)
+        open_file = Path(name, "open")
+        open_file.write_text("whole")
+        open_file.chmod(0o666)
         identity = {"user": FIRST_UID, "group": FIRST_UID, "extra_groups": []} if os.geteuid() == 0 else {}
         victim = subprocess.Popen(["/bin/sleep", "60"], stdin=subprocess.DEVNULL, cwd="/", **identity)
         tcp, unix = socket.socket(), socket.socket(socket.AF_UNIX)
@@ -170,7 +182,7 @@ def _targets() -> Iterator[_Targets]:
             for listener in (tcp, unix):
                 listener.listen()
                 listener.setblocking(False)
-            yield _Targets(secret, secret_file, drop, tcp, unix, victim)
+            yield _Targets(secret, secret_file, drop, open_file, tcp, unix, victim)
         finally:
             victim.kill()
             victim.wait()

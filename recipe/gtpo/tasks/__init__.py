@@ -1,0 +1,1 @@
+"""Embedded tasks: data, score and a warm-started policy for a machine without a GPU."""

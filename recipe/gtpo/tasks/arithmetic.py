@@ -1,0 +1,267 @@
+r"""Multi-step arithmetic word problems that need the tool: generator, splits, score.
+
+A problem is a chain: a start value, then k steps (add, subtract, multiply), told in one of several wordings. The
+numbers are too large for a tiny policy to compute, small enough to copy: every value on the way has 5 to 8 digits,
+addends have 4, factors have 3. These sizes carry a law that the whole task rests on (tests/tasks/test_arithmetic.py):
+
+    one step, written without spaces, takes at most MAX_CODE_LENGTH characters; any two consecutive steps take more.
+
+So the tool's JSON schema, which limits `code` to MAX_CODE_LENGTH, forces one call a step, and each call needs the
+result of the one before: k steps are k dependent calls.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.gtpo.parsing import extract_answer
+
+DATA_SOURCE = "arithmetic"
+AGENT_NAME = "gtpo_agent"
+SPLITS = ("train", "validation")
+MAX_STEPS = 6
+
+SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
+_START = (10_000, 99_999)
+_OPERANDS = {"add": (1_000, 9_999), "sub": (1_000, 9_999), "mul": (101, 999)}
+#: Every running value, wrong paths excepted. 10_000 * 101 * 101 > 99_999_999: two factors never follow each other.
+VALUE_RANGE = (10_000, 99_999_999)
+#: 8 digits, the operator, 4 digits. The shortest two steps take 14: 5 digits * 3 digits + 4 digits.
+MAX_CODE_LENGTH = 13
+
+#: Number of steps -> weight. The horizon knob.
+HORIZON: Mapping[int, float] = {1: 0.4, 2: 0.6}
+
+SYSTEM_MESSAGE = "Compute one step per call. Put the answer in \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a chain is told: an opening with the start value, a sentence a step, a question."""
+
+    opening: str
+    steps: Mapping[str, str]
+    question: str
+
+
+WORDINGS = (
+    Wording(
+        "Start with {}.",
+        {"add": "Add {}.", "sub": "Subtract {}.", "mul": "Multiply by {}."},
+        "What is the result?",
+    ),
+    Wording(
+        "A depot holds {} crates.",
+        {"add": "It receives {}.", "sub": "It ships {}.", "mul": "The stock grows by a factor of {}."},
+        "How many crates are there now?",
+    ),
+    Wording(
+        "Mia has {} points.",
+        {"add": "She wins {}.", "sub": "She loses {}.", "mul": "A bonus multiplies them by {}."},
+        "How many points has she now?",
+    ),
+    Wording(
+        "A lake has {} fish.",
+        {"add": "People release {}.", "sub": "People catch {}.", "mul": "The stock grows by a factor of {}."},
+        "How many fish are there now?",
+    ),
+)
+
+
+def apply_step(operation: str, value: int, operand: int) -> int:
+    """`value` after one step."""
+    if operation == "add":
+        return value + operand
+    if operation == "sub":
+        return value - operand
+    if operation == "mul":
+        return value * operand
+    raise ValueError(f"unknown operation {operation!r}; operations: {', '.join(SYMBOLS)}")
+
+
+@dataclass(frozen=True)
+class Step:
+    operation: str
+    operand: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One chain of steps. Its numbers, not its wording, decide which split it belongs to."""
+
+    start: int
+    steps: tuple[Step, ...]
+    wording: int
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The start value and the value after each step: k + 1 integers."""
+        values = [self.start]
+        for step in self.steps:
+            values.append(apply_step(step.operation, values[-1], step.operand))
+        return tuple(values)
+
+    @property
+    def answer(self) -> int:
+        return self.values[-1]
+
+    @property
+    def problem_class(self) -> str:
+        """The operations in order, such as `add-mul`."""
+        return "-".join(step.operation for step in self.steps)
+
+    @property
+    def question(self) -> str:
+        wording = WORDINGS[self.wording]
+        told = [wording.steps[step.operation].format(step.operand) for step in self.steps]
+        return " ".join([wording.opening.format(self.start), *told, wording.question])
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": self.question}]
+
+    @property
+    def split(self) -> str:
+        """A function of the numbers alone (1 in 8 is for validation): no seed can make the splits overlap."""
+        key = f"{self.start} " + " ".join(f"{SYMBOLS[s.operation]}{s.operand}" for s in self.steps)
+        return "validation" if zlib.crc32(key.encode()) % 8 == 0 else "train"
+
+
+def check_horizon(horizon: Mapping[int, float]) -> dict[int, float]:
+    """`horizon` with int keys. Raises ValueError when it is no distribution over 1..MAX_STEPS steps."""
+    checked = {int(k): float(w) for k, w in horizon.items()}
+    bad = [k for k, w in checked.items() if not 1 <= k <= MAX_STEPS or w < 0]
+    if bad or not any(checked.values()):
+        raise ValueError(f"horizon must map step counts 1..{MAX_STEPS} to weights >= 0, not all 0; got {dict(horizon)}")
+    return checked
+
+
+def sample_problems(split: str, seed: int, horizon: Mapping[int, float] = HORIZON) -> Iterator[Problem]:
+    """An endless stream of distinct problems of one split, a pure function of the arguments.
+
+    Raises:
+        ValueError: unknown split or malformed horizon.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+    horizon = check_horizon(horizon)
+    counts, weights = list(horizon), list(horizon.values())
+    rng = random.Random(f"{DATA_SOURCE}/{split}/{seed}")
+    seen: set[tuple[int, tuple[Step, ...]]] = set()
+    while True:
+        steps = rng.choices(counts, weights)[0]
+        problem = _sample_chain(rng, steps)
+        while problem.split != split or (problem.start, problem.steps) in seen:  # the step count is drawn only once:
+            problem = _sample_chain(rng, steps)  # rejections must not bend the horizon
+        seen.add((problem.start, problem.steps))
+        yield problem
+
+
+def _sample_chain(rng: random.Random, count: int) -> Problem:
+    while True:
+        steps = []
+        for _ in range(count):
+            operation = rng.choice(tuple(SYMBOLS))
+            steps.append(Step(operation, rng.randint(*_OPERANDS[operation])))
+        problem = Problem(rng.randint(*_START), tuple(steps), rng.randrange(len(WORDINGS)))
+        if all(VALUE_RANGE[0] <= value <= VALUE_RANGE[1] for value in problem.values):
+            return problem
+
+
+def take(stream: Iterator[Problem], count: int) -> list[Problem]:
+    """The next `count` problems of a stream."""
+    return [next(stream) for _ in range(count)]
+
+
+def tool_schema(max_code_length: int = MAX_CODE_LENGTH) -> dict[str, Any]:
+    """OpenAI function schema of the tool, with the length limit that makes each call one step."""
+    return {
+        "type": "function",
+        "function": {
+            "name": "python",
+            "description": "Run Python code and show the value of its last expression.",
+            "parameters": {
+                "type": "object",
+                "properties": {"code": {"type": "string", "description": "Python code.", "maxLength": max_code_length}},
+                "required": ["code"],
+            },
+        },
+    }
+
+
+def to_row(problem: Problem, index: int) -> dict[str, Any]:
+    """One row of verl's RLHFDataset format."""
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": problem.messages,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
+        "extra_info": {
+            "index": index,
+            "split": problem.split,
+            "class": problem.problem_class,
+            "steps": len(problem.steps),
+        },
+        "agent_name": AGENT_NAME,
+    }
+
+
+def write_parquet(problems: Sequence[Problem], path: str | Path) -> Path:
+    """Write problems as a parquet file that verl's RLHFDataset reads. The file appears whole or not at all."""
+    from datasets import Dataset  # a second to import: only who writes files pays
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    Dataset.from_list([to_row(p, i) for i, p in enumerate(problems)]).to_parquet(str(partial))
+    os.replace(partial, path)
+    return path
+
+
+def write_splits(
+    directory: str | Path, *, train: int, validation: int, seed: int, horizon: Mapping[int, float] = HORIZON
+) -> tuple[Path, Path]:
+    """Write `train.parquet` and `validation.parquet` with the given number of problems; returns both paths."""
+    sizes = {"train": train, "validation": validation}
+    paths = [
+        write_parquet(take(sample_problems(split, seed, horizon), sizes[split]), Path(directory) / f"{split}.parquet")
+        for split in SPLITS
+    ]
+    return paths[0], paths[1]
+
+
+# 1234, or 1,234 and 1 234 with well-placed separators
+_INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)", re.ASCII)
+
+
+def parse_integer(answer: str) -> int | None:
+    """The integer an answer states, or None when it is no integer. Thousands separators and leading zeros are fine."""
+    answer = answer.strip()
+    return int(re.sub("[, ]", "", answer)) if _INTEGER.fullmatch(answer) else None
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None
+) -> dict[str, float | str]:
+    r"""Exact integer comparison of the boxed answer, in the signature verl's reward manager calls.
+
+    Args:
+        solution_str: text of the *final assistant turn*. Never the whole response: an answer printed by the tool in an
+            earlier turn must not score.
+        ground_truth: the integer in decimal.
+
+    Returns:
+        `score` and `acc` in {0.0, 1.0}, and `pred`, the answer in canonical form ("" when there is none): the same keys
+        on every call, because verl averages a missing one as null.
+    """
+    answer = extract_answer(solution_str)
+    value = None if answer is None else parse_integer(answer)
+    correct = float(value is not None and value == int(ground_truth))
+    return {"score": correct, "acc": correct, "pred": (answer or "") if value is None else str(value)}

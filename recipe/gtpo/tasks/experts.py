@@ -1,0 +1,133 @@
+"""Demonstrations for the warm start: an expert that solves the arithmetic task and, by a table, makes mistakes.
+
+The expert plays against the same parser and tool replies as a rollout, turn by turn. Before each turn it looks up the
+row of its situation - which stage of the conversation, which operation comes next - and draws a fault or none. A fault
+under 50% leaves greedy decoding right and sampling imperfect; a fault that is the mode (80%) makes greedy decoding fail
+there, so that only exploration can find the better turn. A faulty turn is trained on like any other: the warm start is
+imperfect because its data is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, tool_schema
+from recipe.gtpo.tasks.calculator import respond
+
+STAGES = ("first", "later", "repair")  # no call yet; the previous call ran; the previous call was refused or failed
+FAULTS = (
+    "early_answer",  # answers with the value it has instead of making the next call
+    "bad_json",  # a closing brace is missing
+    "open_tag",  # </tool_call> is missing
+    "wrong_operator",  # runs, with a wrong result
+    "syntax_error",  # runs into a SyntaxError: the operand is missing
+    "one_call",  # two steps in one call, over the schema's length limit (a plain step when only one is left)
+)
+_WRONG = {"add": "sub", "sub": "add", "mul": "add"}
+
+#: stage -> operation -> fault -> probability; the rest is the right turn.
+FaultMix = Mapping[str, Mapping[str, Mapping[str, float]]]
+FAULT_MIX: FaultMix = {
+    "first": {
+        "add": {"bad_json": 0.08, "open_tag": 0.04, "syntax_error": 0.08, "one_call": 0.20},
+        "sub": {"early_answer": 0.80, "syntax_error": 0.05},
+        "mul": {"early_answer": 0.10, "bad_json": 0.25, "wrong_operator": 0.15, "syntax_error": 0.10},
+    },
+    "later": {
+        "add": {"early_answer": 0.20, "open_tag": 0.05, "wrong_operator": 0.10},
+        "sub": {"wrong_operator": 0.80},
+        "mul": {"early_answer": 0.80, "bad_json": 0.05},
+    },
+    "repair": {
+        "add": {"early_answer": 0.40},
+        "sub": {"early_answer": 0.40},
+        "mul": {"early_answer": 0.40},
+    },
+}
+
+
+def scale_faults(mix: FaultMix, factor: float) -> dict[str, dict[str, dict[str, float]]]:
+    """`mix` with every probability times `factor`: the warm start's success rate as one number (0: a perfect expert).
+
+    Raises:
+        ValueError: a table with an unknown or missing name, or a row that sums to more than 1 after scaling.
+    """
+    scaled: dict[str, dict[str, dict[str, float]]] = {}
+    for stage in STAGES:
+        scaled[stage] = {}
+        for operation in SYMBOLS:
+            if operation not in mix.get(stage, {}):
+                raise ValueError(f"the fault mix has no row {stage}/{operation}")
+            row = {fault: p * factor for fault, p in mix[stage][operation].items()}
+            unknown = row.keys() - set(FAULTS)
+            if unknown:
+                names = ", ".join(FAULTS)
+                raise ValueError(f"unknown fault {min(unknown)!r} in {stage}/{operation}; faults: {names}")
+            if min(row.values(), default=0) < 0 or sum(row.values()) > 1 + 1e-9:
+                raise ValueError(f"the probabilities of {stage}/{operation} must be >= 0 and sum to <= 1: {row}")
+            scaled[stage][operation] = row
+    return scaled
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One conversation: `turns[j]` is answered by the tool messages `replies[j]`; the last turn has none."""
+
+    problem: Problem
+    turns: tuple[str, ...]
+    replies: tuple[tuple[str, ...], ...]
+    faults: tuple[str | None, ...]
+
+
+def write_call(code: str) -> str:
+    """A well-formed Hermes call of the tool."""
+    return f'<tool_call>\n{{"name": "python", "arguments": {{"code": "{code}"}}}}\n</tool_call>'
+
+
+def write_answer(value: int) -> str:
+    return f"The answer is \\boxed{{{value}}}."
+
+
+def write_turn(fault: str | None, value: int, steps: tuple[Step, ...]) -> str:
+    """The assistant turn that applies the first of the remaining `steps` to `value`, with the given fault."""
+    step = steps[0]
+    code = f"{value}{SYMBOLS[step.operation]}{step.operand}"
+    if fault == "early_answer":
+        return write_answer(value)
+    if fault == "bad_json":
+        return write_call(code).replace("}}", "}")
+    if fault == "open_tag":
+        return write_call(code).removesuffix("</tool_call>")
+    if fault == "wrong_operator":
+        return write_call(f"{value}{SYMBOLS[_WRONG[step.operation]]}{step.operand}")
+    if fault == "syntax_error":
+        return write_call(f"{value}{SYMBOLS[step.operation]}")
+    if fault == "one_call" and len(steps) > 1:
+        return write_call(f"({code}){SYMBOLS[steps[1].operation]}{steps[1].operand}")
+    return write_call(code)
+
+
+def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstration:
+    """Solve one problem with the faults of `mix` (as `scale_faults` returns it)."""
+    schemas = {"python": tool_schema()["function"]["parameters"]}
+    turns: list[str] = []
+    replies: list[tuple[str, ...]] = []
+    faults: list[str | None] = []
+    value, remaining, stage = problem.start, problem.steps, "first"
+    while remaining:
+        row = mix[stage][remaining[0].operation]
+        fault = rng.choices([*row, None], [*row.values(), max(0.0, 1 - sum(row.values()))])[0]
+        turns.append(write_turn(fault, value, remaining))
+        faults.append(fault)
+        calls, messages = respond(turns[-1], schemas)
+        replies.append(messages)
+        if not calls:
+            return Demonstration(problem, tuple(turns), tuple(replies), tuple(faults))
+        if messages[0].strip().isdecimal():
+            value, remaining, stage = int(messages[0]), remaining[1:], "later"
+        else:
+            stage = "repair"
+    turns.append(write_answer(value))
+    return Demonstration(problem, tuple(turns), (*replies, ()), (*faults, None))

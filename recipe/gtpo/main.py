@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ def _hardware(arguments: Sequence[str]) -> str:
 # tell. This is the one choice that is read off the command line.
 if _hardware(sys.argv[1:]) == "cpu":
     os.environ["VERL_PLATFORM"] = "cpu"
+# verl warns of every engine that is not installed, in every process.
+warnings.filterwarnings("ignore", message=r".* engine is not available", category=UserWarning)
+os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
 
 import hydra  # noqa: E402
 import ray  # noqa: E402

@@ -6,7 +6,7 @@
         metrics.jsonl            one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
         trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
         checkpoints/             verl's
-        logs/                    output of Ray's workers
+        logs/<start>/            output of Ray's workers, by start (0, 1, ... as in versions.json)
         summary.json             what the last lines of the terminal said
 
 The trainer writes, on the node where it runs; the command that started it reads, to show progress.
@@ -34,7 +34,6 @@ class RunRecord:
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.dir = Path(run_dir)
         self.metrics_path = self.dir / "metrics.jsonl"
-        self.logs = self.dir / "logs"
 
     def write_start(self, seed: int) -> None:
         """Add this start's versions to versions.json (a resumed run has several)."""
@@ -54,6 +53,13 @@ class RunRecord:
             }
         )
         _replace(path, json.dumps(starts, indent=2))
+
+    @property
+    def logs(self) -> Path:
+        """The folder for the logs of the latest start."""
+        path = self.dir / "versions.json"
+        start = len(json.loads(path.read_text())) - 1 if path.exists() else 0
+        return self.dir / "logs" / str(start)
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values that are no numbers are left out: they belong to other records."""

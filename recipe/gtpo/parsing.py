@@ -63,7 +63,8 @@ def _unbalanced(detail: str) -> ToolCall:
 def _parse_body(body: str, schemas: Mapping[str, Mapping[str, Any]]) -> ToolCall:
     try:
         call = json.loads(body)
-    except (json.JSONDecodeError, RecursionError) as e:
+        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair: nothing can send it on
+    except (ValueError, RecursionError) as e:  # ValueError: also Python's limit on the digits of a number
         return ToolCall("", {}, FormatReason.INVALID_JSON, f"the tool call is not valid JSON: {e}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall("", {}, FormatReason.INVALID_JSON, 'the tool call needs "name" and "arguments"')

@@ -1,0 +1,92 @@
+"""Protects what the user reads of a run: the bar's numbers, and the last lines with the accuracy before and after."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipe.gtpo.progress import Progress, summarize, validation_accuracy
+from recipe.gtpo.run_record import RunRecord
+
+pytestmark = pytest.mark.unit
+
+CONFIG = OmegaConf.create({"method": "gtpo", "task": {"name": "arithmetic"}, "seed": 3})
+
+
+def validation(acc: float, **aux: float) -> dict[str, float]:
+    """verl's names: the core metric by its best@/mean@ n, the others under val-aux."""
+    metrics = {"val-core/arithmetic/acc/mean@2": acc, "val-core/arithmetic/acc/best@2/mean": 1.0}
+    return metrics | {f"val-aux/arithmetic/{name}/mean@2": value for name, value in aux.items()}
+
+
+def training(acc: float, turns: float = 2.0) -> dict[str, float]:
+    return {"gtpo/acc/mean": acc, "gtpo/turns/mean": turns}
+
+
+@pytest.fixture
+def record(tmp_path):
+    return RunRecord(tmp_path)
+
+
+def test_accuracy_is_the_mean_over_validation_sets():
+    metrics = {"val-core/a/acc/mean@2": 0.25, "val-core/b/acc/mean@4": 0.75, "val-core/a/reward/mean@2": 9.0}
+    assert validation_accuracy(metrics) == 0.5
+    assert validation_accuracy(training(1.0)) is None
+
+
+def test_the_summary_compares_the_first_and_the_last_validation(record, capsys):
+    record.write_metrics(0, validation(0.25, first_turn_call=0.5, malformed_call=0.4, tool_error=0.3, turns=2.5))
+    record.write_metrics(1, training(0.3))
+    record.write_metrics(2, training(0.4) | validation(0.5, first_turn_call=0.75))
+    record.write_metrics(3, training(0.9))  # not validated: no summary number
+    summary = summarize(record, CONFIG, seconds=12.345)
+    assert summary == {
+        "method": "gtpo",
+        "task": "arithmetic",
+        "seed": 3,
+        "steps": [0, 2],
+        "accuracy": [0.25, 0.5],
+        "first_turn_call": [0.5, 0.75],
+        "malformed_call": [0.4, None],
+        "tool_error": [0.3, None],
+        "turns": [2.5, None],
+        "seconds": 12.3,
+    }
+    assert json.loads((record.dir / "summary.json").read_text()) == summary
+    lines = capsys.readouterr().out.splitlines()
+    assert "held-out accuracy                0.250     0.500" in lines
+    assert "first turn calls the tool        0.500     0.750" in lines
+    assert not any("malformed" in line for line in lines)  # one of its two numbers is missing
+    assert lines[-1] == f"outputs: {record.dir}"
+
+
+def test_a_run_without_validation_says_so_and_writes_no_summary(record, capsys):
+    record.write_metrics(1, training(0.5))
+    assert summarize(record, CONFIG) == {}
+    assert "without validation" in capsys.readouterr().out
+    assert not (record.dir / "summary.json").exists()
+
+
+def test_the_bar_shows_the_latest_step_and_validation_its_own_line(record):
+    out = io.StringIO()
+    with Progress(record, total_steps=4, out=out):
+        record.write_metrics(0, validation(0.25))
+        record.write_metrics(1, training(0.5, turns=2.25))
+        record.write_metrics(2, training(0.75, turns=2.5) | validation(0.5))
+    shown = out.getvalue()
+    assert "step 0: held-out accuracy 0.250\n" in shown
+    assert "step 2: held-out accuracy 0.500" in shown
+    assert "2/4" in shown and "acc=0.75 turns=2.50" in shown
+
+
+def test_a_resumed_run_goes_on_from_the_steps_it_has(record):
+    record.write_metrics(0, validation(0.25))
+    record.write_metrics(1, training(0.5))
+    out = io.StringIO()
+    with Progress(record, total_steps=4, out=out):
+        record.write_metrics(2, training(0.75))
+    assert "held-out" not in out.getvalue()  # said by the run before
+    assert "2/4" in out.getvalue() and "1/4" in out.getvalue()

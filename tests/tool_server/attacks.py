@@ -15,8 +15,8 @@ ENDINGS = {
     "any": frozenset({"ok", "error", "syntax_error", "timeout", "memory", "output_limit", "crash"}),  # all but infra
 }
 
-# Prepended to every attack, after ``W``, what the attacker knows. `syscall` makes raw calls, past any check that libc or
-# Python would do first; `machine_code` runs instructions.
+# Prepended to every attack, after ``W``, what the attacker knows. `syscall` makes raw calls, past any check that libc
+# or Python would do first; `machine_code` runs instructions.
 PRELUDE = r"""
 import ctypes, mmap, os, sys
 libc = ctypes.CDLL(None, use_errno=True)

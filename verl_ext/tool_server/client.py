@@ -44,6 +44,27 @@ class ToolClient:
 
         return cls(HttpBackend(url, token), **options)
 
+    @classmethod
+    def local(cls, *, deadline: float = 300.0, attempts: int = 4, **options: Any) -> ToolClient:
+        """Zygotes of this process, no server. ``options``: see :class:`~.backends.local.LocalBackend`."""
+        from verl_ext.tool_server.backends.local import LocalBackend
+
+        return cls(LocalBackend(**options), deadline=deadline, attempts=attempts)
+
+    @classmethod
+    def from_ray(cls, *, deadline: float = 300.0, attempts: int = 4, **options: Any) -> ToolClient:
+        """One executor per node of the connected Ray cluster. ``options``: see :class:`~.backends.ray.RayBackend`."""
+        from verl_ext.tool_server.backends.ray import RayBackend
+
+        return cls(RayBackend(**options), deadline=deadline, attempts=attempts)
+
+    @classmethod
+    def sandbox_fusion(cls, url: str, **options: Any) -> ToolClient:
+        """A service that speaks SandboxFusion's interface; see that backend for what gets lost."""
+        from verl_ext.tool_server.backends.sandbox_fusion import SandboxFusionBackend
+
+        return cls(SandboxFusionBackend(url), **options)
+
     async def __aenter__(self) -> ToolClient:
         return self
 
@@ -129,7 +150,7 @@ class ToolClient:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         unknown = last_failure or "no answer"
         return [
-            results.get(o.request_id) or ExecutionResult.infra(o.request_id, unknown, Isolation.NONE) for o in orders
+            results.get(o.request_id) or ExecutionResult.infra(o.request_id, unknown, Isolation.UNKNOWN) for o in orders
         ]
 
 

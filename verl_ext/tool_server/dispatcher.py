@@ -83,6 +83,7 @@ class Dispatcher:
         self.counters = Counters()
         self.sessions = SessionTable(max_sessions, session_idle_seconds)
         self.running = 0
+        self._admitted = 0  # executions accepted and not ended
         self._waiting: collections.deque[asyncio.Future[bool]] = collections.deque()
         self._idle: dict[str, list[Worker]] = {kind: [] for kind in KINDS}
         self._all: set[Worker] = set()
@@ -139,6 +140,8 @@ class Dispatcher:
         if entry is None or (entry.task.done() and self._worth_repeating(entry.task)):
             self.check_room(1)
             entry = _Entry(request, asyncio.ensure_future(self._execute(request)))
+            self._admitted += 1
+            entry.task.add_done_callback(self._one_less)
             self._known[request.request_id] = entry
             self._known.move_to_end(request.request_id)
             self._forget_old()
@@ -167,12 +170,15 @@ class Dispatcher:
         """Raise ``Overloaded`` unless ``count`` more requests fit."""
         if self._closing:
             raise Overloaded(5.0)
-        free = max(0, self.workers - self.running)
-        if len(self._waiting) + count > self.queue_size + free:
+        # Counted from admission: a task that was created but has not had its first step is neither running nor waiting.
+        if self._admitted + count > self.queue_size + self.workers:
             self.counters.rejected += count
             finished = sum(self.counters.outcomes.values())
             mean = self.counters.seconds / finished if finished else 1.0
             raise Overloaded(min(30.0, max(0.5, mean * (len(self._waiting) + 1) / self.workers)))
+
+    def _one_less(self, task: asyncio.Task[ExecutionResult]) -> None:
+        self._admitted -= 1
 
     @staticmethod
     def _worth_repeating(task: asyncio.Task[ExecutionResult]) -> bool:

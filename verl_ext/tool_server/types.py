@@ -42,6 +42,7 @@ class Isolation(str, enum.Enum):
     STRONG = "strong"  # namespaces + landlock + seccomp + rlimits, private scratch directory
     STANDARD = "standard"  # landlock + seccomp + rlimits, no writable path at all
     NONE = "none"  # nothing but rlimits: only with --unsafe-no-isolation
+    UNKNOWN = "unknown"  # not ours to say: another service ran it, or nothing ran at all
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""The client's promises: programs are never retried, failures of the service are, all under one deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from verl_ext.tool_server import ExecutionRequest, ExecutionResult, Isolation, Outcome, ToolClient
+from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
+
+pytestmark = pytest.mark.unit
+
+
+def result(request: ExecutionRequest, outcome: Outcome = Outcome.OK) -> ExecutionResult:
+    return ExecutionResult(outcome, request.code, request.code, "", request.request_id, Isolation.STRONG)
+
+
+class FakeBackend:
+    """Answers each call with the next script step; remembers what it was asked."""
+
+    def __init__(self, *steps: Callable[[Sequence[ExecutionRequest]], Any]) -> None:
+        self.steps = list(steps)
+        self.asked: list[list[str]] = []
+
+    async def run(self, requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+        self.asked.append([request.request_id for request in requests])
+        step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+        answer = step(requests)
+        return await answer if asyncio.iscoroutine(answer) else answer
+
+    async def close(self) -> None:
+        pass
+
+
+def unavailable(**options: Any) -> Callable[[Sequence[ExecutionRequest]], Any]:
+    def step(requests: Sequence[ExecutionRequest]) -> Any:
+        raise BackendUnavailable("down", **options)
+
+    return step
+
+
+def all_ok(requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+    return [result(request) for request in requests]
+
+
+def all_infra(requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+    return [ExecutionResult.infra(request.request_id, "lost", Isolation.STRONG) for request in requests]
+
+
+def run(backend: FakeBackend, codes: Sequence[Any] = ("1",), **options: Any) -> list[ExecutionResult]:
+    async def go() -> list[ExecutionResult]:
+        async with ToolClient(backend, **options) as client:
+            return await client.run_batch(codes)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o is not Outcome.INFRA])
+def test_a_programs_own_failure_is_not_retried(outcome: Outcome) -> None:
+    backend = FakeBackend(lambda requests: [result(r, outcome) for r in requests])
+    assert run(backend)[0].outcome is outcome
+    assert len(backend.asked) == 1
+
+
+def test_infra_is_retried_with_the_same_id() -> None:
+    backend = FakeBackend(all_infra, all_ok)
+    assert run(backend)[0].ok
+    assert backend.asked[0] == backend.asked[1]
+
+
+def test_only_what_failed_is_asked_again() -> None:
+    backend = FakeBackend(lambda rs: [all_ok(rs)[0], all_infra(rs)[1]], all_ok)
+    results = run(backend, ["a", "b"])
+    assert [r.output for r in results] == ["a", "b"]
+    assert len(backend.asked[0]) == 2 and len(backend.asked[1]) == 1
+
+
+def test_results_come_in_the_order_of_requests() -> None:
+    backend = FakeBackend(lambda requests: list(reversed(all_ok(requests))))
+    assert [r.output for r in run(backend, list("abcdef"))] == list("abcdef")
+
+
+def test_a_service_that_stays_away_is_infra_not_an_exception() -> None:
+    backend = FakeBackend(unavailable())
+    (answer,) = run(backend, attempts=3)
+    assert answer.outcome is Outcome.INFRA and answer.detail == "down" and len(backend.asked) == 3
+
+
+def test_being_busy_does_not_use_up_attempts() -> None:
+    busy = unavailable(busy=True, retry_after=0.01)
+    backend = FakeBackend(busy, busy, busy, busy, all_ok)
+    assert run(backend, attempts=1)[0].ok
+
+
+def test_the_pause_is_at_least_what_the_service_asked_for() -> None:
+    started = time.monotonic()
+    assert run(FakeBackend(unavailable(busy=True, retry_after=0.4), all_ok))[0].ok
+    assert time.monotonic() - started >= 0.4
+
+
+def test_the_deadline_ends_a_call_that_hangs() -> None:
+    started = time.monotonic()
+    (answer,) = run(FakeBackend(lambda requests: asyncio.sleep(60)), deadline=0.2)
+    assert answer.outcome is Outcome.INFRA and "deadline" in answer.detail
+    assert time.monotonic() - started < 2
+
+
+def test_the_deadline_covers_the_pauses() -> None:
+    started = time.monotonic()
+    (answer,) = run(FakeBackend(unavailable(busy=True, retry_after=60)), deadline=0.2)
+    assert answer.outcome is Outcome.INFRA and time.monotonic() - started < 2
+
+
+def test_a_rejected_request_is_an_exception_at_once() -> None:
+    def refuse(requests: Sequence[ExecutionRequest]) -> Any:
+        raise RequestRejected("too large")
+
+    backend = FakeBackend(refuse)
+    with pytest.raises(RequestRejected, match="too large"):
+        run(backend)
+    assert len(backend.asked) == 1
+
+
+def test_a_sessions_infra_answer_is_final() -> None:
+    backend = FakeBackend(all_infra)
+    (answer,) = run(backend, [ExecutionRequest("x", session_id="s")])
+    assert answer.outcome is Outcome.INFRA and len(backend.asked) == 1
+
+
+def test_an_empty_batch_asks_nobody() -> None:
+    backend = FakeBackend(all_ok)
+    assert run(backend, []) == [] and backend.asked == []

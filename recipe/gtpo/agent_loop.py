@@ -13,6 +13,7 @@ import inspect
 import time
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -63,7 +64,9 @@ class GTPOAgentLoop(AgentLoopBase):
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         messages = [dict(m) for m in kwargs["raw_prompt"]]
         prompt_ids = await self.ct_build_initial_tokens(messages, tools=self.tool_schemas)
-        ids, mask, log_probs = list(prompt_ids), [], []  # ids = prompt + response; mask, log_probs = response only
+        ids = list(prompt_ids)  # prompt and response; what follows is of the response only
+        mask: list[int] = []
+        log_probs: list[float] | None = [] if self.rollout_config.calculate_log_probs else None
         turns: list[Turn] = []
         seconds = {"generate": 0.0, "tools": 0.0}
         versions: list[int] = []  # of the weights each turn was sampled with
@@ -85,7 +88,11 @@ class GTPOAgentLoop(AgentLoopBase):
                 if output.extra_fields.get(key) is not None:
                     versions.append(output.extra_fields[key])
             merged, mask, log_probs = await self.ct_merge_assistant_token(
-                ids, output.token_ids, mask, log_probs, assistant_logprobs=output.log_probs
+                ids,
+                output.token_ids,
+                mask,
+                log_probs,
+                assistant_logprobs=None if log_probs is None else output.log_probs,
             )
             ids = merged.token_ids
             text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
@@ -123,7 +130,7 @@ class GTPOAgentLoop(AgentLoopBase):
             prompt_ids=ids[: len(ids) - len(mask)],
             response_ids=ids[len(ids) - len(mask) :],
             response_mask=mask,
-            response_logprobs=log_probs if self.rollout_config.calculate_log_probs else None,
+            response_logprobs=log_probs,
             # The raw outcome. On training rows the trainer replaces it by turn rewards; validation keeps it.
             reward_score=trajectory.acc,
             num_turns=len(turns),
@@ -169,15 +176,16 @@ class GTPOAgentLoop(AgentLoopBase):
     async def _execute(self, call: ToolCall) -> ToolOutcome:
         tool = self.tools[call.name]
         began = time.perf_counter()
-        instance_id, _ = await tool.create()
         try:
-            response, _, metrics = await tool.execute(instance_id, call.arguments)
+            instance_id, _ = await tool.create()
+            try:
+                response, _, metrics = await tool.execute(instance_id, call.arguments)
+            finally:
+                await tool.release(instance_id)
             outcome = metrics.get("outcome", "ok")
         except Exception as e:
             # A tool that raises is broken, whatever the model wrote: failing code is a result, not an exception.
             response, outcome = ToolResponse(text=f"Error: {type(e).__name__}: {e}"), "infra"
-        finally:
-            await tool.release(instance_id)
         return ToolOutcome(outcome, self._shorten(response.text or ""), time.perf_counter() - began)
 
     def _shorten(self, text: str) -> str:
@@ -187,10 +195,10 @@ class GTPOAgentLoop(AgentLoopBase):
             return text
         side = self.limits.tool_response_truncate_side
         if side == "left":
-            return "(truncated)..." + text[-limit:]
+            return "(truncated)..." + text[len(text) - limit :]
         if side == "right":
             return text[:limit] + "...(truncated)"
-        return text[: limit // 2] + "...(truncated)..." + text[-(limit // 2) :]
+        return text[: limit // 2] + "...(truncated)..." + text[len(text) - limit // 2 :]
 
     # -- outcome --------------------------------------------------------------------------------------------------
 
@@ -198,17 +206,15 @@ class GTPOAgentLoop(AgentLoopBase):
         """Format verdicts of all turns, and the raw outcome of the final one."""
         last = len(turns) - 1
         judged = tuple(
-            Turn(
-                **{
-                    **vars(turn),
-                    "broken": judge_format(
-                        is_first=k == 0,
-                        is_last=k == last,
-                        truncated=k == last and (finish in TRUNCATED or finish is Finish.INFRA),
-                        calls=turn.calls,
-                        has_answer=extract_answer(turn.text) is not None,
-                    ),
-                }
+            replace(
+                turn,
+                broken=judge_format(
+                    is_first=k == 0,
+                    is_last=k == last,
+                    truncated=k == last and (finish in TRUNCATED or finish is Finish.INFRA),
+                    calls=turn.calls,
+                    has_answer=extract_answer(turn.text) is not None,
+                ),
             )
             for k, turn in enumerate(turns)
         )

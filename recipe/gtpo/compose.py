@@ -40,7 +40,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         config: the composed configuration.
         choices: hydra's `runtime.choices` (which file of each group was taken).
     """
-    hardware, rollout = choices.get("hardware"), choices.get("rollout")
+    hardware, rollout = choices["hardware"], choices["rollout"]
     if rollout not in ROLLOUTS[hardware]:
         raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={ROLLOUTS[hardware][0]}")
     try:

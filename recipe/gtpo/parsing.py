@@ -91,7 +91,7 @@ def _check_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) ->
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
             return FormatReason.BAD_ARGUMENT, f"argument {name!r} must be of type {rule['type']}"
         limit = rule.get("maxLength")
-        if limit is not None and len(value) > limit:
+        if limit is not None and isinstance(value, str) and len(value) > limit:
             return FormatReason.BAD_ARGUMENT, f"{name} is longer than {limit} characters"
     return None, ""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import ray
+from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1
 
 import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
@@ -17,25 +21,26 @@ _TaskRunner = TaskRunnerV1.__ray_metadata__.modified_class
 class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
     """Runs the trainer in its own process; ends it when a part of the run dies."""
 
+    _watch: ActorWatch | None = None  # from the moment that all parts have started
+
     def init_agent_loop_manager(self) -> None:
         super().init_agent_loop_manager()
-        self.watch = ActorWatch(self._parts(), self.config.run_dir, self.config.watchdog.poll_seconds)
-        self.watch.start()
+        self._watch = ActorWatch(self._parts(), self.config.run_dir, self.config.watchdog.poll_seconds)
+        self._watch.start()
 
-    def run(self, config) -> None:
-        self.watch: ActorWatch | None = None
+    def run(self, config: DictConfig) -> None:
         try:
             super().run(config)
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer.
-            cause = self.watch.find_dead(timeout=2.0) if self.watch is not None else None
+            cause = self._watch.find_dead(timeout=2.0) if self._watch is not None else None
             write_cause(config.run_dir, cause or f"{type(e).__name__}: {_first_line(e)}")
             raise
         finally:
-            if self.watch is not None:
-                self.watch.stop()
+            if self._watch is not None:
+                self._watch.stop()
 
-    def _parts(self):
+    def _parts(self) -> Iterator[tuple[str, Any]]:
         trainer = self.trainer
         for worker in trainer.actor_rollout_wg.workers:
             yield "training worker", worker

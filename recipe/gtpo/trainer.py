@@ -16,7 +16,7 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -31,18 +31,15 @@ from recipe.gtpo.run_record import RunRecord
 from recipe.gtpo.similarity import make_similarity
 from recipe.gtpo.turns import Trajectory
 
-#: Seconds between two looks for finished trajectories. verl's 2.0 is most of a step on a small run and nothing on a large.
+#: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
 POLL_SECONDS = 0.1
 
-if get_device_name() == "cpu":
-    from verl_ext.cpu.workers import CPUWorkersMixin as _Workers
-else:
-
-    class _Workers:  # type: ignore[no-redef]
-        """On an accelerator verl's own workers stay."""
+_Trainer: Any = PPOTrainer
+if get_device_name() == "cpu":  # on an accelerator verl's own workers stay
+    from verl_ext.cpu.workers import CPUWorkersMixin as _Trainer
 
 
-class GTPOTrainerMixin(_Workers):
+class GTPOTrainerMixin(_Trainer):
     """Put it before one of verl's trainer classes."""
 
     #: verl's name of the trainer that it extends. verl compares trainer_mode with "sync" in several places, and reads
@@ -58,7 +55,7 @@ class GTPOTrainerMixin(_Workers):
         self.record = RunRecord(config.run_dir)
 
     def _build_replay_buffer(self):
-        buffer = super()._build_replay_buffer()  # type: ignore[misc]
+        buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
         return buffer
 
@@ -75,7 +72,7 @@ class GTPOTrainerMixin(_Workers):
         seconds = time.perf_counter() - began
 
         with recorded_turns(turn_ids, credit.solved):
-            batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+            batch = super()._compute_advantage(batch, metrics)
 
         began = time.perf_counter()
         # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
@@ -85,7 +82,7 @@ class GTPOTrainerMixin(_Workers):
         metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
         if "rollout_log_probs" in rows:
             metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
-        if self.global_steps % self.config.trajectory_freq == 0:  # type: ignore[attr-defined]
+        if self.global_steps % self.config.trajectory_freq == 0:
             self._record_trajectories(trajectories, credit, advantages)
         metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
         return batch
@@ -93,13 +90,13 @@ class GTPOTrainerMixin(_Workers):
     # -- record -----------------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()  # type: ignore[misc]
-        if self.global_steps == 0:  # type: ignore[attr-defined]  later ones come with their step's metrics
+        metrics = super()._validate()
+        if self.global_steps == 0:  # later ones come with their step's metrics
             self.record.write_metrics(0, metrics)
         return metrics
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:
-        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)  # type: ignore[misc]
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics["gtpo/credit_share_of_step"] = metrics["gtpo/credit_seconds"] / timing_raw["step"]
         self.record.write_metrics(global_steps, metrics)
 
@@ -108,7 +105,7 @@ class GTPOTrainerMixin(_Workers):
     ) -> None:
         rewards = credit.rewards.combined
         self.record.write_trajectories(
-            self.global_steps,  # type: ignore[attr-defined]
+            self.global_steps,
             (
                 {
                     "group": credit.group_ids[i],
@@ -126,7 +123,7 @@ class GTPOTrainerMixin(_Workers):
 def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Trajectory | None]:
     """The recorded trajectory of every row; None for verl's padding rows, which carry a copy of somebody else's record.
 
-    Raises ValueError for a row without a record, and for a session with several rows (a record is one whole trajectory).
+    Raises ValueError for a row without a record, and for a session with several rows: a record is one trajectory.
     """
     trajectories: list[Trajectory | None] = []
     for key, tag, fields in zip(batch.keys, batch.tags, extra_fields, strict=True):

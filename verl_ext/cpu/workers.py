@@ -12,7 +12,7 @@ from __future__ import annotations
 import ray
 import torch
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -32,16 +32,16 @@ class CPUActorRolloutRefWorker(ActorRolloutRefWorker):
     ref_worker_cls = CPUTrainingWorker
 
 
-class CPUWorkersMixin:
+class CPUWorkersMixin(PPOTrainer):
     """For a verl V1 trainer: swap the worker classes when the device is the CPU. Put it before the trainer class."""
 
     def _init_resource_pool_mgr(self):
-        super()._init_resource_pool_mgr()  # type: ignore[misc]
-        if self.config.trainer.device != "cpu":  # type: ignore[attr-defined]
+        super()._init_resource_pool_mgr()
+        if self.config.trainer.device != "cpu":
             return
         swap = {Role.Critic: CPUTrainingWorker}
-        for role in self.role_worker_mapping:  # type: ignore[attr-defined]
-            self.role_worker_mapping[role] = ray.remote(swap.get(role, CPUActorRolloutRefWorker))  # type: ignore[attr-defined]
+        for role in self.role_worker_mapping:
+            self.role_worker_mapping[role] = ray.remote(swap.get(role, CPUActorRolloutRefWorker))
 
 
 @register_trainer("cpu_sync")

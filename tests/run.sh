@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests that need no GPU: makes the environment, then style, types, and the lanes unit and e2e.
+#
+#   bash tests/run.sh [pytest arguments]     for example: bash tests/run.sh -m slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash examples/setup_env.sh cpu dev
+python=${VENV:-.venv}/bin/python
+"$python" -m ruff check .
+"$python" -m mypy
+lanes=(-m "unit or e2e")
+for argument in "$@"; do [[ $argument == -m ]] && lanes=(); done
+# One thread a process: the tests start many processes on few cores.
+OMP_NUM_THREADS=1 exec "$python" -m pytest "${lanes[@]}" --durations=15 "$@"

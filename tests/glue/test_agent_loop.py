@@ -1,0 +1,458 @@
+"""Protects the rollout: what is recorded of a trajectory is exactly what the policy sampled and what became of it.
+
+The real loop, verl's real Continuous Token builder, a real (tiny) Qwen2 tokenizer with its chat template. Only the two
+ends are fakes: a server that says what a test wrote down, and tools that answer what a test wrote down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from composition import compose
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
+from verl.workers.rollout.replica import TokenOutput
+
+from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
+from recipe.gtpo.tasks.policy import TURN_END, train_tokenizer
+from recipe.gtpo.turns import Finish, FormatReason, Trajectory
+
+pytestmark = pytest.mark.unit
+
+QUESTION = [{"role": "user", "content": "What is 2+3?"}]
+CALL = '<tool_call>{"name": "python", "arguments": {"code": "2+3"}}</tool_call>'
+RIGHT, WRONG = r"It is \boxed{5}.", r"It is \boxed{6}."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer([CALL, RIGHT], vocab_size=300, directory=tmp_path_factory.mktemp("tokenizer"))
+
+
+class ScriptedServer:
+    """Says `turns` one after the other: a text ends with the end-of-turn token, a list of ids is said as it is.
+
+    Like a real server it stops at `max_tokens`. Tokens of turn k have the log-probs -k-0.001, -k-0.002, ...
+    """
+
+    def __init__(self, tokenizer, turns):
+        end = tokenizer.convert_tokens_to_ids(TURN_END)
+        encode = tokenizer.encode
+        self.script = [[*encode(t, add_special_tokens=False), end] if isinstance(t, str) else t for t in turns]
+        self.said: list[list[int]] = []
+        self.requests: list[dict[str, Any]] = []
+
+    async def generate(self, *, request_id, prompt_ids, sampling_params) -> TokenOutput:
+        turn = len(self.said)
+        self.requests.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
+        ids = self.script[turn][: sampling_params["max_tokens"]]
+        self.said.append(ids)
+        log_probs = [-turn - i / 1000 for i in range(1, len(ids) + 1)] if sampling_params["logprobs"] else None
+        steps = {"global_steps": turn + 3, "min_global_steps": turn + 3, "max_global_steps": turn + 3}
+        return TokenOutput(token_ids=ids, log_probs=log_probs, stop_reason="completed", extra_fields=steps)
+
+
+class FakePython(BaseTool):
+    """The tool `python`: hands back the next of `answers`, which may be a text, (text, outcome) or an exception."""
+
+    def __init__(self, *answers: Any):
+        parameters = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
+        function = {"name": "python", "description": "Run Python code.", "parameters": parameters}
+        super().__init__({}, OpenAIFunctionToolSchema(type="function", function=function))
+        self.answers = list(answers)
+        self.ran: list[str] = []
+        self.open = 0
+
+    async def create(self, instance_id=None, **kwargs):
+        self.open += 1
+        return await super().create(instance_id, **kwargs)
+
+    async def execute(self, instance_id, parameters, **kwargs):
+        self.ran.append(parameters["code"])
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        text, metrics = (answer, {}) if isinstance(answer, str) else (answer[0], {"outcome": answer[1]})
+        return ToolResponse(text=text), 0.0, metrics
+
+    async def release(self, instance_id, **kwargs):
+        self.open -= 1
+
+
+class Rollout:
+    """One trajectory and everything that went in and out of it."""
+
+    def __init__(self, tokenizer, turns, tool=None, changes=None, sampling=None, **row):
+        self.tokenizer = tokenizer
+        self.tool = tool or FakePython()
+        self.server = ScriptedServer(tokenizer, turns)
+        config = compose("data.max_prompt_length=256", "data.max_response_length=256")
+        for key, value in (changes or {}).items():
+            OmegaConf.update(config, key, value)
+        row = {
+            "raw_prompt": QUESTION,
+            "data_source": "arithmetic",
+            "reward_model": {"ground_truth": "5"},
+            "index": 4,
+            "session_id": 1,
+            "global_steps": 9,
+        } | row
+        sampling = {"temperature": 1.0, "logprobs": config.actor_rollout_ref.rollout.calculate_log_probs}
+
+        async def run():
+            # inside a running event loop, as in verl's worker: the base class takes the current one
+            loop = make_loop(config, tokenizer, self.server, [self.tool])
+            return await loop.run(sampling, **row)
+
+        self.output = asyncio.run(run())
+        # as the trainer reads it
+        self.trajectory = Trajectory.from_dict(self.output.extra_fields[TRAJECTORY])
+        self.info = self.output.extra_fields["reward_extra_info"]
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+    @property
+    def broken(self):
+        return [turn.broken for turn in self.trajectory.turns]
+
+    @property
+    def outcomes(self):
+        return [[outcome.outcome for outcome in turn.outcomes] for turn in self.trajectory.turns]
+
+    @property
+    def context(self):
+        """What stands in the response between the turns: one text a gap."""
+        ends = [turn.end for turn in self.trajectory.turns]
+        starts = [turn.start for turn in self.trajectory.turns[1:]] + [len(self.output.response_ids)]
+        return [self.decode(self.output.response_ids[a:b]) for a, b in zip(ends, starts, strict=True)]
+
+
+def make_loop(config, tokenizer, server, tools):
+    return GTPOAgentLoop(
+        trainer_config=DictConfigWrap(config),
+        server_manager=server,
+        tokenizer=tokenizer,
+        processor=None,
+        dataset_cls=None,
+        data_config=DictConfigWrap(config.data),
+        hf_model_type="qwen2",
+        tools=ToolListWrap(tools) if tools is not None else None,
+    )
+
+
+MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_turns(tokenizer):
+    return Rollout(tokenizer, ["Let me see. " + CALL, RIGHT], FakePython("5\n"))
+
+
+def test_a_span_holds_exactly_what_the_server_generated(two_turns):
+    spans = [(turn.start, turn.end) for turn in two_turns.trajectory.turns]
+    assert [two_turns.output.response_ids[a:b] for a, b in spans] == two_turns.server.said
+    assert [turn.text for turn in two_turns.trajectory.turns] == ["Let me see. " + CALL, RIGHT]
+
+
+def test_the_mask_is_one_exactly_on_generated_tokens(two_turns):
+    inside = {t for turn in two_turns.trajectory.turns for t in range(turn.start, turn.end)}
+    output = two_turns.output
+    assert output.response_mask == [int(t in inside) for t in range(len(output.response_ids))]
+
+
+def test_log_probs_are_the_servers_and_zero_on_the_context(two_turns):
+    first, second = two_turns.server.said
+    gap = two_turns.trajectory.turns[1].start - len(first)
+    expected = [-i / 1000 for i in range(1, len(first) + 1)] + [0.0] * gap
+    expected += [-1 - i / 1000 for i in range(1, len(second) + 1)]
+    assert two_turns.output.response_logprobs == expected
+
+
+def test_tokens_are_only_ever_appended(two_turns):
+    """The prompt of each turn starts with all that was sampled before, token for token."""
+    output, (first, second) = two_turns.output, two_turns.server.requests
+    assert output.prompt_ids == first["prompt_ids"]
+    start = two_turns.trajectory.turns[1].start
+    assert second["prompt_ids"] == output.prompt_ids + output.response_ids[:start]
+
+
+def test_what_was_appended_is_the_conversation_as_the_chat_template_renders_it(two_turns):
+    conversation = [
+        *QUESTION,
+        {"role": "assistant", "content": "Let me see. " + CALL},
+        {"role": "tool", "content": "5\n"},
+    ]
+    schemas = [two_turns.tool.tool_schema.model_dump(exclude_none=True)]
+    rendered = two_turns.tokenizer.apply_chat_template(
+        conversation, tools=schemas, add_generation_prompt=True, tokenize=False
+    )
+    assert two_turns.decode(two_turns.server.requests[1]["prompt_ids"]) == rendered
+    assert two_turns.context[1] == ""  # nothing follows the last turn
+
+
+def test_each_turn_may_use_what_is_left_of_the_response(two_turns):
+    limits = [request["max_tokens"] for request in two_turns.server.requests]
+    assert limits == [256, 256 - two_turns.trajectory.turns[1].start]
+
+
+def test_an_answered_trajectory(two_turns):
+    assert two_turns.trajectory.finish is Finish.ANSWER
+    assert two_turns.outcomes == [["ok"], []] and two_turns.broken == [None, None]
+    assert (two_turns.trajectory.acc, two_turns.trajectory.pred) == (1.0, "5")
+    assert two_turns.output.reward_score == 1.0 and two_turns.output.num_turns == 2
+    assert two_turns.tool.ran == ["2+3"] and two_turns.tool.open == 0
+
+
+def test_weight_versions_span_the_trajectory(two_turns):
+    """verl's staleness control drops rows by these; turn k was sampled with version k + 3."""
+    fields = two_turns.output.extra_fields
+    assert (fields["min_global_steps"], fields["max_global_steps"]) == (3, 4)
+
+
+def test_without_log_probs_none_are_asked_for_and_none_come_back(tokenizer):
+    changes = {"actor_rollout_ref.rollout.calculate_log_probs": False}
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes)
+    assert rollout.output.response_logprobs is None and rollout.trajectory.acc == 1.0
+    assert "rollout_log_probs" not in rollout.output.as_dict()
+
+
+def test_a_server_that_generates_nothing_is_an_error(tokenizer):
+    with pytest.raises(RuntimeError, match="generated no token"):
+        Rollout(tokenizer, [[]])
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "told"),
+    [
+        ("<tool_call>{2+3}</tool_call>", FormatReason.INVALID_JSON, "Error: the tool call is not valid JSON"),
+        (CALL.removesuffix("</tool_call>"), FormatReason.UNBALANCED_TAG, "Error: <tool_call> is not closed by"),
+        (CALL.replace("python", "bash"), FormatReason.UNKNOWN_TOOL, "Error: unknown tool 'bash'; tools: python"),
+        (CALL.replace("code", "program"), FormatReason.MISSING_ARGUMENT, "Error: missing argument 'code'"),
+        (CALL.replace('"2+3"', "5"), FormatReason.BAD_ARGUMENT, "Error: argument 'code' must be of type string"),
+    ],
+)
+def test_a_malformed_call_is_told_what_is_wrong_and_the_loop_goes_on(tokenizer, said, reason, told):
+    rollout = Rollout(tokenizer, [said, CALL, RIGHT], FakePython("5\n"))
+    assert f"<tool_response>\n{told}" in rollout.context[0]
+    assert rollout.outcomes == [["malformed"], ["ok"], []] and rollout.broken == [reason, None, None]
+    assert rollout.trajectory.finish is Finish.ANSWER and rollout.trajectory.acc == 1.0
+    assert rollout.trajectory.code == "2+3" and rollout.tool.ran == ["2+3"]
+
+
+def test_calls_beyond_the_allowed_number_are_answered_and_not_run(tokenizer):
+    calls = [CALL.replace("2+3", code) for code in ("1", "2", "3")]
+    malformed = "<tool_call>{}</tool_call>"
+    tool = FakePython("one\n", "two\n")
+    said = calls[0] + malformed + "".join(calls[1:])
+    changes = {f"{MULTI_TURN}.max_parallel_calls": 2, "actor_rollout_ref.rollout.response_length": 1024}
+    rollout = Rollout(tokenizer, [said, RIGHT], tool, changes)
+    assert rollout.outcomes == [["ok", "malformed", "ok", "over_limit"], []]
+    assert tool.ran == ["1", "2"] and rollout.trajectory.code == "1\n2"
+    assert rollout.context[0].count("<tool_response>") == 4
+    assert "Error: not run: at most 2 tool call(s) a turn" in rollout.context[0]
+
+
+def test_failing_code_is_a_result(tokenizer):
+    rollout = Rollout(tokenizer, [CALL, WRONG], FakePython(("NameError: x", "error")))
+    assert rollout.outcomes == [["error"], []] and "NameError: x" in rollout.context[0]
+    assert rollout.trajectory.finish is Finish.ANSWER and rollout.info["tool_error"] == 1.0
+
+
+@pytest.mark.parametrize("answer", [("connection refused", "infra"), RuntimeError("no such pool")])
+def test_a_tool_that_fails_by_itself_voids_the_trajectory(tokenizer, answer):
+    rollout = Rollout(tokenizer, ["No. " + RIGHT + CALL], FakePython(answer))
+    assert rollout.trajectory.finish is Finish.INFRA
+    assert rollout.outcomes == [["infra"]] and rollout.broken == [None]
+    assert rollout.trajectory.acc == 0.0  # it is dropped, not scored
+    assert rollout.info["infra"] == 1.0 and rollout.info["tool_error"] == 0.0
+    assert rollout.tool.open == 0  # what was created is released
+
+
+def test_a_tool_that_cannot_be_created_voids_the_trajectory(tokenizer):
+    class Exhausted(FakePython):
+        async def create(self, instance_id=None, **kwargs):
+            raise RuntimeError("no session left")
+
+    rollout = Rollout(tokenizer, [CALL], Exhausted())
+    assert rollout.trajectory.finish is Finish.INFRA
+    assert rollout.trajectory.turns[0].outcomes[0].output == "Error: RuntimeError: no session left"
+
+
+@pytest.mark.parametrize(
+    ("side", "limit", "shown"),
+    [
+        ("left", 4, "(truncated)...6789"),
+        ("right", 4, "0123...(truncated)"),
+        ("middle", 4, "01...(truncated)...89"),
+        ("middle", 5, "01...(truncated)...89"),
+        ("middle", 1, "...(truncated)..."),
+        ("left", 0, "(truncated)..."),
+        ("middle", 10, "0123456789"),
+    ],
+)
+def test_a_long_tool_answer_is_cut_on_the_configured_side(tokenizer, side, limit, shown):
+    changes = {f"{MULTI_TURN}.tool_response_truncate_side": side, f"{MULTI_TURN}.max_tool_response_length": limit}
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("0123456789"), changes)
+    assert rollout.trajectory.turns[0].outcomes[0].output == shown
+    assert f"<tool_response>\n{shown}\n</tool_response>" in rollout.context[0]
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_turn_limit_ends_a_trajectory_before_its_last_call_runs(tokenizer):
+    rollout = Rollout(tokenizer, [CALL, CALL], FakePython("5\n"), {f"{MULTI_TURN}.max_assistant_turns": 2})
+    assert rollout.trajectory.finish is Finish.TURN_LIMIT
+    assert rollout.outcomes == [["ok"], []] and len(rollout.trajectory.turns[1].calls) == 1
+    assert rollout.broken == [None, None]  # no answer, but the limit is ours
+    assert rollout.trajectory.code == "2+3" and rollout.info["truncated"] == 1.0
+
+
+def test_the_response_limit_cuts_a_turn_without_a_format_charge(tokenizer):
+    tool_turn = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n")).trajectory.turns[1].start
+    changes = {"actor_rollout_ref.rollout.response_length": tool_turn + 3}
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes)
+    assert rollout.trajectory.finish is Finish.LENGTH
+    assert rollout.broken == [None, None] and rollout.trajectory.acc == 0.0
+    assert rollout.trajectory.turns[1].end - rollout.trajectory.turns[1].start == 3
+    assert len(rollout.output.response_ids) == tool_turn + 3
+
+
+def test_a_call_that_the_limit_left_unclosed_is_not_charged(tokenizer):
+    size = len(tokenizer.encode(CALL, add_special_tokens=False))
+    rollout = Rollout(tokenizer, [CALL], changes={"actor_rollout_ref.rollout.response_length": size - 1})
+    assert rollout.trajectory.finish is Finish.LENGTH
+    assert rollout.trajectory.turns[0].calls[0].error is FormatReason.UNBALANCED_TAG
+    assert rollout.broken == [None]
+    assert rollout.tool.ran == []
+
+
+def test_a_turn_that_ends_by_itself_on_the_last_token_is_not_cut(tokenizer):
+    size = len(tokenizer.encode(RIGHT, add_special_tokens=False)) + 1
+    rollout = Rollout(tokenizer, [RIGHT], changes={"actor_rollout_ref.rollout.response_length": size})
+    assert rollout.trajectory.finish is Finish.ANSWER and rollout.broken == [FormatReason.FIRST_TURN_NO_CALL]
+
+
+def test_a_tool_answer_that_does_not_fit_ends_the_trajectory_at_the_turn(tokenizer):
+    fits = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n")).trajectory.turns[1].start
+    for length in (fits, fits - 1):  # no token left, not even room for the answer
+        changes = {"actor_rollout_ref.rollout.response_length": length}
+        rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes)
+        assert rollout.trajectory.finish is Finish.LENGTH and rollout.broken == [None]
+        assert rollout.outcomes == [["ok"]] and rollout.trajectory.code == "2+3"  # it did run
+        assert len(rollout.output.response_ids) == rollout.trajectory.turns[0].end  # its answer is not in the response
+
+
+# -- outcome ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_the_tool_printed_does_not_score(tokenizer):
+    rollout = Rollout(tokenizer, [CALL, "Done."], FakePython(r"\boxed{5}"))
+    assert r"\boxed{5}" in rollout.context[0]
+    assert rollout.trajectory.acc == 0.0 and rollout.broken == [None, FormatReason.NO_ANSWER]
+    assert rollout.info["no_answer"] == 1.0
+
+
+def test_an_answer_of_an_earlier_turn_does_not_score(tokenizer):
+    rollout = Rollout(tokenizer, [RIGHT + CALL, WRONG], FakePython("5\n"))
+    assert (rollout.trajectory.acc, rollout.trajectory.pred) == (0.0, "6")
+
+
+def test_a_right_answer_without_a_call_scores_and_breaks_the_format(tokenizer):
+    rollout = Rollout(tokenizer, [RIGHT])
+    assert rollout.trajectory.acc == 1.0 and rollout.broken == [FormatReason.FIRST_TURN_NO_CALL]
+    assert rollout.info["first_turn_call"] == 0.0
+
+
+def test_validation_keys_are_the_same_however_a_trajectory_ends(tokenizer):
+    """verl fills a missing key with null and averages it."""
+    ends = [
+        Rollout(tokenizer, [RIGHT]),
+        Rollout(tokenizer, ["<tool_call>", WRONG]),
+        Rollout(tokenizer, [CALL], FakePython(("", "infra"))),
+        Rollout(tokenizer, [CALL], changes={f"{MULTI_TURN}.max_assistant_turns": 1}),
+        Rollout(tokenizer, [CALL], changes={"actor_rollout_ref.rollout.response_length": 3}),
+    ]
+    assert {rollout.trajectory.finish for rollout in ends} == set(Finish)
+    keys = [
+        "acc",
+        "pred",
+        "turns",
+        "first_turn_call",
+        "malformed_call",
+        "tool_error",
+        "no_answer",
+        "truncated",
+        "infra",
+    ]
+    for rollout in ends:
+        assert list(rollout.info) == keys
+        assert all(isinstance(v, str if k == "pred" else float) for k, v in rollout.info.items())
+
+
+def test_an_outcome_between_zero_and_one_is_refused(tokenizer, tmp_path):
+    (tmp_path / "half.py").write_text("def score(**kwargs):\n    return {'acc': 0.5}\n")
+    changes = {"reward.custom_reward_function": {"path": str(tmp_path / "half.py"), "name": "score"}}
+    with pytest.raises(ValueError, match=r"acc=0\.5: GTPO's outcome is 0 or 1"):
+        Rollout(tokenizer, [RIGHT], changes=changes)
+
+
+def test_a_reward_function_may_be_async_or_return_a_bare_number(tokenizer, tmp_path):
+    (tmp_path / "one.py").write_text("async def score(**kwargs):\n    return 1\n")
+    changes = {"reward.custom_reward_function": {"path": str(tmp_path / "one.py"), "name": "score"}}
+    rollout = Rollout(tokenizer, [WRONG], changes=changes)
+    assert (rollout.trajectory.acc, rollout.trajectory.pred) == (1.0, "")
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def seeds(tokenizer, determinism=True, **row):
+    changes = {"actor_rollout_ref.rollout.full_determinism": determinism}
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes, **row)
+    return [request.get("seed") for request in rollout.server.requests]
+
+
+def test_the_same_row_gets_the_same_seeds_one_a_turn(tokenizer):
+    first, second = seeds(tokenizer)
+    assert [first, second] == seeds(tokenizer) and first != second
+
+
+@pytest.mark.parametrize("other", [{"session_id": 2}, {"index": 5}, {"global_steps": 10}])
+def test_another_session_row_or_step_gets_other_seeds(tokenizer, other):
+    assert not set(seeds(tokenizer)) & set(seeds(tokenizer, **other))
+
+
+def test_without_full_determinism_no_seed_is_sent(tokenizer):
+    assert seeds(tokenizer, determinism=False) == [None, None]
+
+
+# -- start-up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tools", [None, []])
+def test_no_tool_is_refused_by_the_key_that_sets_one(tokenizer, tools):
+    with pytest.raises(ValueError, match=r"set actor_rollout_ref\.rollout\.multi_turn\.tool_config_path"):
+        asyncio.run(started(compose(), tokenizer, tools))
+
+
+def test_no_reward_function_is_refused_by_the_key_that_sets_one(tokenizer):
+    config = compose()
+    config.reward.custom_reward_function.path = None
+    with pytest.raises(ValueError, match=r"needs reward.custom_reward_function.path"):
+        asyncio.run(started(config, tokenizer, [FakePython()]))
+
+
+async def started(config, tokenizer, tools):
+    return make_loop(config, tokenizer, None, tools)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from verl_ext.tool_server.isolation import FIRST_UID, UID_COUNT
 from verl_ext.tool_server.launch import start_server
-from verl_ext.tool_server.runtime import ensure_runtime
+from verl_ext.tool_server.runtime import default_cache_dir, ensure_runtime
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 USER_UID = 64123  # the ordinary user that tests become when they run as root
@@ -50,20 +50,32 @@ class OrdinaryUser:
     """An interpreter, packages and this source tree where a user other than root can read them."""
 
     def __init__(self) -> None:
+        # Kept in root's cache between runs: half a gigabyte takes long to write, and on some disks longer to delete.
+        self.tree = ensure_runtime(packages=SERVER_PACKAGES).root
         self._home = Path(tempfile.mkdtemp(prefix="tool-server-user-", dir="/var/tmp"))
-        self._home.chmod(0o755)
-        self.tree = ensure_runtime(self._home / "environment", SERVER_PACKAGES).root
         shutil.copytree(
             REPOSITORY / "verl_ext" / "tool_server",
             self._home / "code" / "verl_ext" / "tool_server",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         (self._home / "code" / "verl_ext" / "__init__.py").touch()
-        for path in (self._home / "code").rglob("*"):
+        for path in (self._home, *self._home.rglob("*")):
             path.chmod(0o755)
-        (self._home / "code").chmod(0o755)
-        (self._home / "own").mkdir()
-        os.chown(self._home / "own", USER_UID, USER_UID)
+        self.environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/nonexistent",
+            "PYTHONPATH": f"{self._home / 'code'}:{self.tree / 'site'}",
+            "LD_LIBRARY_PATH": str(self.tree / "lib"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PLANTED_ANSWER": os.environ["PLANTED_ANSWER"],
+        }
+        # The runtime of that interpreter, built by root for everybody.
+        build = "from verl_ext.tool_server.runtime import *; ensure_runtime(packages=('numpy', 'sympy'))"
+        subprocess.run([self.python, "-c", build], env=self.environment, cwd="/", check=True, timeout=START_SECONDS)
+
+    @property
+    def python(self) -> str:
+        return str(self.tree / "bin" / "python")
 
     def remove(self) -> None:
         shutil.rmtree(self._home)
@@ -71,17 +83,10 @@ class OrdinaryUser:
     @contextlib.contextmanager
     def server(self, **options: object) -> Iterator[Server]:
         """Like ``start_server``, as the ordinary user."""
-        options["extra_arguments"] = (*options["extra_arguments"], "--runtime-dir", str(self._home / "own" / "runtime"))
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(self._home / "own"),
-            "TMPDIR": "/tmp",
-            "PYTHONPATH": f"{self._home / 'code'}:{self.tree / 'site'}",
-            "PLANTED_ANSWER": os.environ["PLANTED_ANSWER"],
-        }
+        options["extra_arguments"] = (*options["extra_arguments"], "--runtime-dir", str(default_cache_dir()))
         process = subprocess.Popen(
-            [str(self.tree / "bin" / "python"), "-c", _LAUNCHER, json.dumps(options)],
-            env=environment,
+            [self.python, "-c", _LAUNCHER, json.dumps(options)],
+            env=self.environment,
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

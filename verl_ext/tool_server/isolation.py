@@ -76,6 +76,7 @@ class Tier:
         config = {
             "kind": kind,
             "control_fd": control_fd,
+            "python": sys.version,
             "namespaces": self.namespaces,
             "landlock": self.confined,
             "seccomp": self._policies.get(False),
@@ -87,7 +88,8 @@ class Tier:
         paths = [f"{root}/{self.runtime.inside}", f"{root}/site"]
         boot = f"import sys; sys.path[:0] = {paths!r}; import zygote; zygote.main()"
         argv = [f"{root}/bin/python", "-I", "-S", "-B", "-c", boot, json.dumps(config)]
-        env = dict(_ENVIRONMENT)
+        # An interpreter with a shared libpython must find its own, not one the system has of another patch level.
+        env = {**_ENVIRONMENT, "LD_LIBRARY_PATH": f"{root}/lib"}
         if self.namespaces:
             env |= {"HOME": _SCRATCH, "TMPDIR": _SCRATCH}
             argv = [*self._bubblewrap(existing), "--", *argv]

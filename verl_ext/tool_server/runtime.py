@@ -88,8 +88,9 @@ def ensure_runtime(cache_dir: Path | None = None, packages: Iterable[str] = DEFA
         owner = cache.stat()
     except OSError as error:
         raise RuntimeBuildError(f"cannot use {cache} for the tool runtime ({error}); pass --runtime-dir") from error
-    if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise RuntimeBuildError(f"{cache} must belong to this user and be writable by nobody else; pass --runtime-dir")
+    # What root built may be used by everybody.
+    if owner.st_uid not in (0, os.geteuid()) or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeBuildError(f"{cache} must be yours or root's and writable by nobody else; pass --runtime-dir")
     if not target.exists():
         _publish(target, lambda work: _build(work, distributions))
     inside = f"inside-{_inside_key()}"

@@ -144,6 +144,10 @@ class RayBackend:
             workers = await asyncio.wait_for(actor.ready.remote(), START_SECONDS)
         except (RayActorError, asyncio.TimeoutError):
             return  # it left again, or is too slow to be of use
+        except RayTaskError:
+            # It cannot run code safely, and says why. It must not keep the name from one that can.
+            await asyncio.to_thread(ray.kill, actor)
+            raise
         self._nodes[node_id] = _Node(node_id, actor, workers)
 
     def _actor(self, node_id: str) -> Any:

@@ -193,7 +193,8 @@ def _group_index(group_ids: GroupIds, device: torch.device) -> torch.Tensor:
     """(B,) labels of any kind as (B,) integers from 0."""
     if isinstance(group_ids, torch.Tensor):
         return torch.unique(group_ids, return_inverse=True)[1].to(device)
-    return torch.from_numpy(np.unique(np.asarray(group_ids), return_inverse=True)[1]).to(device)
+    labels = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(list(group_ids))
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

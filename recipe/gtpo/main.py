@@ -101,7 +101,8 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
     def watch() -> None:
         while not stop.wait(config.watchdog.poll_seconds):
             if handle is not None and not handle.alive:
-                write_cause(config.run_dir, f"the tool server (pid {handle.pid}) died: {_last_line(handle.log())}")
+                last = _last_line(handle.log())
+                write_cause(config.run_dir, f"the tool server died: pid {handle.pid}, its last line: {last}")
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
                 return
 

@@ -33,7 +33,7 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
             super().run(config)
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer.
-            cause = self._watch.find_dead(timeout=2.0) if self._watch is not None else None
+            cause = self._watch.find_dead(timeout=3.0) if self._watch is not None else None
             write_cause(config.run_dir, cause or f"{type(e).__name__}: {_first_line(e)}")
             raise
         finally:

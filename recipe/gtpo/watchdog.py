@@ -8,8 +8,10 @@ batch. `ActorWatch` notices in the trainer's process and ends it; the command th
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,15 +64,24 @@ class ActorWatch:
             self._thread.join(timeout=self._poll_seconds + 5)
 
     def find_dead(self, timeout: float = 0.0) -> str | None:
-        """A sentence on the first actor found dead, or None."""
+        """A sentence on the first actor found dead, or None after `timeout` seconds of asking.
+
+        An answer at hand may be older than the death: only a question asked after it tells. So it takes several rounds.
+        """
+        deadline = time.monotonic() + timeout
+        while (dead := self._ask_round()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return dead
+
+    def _ask_round(self) -> str | None:
         with self._lock:
-            answered, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=timeout)
+            answered, _ = ray.wait(list(self._questions), num_returns=len(self._questions), timeout=0)
             for question in answered:
                 name, handle = self._questions.pop(question)
                 try:
                     ray.get(question)
                 except ray.exceptions.RayActorError as e:
-                    return f"the {name} died: {_first_line(e)}"
+                    return f"the {name} died: {_how(e)}"
                 self._questions[_ask(handle)] = (name, handle)
             return None
 
@@ -93,10 +104,8 @@ def _nothing(_actor: Any) -> None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    """What a person needs of Ray's report: the line that names the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if "exit" in line.lower() or "killed" in line.lower():
-            return line
-    return lines[0] if lines else type(error).__name__
+def _how(error: ray.exceptions.RayActorError) -> str:
+    """Ray's report as one short line: it has the process id and a kind of exit, among much advice."""
+    text = str(error)
+    found = {name: match[1] for name in ("pid", "Worker exit type") if (match := re.search(rf"{name}: (\w+)", text))}
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or text.strip().splitlines()[0]

@@ -10,7 +10,7 @@ PARTS = [
     pytest.param("ray::TransformersServer", "the rollout server died", id="rollout-server"),
     pytest.param("ray::WorkerDict", "the training worker died", id="training-worker"),
     pytest.param("ray::AgentLoopWorkerTQ", "the agent loop worker died", id="agent-loop-worker"),
-    pytest.param(None, "the tool server", id="tool-server"),
+    pytest.param(None, "the tool server died", id="tool-server"),
 ]
 
 

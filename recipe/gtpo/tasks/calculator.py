@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from recipe.gtpo.parsing import parse_calls
@@ -27,6 +28,7 @@ def run_code(code: str) -> ToolOutcome:
     """Outcome and output of one program. Never raises for a program the model wrote."""
     try:
         tree = ast.parse(code)
+        compile(tree, "<code>", "exec")  # finds the syntax errors that the parser lets pass
     except SyntaxError as e:
         return ToolOutcome("syntax_error", f"Traceback (most recent call last):\nSyntaxError: {e.msg}", 0.0)
     except (ValueError, RecursionError, MemoryError) as e:  # null bytes, absurd nesting
@@ -53,19 +55,21 @@ def _evaluate(node: ast.expr) -> int:
     raise ValueError(f"the calculator has no {type(node).__name__}")
 
 
-def tool_message(call: ToolCall) -> str:
-    """What the tool message says in answer to one call: the one place that this side knows its format from.
+def answer_call(call: ToolCall) -> ToolOutcome:
+    """What a rollout would do with one call; `output` is the tool message. The one place that knows its text here.
 
     Refused calls: "Error: " and the parser's reason. Programs: what they show, which for a failed one is the last line
     of its traceback.
     """
     if call.error is not None:
-        return f"Error: {call.detail}"
-    outcome = run_code(str(call.arguments["code"]))
-    return outcome.output if outcome.outcome == "ok" else outcome.output.splitlines()[-1]
+        return ToolOutcome("malformed", f"Error: {call.detail}", 0.0)
+    result = run_code(str(call.arguments["code"]))
+    return result if result.outcome == "ok" else replace(result, output=result.output.splitlines()[-1])
 
 
-def respond(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[ToolCall, ...], tuple[str, ...]]:
-    """The calls of one assistant turn and the tool messages that answer them, one a call. Both empty: a final turn."""
+def respond(
+    text: str, schemas: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[ToolCall, ...], tuple[ToolOutcome, ...]]:
+    """The calls of one assistant turn and what answers them, one outcome a call. Both empty: a final turn."""
     calls = parse_calls(text, schemas)
-    return calls, tuple(map(tool_message, calls))
+    return calls, tuple(map(answer_call, calls))

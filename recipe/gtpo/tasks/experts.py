@@ -121,12 +121,12 @@ def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstr
         fault = rng.choices([*row, None], [*row.values(), max(0.0, 1 - sum(row.values()))])[0]
         turns.append(write_turn(fault, value, remaining))
         faults.append(fault)
-        calls, messages = respond(turns[-1], schemas)
-        replies.append(messages)
+        calls, outcomes = respond(turns[-1], schemas)
+        replies.append(tuple(o.output for o in outcomes))
         if not calls:
             return Demonstration(problem, tuple(turns), tuple(replies), tuple(faults))
-        if messages[0].strip().isdecimal():
-            value, remaining, stage = int(messages[0]), remaining[1:], "later"
+        if outcomes[0].outcome == "ok":
+            value, remaining, stage = int(outcomes[0].output), remaining[1:], "later"
         else:
             stage = "repair"
     turns.append(write_answer(value))

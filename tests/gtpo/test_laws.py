@@ -120,7 +120,9 @@ def test_law_5_nothing_is_lost_wherever_the_reward_sits(batch, data):
 def test_law_5_token_rewards_hold_every_turn_reward(batch):
     ids, length = batch.turn_ids, batch.mask.shape[1]
     turns = int(ids.max()) + 1
-    exists = torch.stack([(ids == k).any(dim=1) for k in range(turns)], dim=1) if turns else torch.zeros(len(ids), 0) > 0
+    exists = (
+        torch.stack([(ids == k).any(dim=1) for k in range(turns)], dim=1) if turns else torch.zeros(len(ids), 0) > 0
+    )
     position = torch.arange(length)
     last = [torch.where(ids == k, position, -1).amax(dim=1) + 1 for k in range(turns)]
     spans = torch.zeros(*exists.shape, 2, dtype=torch.long)
@@ -220,7 +222,9 @@ def test_law_9_leave_one_out_is_the_policy_gradient_and_centring_rewards_by_turn
 
 
 @settings(max_examples=200)
-@given(ragged_batches(), any_options, st.sampled_from((0.0, 0.5, 0.9, 1.0)), st.integers(2, 4), st.booleans(), st.data())
+@given(
+    ragged_batches(), any_options, st.sampled_from((0.0, 0.5, 0.9, 1.0)), st.integers(2, 4), st.booleans(), st.data()
+)
 def test_law_10_equals_a_float64_loop(batch, options, gamma, min_pool, silence, data):
     options = {**options, "gamma": gamma, "min_pool": min_pool, "unsolved_groups": "zero" if silence else "keep"}
     solved = [data.draw(st.booleans()) for _ in batch.mask]

@@ -127,7 +127,10 @@ def test_log_prob_gap_by_turn():
 
 def test_metrics_of_a_large_batch_take_less_than_a_hundredth_of_a_ten_second_step():
     rows = [
-        (f"u{i // 16}", trajectory(*(turn(8 * k, 8 * k + 6, "x = 1") for k in range(1 + i % 16)), acc=float(i % 3 == 0)))
+        (
+            f"u{i // 16}",
+            trajectory(*(turn(8 * k, 8 * k + 6, "x = 1") for k in range(1 + i % 16)), acc=float(i % 3 == 0)),
+        )
         for i in range(1024)
     ]
     trajectories = [t for _, t in rows]

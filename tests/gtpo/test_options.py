@@ -31,7 +31,10 @@ def test_every_level_can_be_set(wrap):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"gama": 0.9}, r"algorithm.gtpo: unknown option 'gama'. Did you mean 'gamma'\? Valid options: gamma, format_p"),
+        (
+            {"gama": 0.9},
+            r"algorithm.gtpo: unknown option 'gama'. Did you mean 'gamma'\? Valid options: gamma, format_p",
+        ),
         ({"zzz": 1}, r"unknown option 'zzz'. Valid options: gamma"),
         ({"shaping": {"similarity": {"modle": "x"}}}, r"algorithm.gtpo.shaping.similarity: unknown .* 'model'\?"),
         ({"gamma": 1.1}, r"algorithm.gtpo.gamma: 1.1 must be in \[0, 1\]"),

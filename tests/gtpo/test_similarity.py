@@ -43,13 +43,25 @@ def make(backend, **options):
 
 
 @pytest.mark.parametrize(
-    "backend", ["token_jaccard", pytest.param("tfidf", marks=needs_sklearn), pytest.param("sentence", marks=needs_model)]
+    "backend",
+    ["token_jaccard", pytest.param("tfidf", marks=needs_sklearn), pytest.param("sentence", marks=needs_model)],
 )
 def test_every_backend_ranks_equal_near_far(backend):
     (matrix,) = make(backend).compare([([CORRECT, NEAR, FAR], [CORRECT])])
     equal, near, far = matrix[:, 0]
     assert matrix.shape == (3, 1) and equal == pytest.approx(1.0, abs=1e-5)
     assert 1 > near > far and near > 0.7 and far < 0.6
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["token_jaccard", pytest.param("tfidf", marks=needs_sklearn), pytest.param("sentence", marks=needs_model)],
+)
+def test_shaping_pays_for_closeness_not_for_correctness(backend):
+    """The limitation the method page states: a wrong copy beats a right rewording."""
+    reworded = "limit = int(input())\nprint(limit * (limit + 1) // 2)"
+    (matrix,) = make(backend).compare([([NEAR, reworded], [CORRECT])])
+    assert matrix[0, 0] > matrix[1, 0]
 
 
 def test_token_jaccard_is_shared_over_all():
@@ -199,7 +211,11 @@ def test_http_tries_again_when_the_server_is_busy(server):
         ([(200, "<html>")], r"not an embeddings answer", 1),
         ([(200, '{"error": "no"}')], r"not an embeddings answer", 1),
         ([(200, '{"data": []}')], r"0 embeddings for 2 texts", 1),
-        ([(200, '{"data": [{"index": 0, "embedding": [1]}, {"index": 0, "embedding": [1]}]}')], r"2 embeddings for 2", 1),
+        (
+            [(200, '{"data": [{"index": 0, "embedding": [1]}, {"index": 0, "embedding": [1]}]}')],
+            r"2 embeddings for 2",
+            1,
+        ),
     ],
 )
 def test_http_failures_raise_with_the_cause(server, replies, message, requests):

@@ -1,0 +1,465 @@
+"""Protects the path from recorded turns to advantages through verl's own `_compute_advantage`, on all its V1 trainers.
+
+Real: the trainers, their `__init__`, the composed config, verl's estimators, padding, rollout correction and KL, and
+the containers that TransferQueue hands out. Fake: the queue's server, replaced by a dict. Every expected number comes
+from a plain Python loop (`by_hand`), none from the code under test.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from composition import compose
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleStorageManager
+from verl.trainer.ppo import padding_utils
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from recipe.gtpo import trainer as glue
+from recipe.gtpo.agent_loop import TRAJECTORY
+from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.trainer import GTPOTrainerMixin
+from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+
+pytestmark = pytest.mark.unit
+
+EOS = 2
+TRAINERS = {
+    "gtpo_sync": ("sync", ()),
+    "gtpo_colocate_async": ("colocate_async", ()),
+    "gtpo_separate_async": (
+        "separate_async",
+        (  # what verl asks of this mode at start-up
+            "actor_rollout_ref.rollout.nnodes=1",
+            "actor_rollout_ref.rollout.n_gpus_per_node=1",
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+            "trainer.v1.separate_async.parameter_sync_step=1",
+        ),
+    ),
+}
+
+
+# -- a batch in a queue ------------------------------------------------------------------------------------------------
+
+
+class DictQueue:
+    """TransferQueue's two calls over a dict. Values come back in the containers its own storage packs them in."""
+
+    def __init__(self):
+        self.rows: dict[str, dict] = {}
+        self.tags: dict[str, dict] = {}
+
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        assert partition_id == "train" and (fields is None or len(fields) == len(keys))
+        for name in fields.keys() if fields is not None else ():
+            column = fields.get(name)
+            values = column.unbind() if isinstance(column, torch.Tensor) else column.tolist()
+            for key, value in zip(keys, values, strict=True):
+                self.rows.setdefault(key, {})[name] = value
+        for key, tag in zip(keys, tags or (), strict=bool(tags)):
+            self.tags[key] = tag
+        names = sorted(set.union(*(set(self.rows[key]) for key in keys)))
+        return KVBatchMeta(list(keys), [self.tags[key] for key in keys], partition_id, names)
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None):
+        assert partition_id == "train"
+        present = set.intersection(*(set(self.rows[key]) for key in keys))
+        names = present if select_fields is None else present & set(select_fields)
+        pack = AsyncSimpleStorageManager._pack_field_values
+        return TensorDict({n: pack([self.rows[key][n] for key in keys]) for n in sorted(names)}, batch_size=len(keys))
+
+    def column(self, batch, name):
+        return {key: self.rows[key][name].tolist() for key in batch.keys}
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    queue = DictQueue()
+    for module in (glue, trainer_base, padding_utils):
+        monkeypatch.setattr(module, "tq", queue)
+    return queue
+
+
+def turn(start, end, code="", broken=None):
+    if not code:
+        return Turn(start, end, "", broken=broken)
+    return Turn(start, end, "", (ToolCall("python", {"code": code}),), (ToolOutcome("ok", "1", 0.0),), broken)
+
+
+FIRST, ANSWER = FormatReason.FIRST_TURN_NO_CALL, FormatReason.NO_ANSWER
+# Turn rewards of each when it shares a group with SOLVED ("a = 1" and "a = 2" share 2 of 4 tokens: 0.5 * 0.5).
+SOLVED = Trajectory((turn(0, 3, "a = 1"), turn(5, 7)), Finish.ANSWER, 1.0)  # [0, 1]
+FAILED = Trajectory((turn(0, 2, broken=FIRST), turn(2, 4, "a = 2"), turn(6, 9, broken=ANSWER)), Finish.ANSWER, 0.0)
+CUT = Trajectory((turn(0, 4, "a = 1"),), Finish.LENGTH, 0.0)  # [0.5]
+WRONG = Trajectory((turn(0, 2, broken=FIRST),), Finish.ANSWER, 0.0)  # [-0.1]
+INFRA = Trajectory((turn(0, 3, "a = 1"), turn(4, 6, "a = 1")), Finish.INFRA, 0.0)
+REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, -0.1 + 0.25], "CUT": [0.5], "WRONG": [-0.1]}
+KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "INFRA": INFRA}
+
+
+def put(queue, rows, **changes):
+    """Store rows as verl's agent-loop worker does. `rows`: key -> kind; `changes`: key -> other fields."""
+    for key, kind in rows.items():
+        trajectory = KINDS[kind]
+        length = trajectory.turns[-1].end + (kind == "CUT")  # CUT ends with a token that it did not generate
+        mask = torch.zeros(length, dtype=torch.int64)
+        for t in trajectory.turns:
+            mask[t.start : t.end] = 1
+        log_probs = -torch.arange(1, length + 1) / 10
+        scores = torch.zeros(length)
+        scores[-1] = trajectory.acc  # where verl puts the scalar, whatever the mask there
+        queue.rows[key] = {
+            "uid": key.rsplit("_", 2)[0],
+            "session_id": int(key.rsplit("_", 2)[1]),
+            "prompts": torch.arange(4),
+            "responses": torch.arange(length),
+            "input_ids": torch.arange(4 + length),
+            "position_ids": torch.arange(4 + length),
+            "response_mask": mask,
+            "loss_mask": mask,
+            "rm_scores": scores,
+            "rollout_log_probs": log_probs.clone(),
+            "old_log_probs": log_probs.clone(),
+            "num_turns": len(trajectory.turns),
+            "extra_fields": {TRAJECTORY: json.loads(json.dumps(trajectory.to_dict())), "reward_extra_info": {"acc": 1}},
+        } | changes.get(key, {})
+        queue.tags[key] = {"status": "success", "min_global_steps": 0, "max_global_steps": 0}
+    return KVBatchMeta(list(rows), [queue.tags[key] for key in rows], "train")
+
+
+def make_trainer(run_dir, *overrides, mode="gtpo_sync"):
+    methods = [o for o in overrides if o.startswith("method=")]
+    keys = [o for o in overrides if o not in methods]  # applied without hydra, which would take a second
+    config = OmegaConf.merge(
+        compose(*methods),
+        OmegaConf.from_dotlist([*keys, *TRAINERS[mode][1], f"trainer.v1.trainer_mode={mode}", f"run_dir={run_dir}"]),
+    )
+    trainer = get_trainer_cls(mode)(config)
+    trainer.global_steps = 1
+    return trainer
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def by_hand(rewards, gamma=0.9):
+    """key -> turn rewards to key -> (returns, advantages), for pools that are the prompts' groups."""
+    returns = {
+        k: [sum(gamma ** (m - j) * r[m] for m in range(j, len(r))) for j in range(len(r))] for k, r in rewards.items()
+    }
+    advantages = {}
+    for key in returns:
+        pool = [v for k, values in returns.items() if k.rsplit("_", 2)[0] == key.rsplit("_", 2)[0] for v in values]
+        spread = statistics.stdev(pool) if len(pool) > 1 else 0.0
+        centred = [v - statistics.fmean(pool) if spread > 1e-6 else 0.0 for v in returns[key]]
+        advantages[key] = [c / (spread + 1e-6) for c in centred]
+    return returns, advantages
+
+
+def on_tokens(values, rows, lengths):
+    """key -> value of each turn to key -> value of each token, 0 outside the turns."""
+    tokens = {}
+    for key, kind in rows.items():
+        tokens[key] = [0.0] * lengths[key]
+        for value, t in zip(values.get(key, ()), KINDS[kind].turns, strict=key in values):
+            tokens[key][t.start : t.end] = [value] * (t.end - t.start)
+    return tokens
+
+
+def check(queue, batch, rows, kinds=REWARDS, skipped=()):
+    """Advantages and returns of the batch are the reference's on generated tokens and exactly 0 elsewhere."""
+    lengths = {key: len(queue.rows[key]["responses"]) for key in rows}
+    returns, advantages = by_hand({key: kinds[kind] for key, kind in rows.items() if key not in skipped})
+    for name, values in (("returns", returns), ("advantages", advantages)):
+        stored = queue.column(batch, name)
+        for key, expected in on_tokens(values, rows, lengths).items():
+            assert stored[key] == pytest.approx(expected, abs=1e-5), (name, key)
+            assert all(v == 0 for v, e in zip(stored[key], expected, strict=True) if e == 0), (name, key)
+    return advantages
+
+
+TWO_GROUPS = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "q_0_0": "CUT", "q_1_0": "SOLVED", "q_2_0": "WRONG"}
+
+
+@pytest.mark.parametrize("mode", TRAINERS)
+def test_advantages_are_the_methods_on_generated_tokens_and_zero_elsewhere(queue, tmp_path, mode):
+    batch = put(queue, TWO_GROUPS)
+    trainer = make_trainer(tmp_path, mode=mode)
+    metrics: dict = {}
+    result = trainer._compute_advantage(batch, metrics)
+    assert result.keys == batch.keys
+    check(queue, batch, TWO_GROUPS)
+    assert metrics["gtpo/acc/mean"] == pytest.approx(2 / 5) and metrics["gtpo/rows/valid_total"] == 5
+    assert metrics["gtpo/log_prob_gap/mean"] == 0.0
+
+
+def test_every_turn_reward_lies_on_the_last_token_of_its_turn(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS)
+    make_trainer(tmp_path)._compute_advantage(batch, {})
+    scores = queue.column(batch, "rm_scores")
+    assert scores["p_0_0"] == [0, 0, 0, 0, 0, 0, 1]
+    assert scores["p_1_0"] == pytest.approx([0, -0.1, 0, 0, 0, 0, 0, 0, 0.15])
+    assert scores["q_0_0"] == [0, 0, 0, 0.5, 0]  # not on the last response token, which the policy did not write
+
+
+@pytest.mark.parametrize("mode", TRAINERS)
+def test_verl_sees_its_own_name_of_the_trainer_mode(tmp_path, mode):
+    trainer = make_trainer(tmp_path, mode=mode)
+    assert trainer.trainer_mode == trainer.config.trainer.v1.trainer_mode == TRAINERS[mode][0]
+    assert isinstance(trainer, get_trainer_cls(TRAINERS[mode][0]))
+    assert trainer.replay_buffer.poll_interval == glue.POLL_SECONDS
+
+
+# -- rows that are not whole trajectories of the batch -----------------------------------------------------------------
+
+
+def test_padding_rows_change_nothing_and_get_nothing(queue, tmp_path):
+    """verl's padding rows carry a copy of the first row's record under a uid of their own."""
+    rows = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "q_0_0": "CUT"}
+    batch = put(queue, rows)
+    make_trainer(tmp_path)._compute_advantage(batch, {})
+    alone = queue.column(batch, "advantages")
+
+    batch = padding_utils.upsample_batch_to_divisible_size(put(queue, rows), 4, EOS)
+    padding = batch.keys[3]
+    assert padding.startswith("pad") and TRAJECTORY in queue.rows[padding]["extra_fields"]
+    metrics: dict = {}
+    make_trainer(tmp_path)._compute_advantage(batch, metrics)
+    padded = queue.column(batch, "advantages")
+    assert {key: padded[key] for key in rows} == alone
+    assert padded[padding] == [0.0] and queue.rows[padding]["rm_scores"].tolist() == [0.0]
+    assert metrics["gtpo/rows/valid_total"] == 3
+
+
+METHODS = ["gtpo", "grpo", "dr_grpo", "rloo"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_infra_row_leaves_the_loss_and_its_group(queue, tmp_path, method):
+    rows = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "p_3_0": "WRONG"}
+    batch = put(queue, rows)
+    make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, {})
+    without = queue.column(batch, "advantages")
+    assert any(without["p_0_0"])
+
+    batch = put(queue, {"p_0_0": "SOLVED", "p_1_0": "FAILED", "p_2_0": "INFRA", "p_3_0": "WRONG"})
+    metrics: dict = {}
+    make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, metrics)
+    with_it = queue.column(batch, "advantages")
+    assert {key: with_it[key] for key in rows} == without  # as if it were absent, to the last bit
+    assert with_it["p_2_0"] == [0.0] * 6
+    dropped = queue.rows["p_2_0"]
+    assert dropped["uid"] == "dropped-p_2_0"
+    assert dropped["response_mask"].tolist() == dropped["loss_mask"].tolist() == [0] * 6
+    for key, kind in rows.items():
+        mask = [int(any(t.start <= i < t.end for t in KINDS[kind].turns)) for i in range(KINDS[kind].turns[-1].end)]
+        assert queue.rows[key]["response_mask"].tolist() == queue.rows[key]["loss_mask"].tolist() == mask
+        assert queue.rows[key]["uid"] == "p"
+    assert metrics["gtpo/rows/infra_total"] == metrics["gtpo/rows/dropped_total"] == 1
+
+
+def test_cut_rows_are_dropped_when_the_option_says_so(queue, tmp_path):
+    rows = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "p_2_0": "CUT"}
+    batch = put(queue, rows)
+    make_trainer(tmp_path, "algorithm.gtpo.truncated=drop")._compute_advantage(batch, {})
+    check(queue, batch, rows, skipped=["p_2_0"])
+    assert queue.rows["p_2_0"]["loss_mask"].tolist() == [0] * 5
+
+
+def test_groups_may_be_ragged_and_rows_in_any_order(queue, tmp_path):
+    """Failed sessions leave their siblings behind, and balancing reorders the rows."""
+    rows = {
+        "q_2_0": "WRONG",
+        "p_1_0": "FAILED",
+        "r_0_0": "SOLVED",
+        "q_0_0": "CUT",
+        "p_0_0": "SOLVED",
+        "q_1_0": "SOLVED",
+    }
+    batch = put(queue, rows)
+    make_trainer(tmp_path)._compute_advantage(batch, {})
+    check(queue, batch, rows)
+
+
+def test_a_group_of_one_turn_gets_exactly_zero(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS | {"r_0_0": "WRONG"})
+    make_trainer(tmp_path)._compute_advantage(batch, {})
+    assert queue.column(batch, "advantages")["r_0_0"] == [0.0, 0.0]
+
+
+def test_a_session_with_several_outputs_is_refused_by_row(queue, tmp_path):
+    batch = put(queue, {"p_0_0": "SOLVED", "p_1_0": "SOLVED", "p_1_1": "SOLVED"})
+    with pytest.raises(ValueError, match="row p_1_1: this agent loop returns several outputs a session"):
+        make_trainer(tmp_path)._compute_advantage(batch, {})
+
+
+def test_a_row_without_a_record_is_refused_by_row_and_told_the_remedy(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS, q_0_0={"extra_fields": {"reward_extra_info": {}}})
+    with pytest.raises(ValueError, match=r"row q_0_0 has no recorded turns: set rollout\.agent\.default_agent_loop"):
+        make_trainer(tmp_path)._compute_advantage(batch, {})
+
+
+def test_a_record_of_another_row_is_refused(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS, q_0_0={"extra_fields": {TRAJECTORY: FAILED.to_dict()}})
+    with pytest.raises(ValueError, match="row 2: turn 2 ends at token 9 of a response of 5 tokens"):
+        make_trainer(tmp_path)._compute_advantage(batch, {})
+
+
+# -- verl's other parts of the same step -------------------------------------------------------------------------------
+
+
+def test_rollout_correction_rejects_tokens_and_turns_stay_whole(queue, tmp_path):
+    """verl zeroes the mask of a token in the middle of a turn: read off that mask, the turn would be two."""
+    batch = put(queue, TWO_GROUPS)
+    queue.rows["p_0_0"]["old_log_probs"][1] -= 5.0
+    overrides = (
+        "algorithm.rollout_correction.rollout_rs=token_k1",
+        "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0",
+    )
+    metrics: dict = {}
+    make_trainer(tmp_path, *overrides)._compute_advantage(batch, metrics)
+    assert queue.rows["p_0_0"]["response_mask"].tolist() == [1, 0, 1, 0, 0, 1, 1]  # verl did reject it
+    stored = queue.column(batch, "advantages")
+    _, advantages = by_hand({key: REWARDS[kind] for key, kind in TWO_GROUPS.items()})
+    first, last = advantages["p_0_0"]
+    assert stored["p_0_0"] == pytest.approx([first, 0, first, 0, 0, last, last], abs=1e-5)
+    assert stored["p_0_0"][1] == 0.0
+    for key in ("p_1_0", "q_0_0", "q_1_0", "q_2_0"):
+        expected = on_tokens(advantages, {key: TWO_GROUPS[key]}, {key: len(stored[key])})[key]
+        assert stored[key] == pytest.approx(expected, abs=1e-5)
+    assert metrics["gtpo/log_prob_gap/mean"] == pytest.approx(
+        5 / sum(sum(t.end - t.start for t in KINDS[k].turns) for k in TWO_GROUPS.values())
+    )
+
+
+def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
+    beta = 0.5
+    batch = put(queue, TWO_GROUPS)
+    ratio = {}  # log p_old - log p_ref of every token
+    for n, key in enumerate(TWO_GROUPS):
+        row = queue.rows[key]
+        ratio[key] = [0.01 * (n + 1) * (t % 3) for t in range(len(row["responses"]))]
+        row["ref_log_prob"] = row["old_log_probs"] - torch.tensor(ratio[key])
+    trainer = make_trainer(tmp_path, "algorithm.use_kl_in_reward=true", f"algorithm.kl_ctrl.kl_coef={beta}")
+    metrics: dict = {}
+    trainer._compute_advantage(batch, metrics)
+    assert metrics["actor/reward_kl_penalty_coeff"] == beta
+    stored = queue.column(batch, "token_level_rewards")
+    penalised = {}
+    for key, kind in TWO_GROUPS.items():
+        turns = KINDS[kind].turns
+        expected = [0.0] * len(ratio[key])
+        for reward, t in zip(REWARDS[kind], turns, strict=True):
+            for i in range(t.start, t.end):
+                expected[i] = -beta * ratio[key][i]
+            expected[t.end - 1] += reward
+        assert stored[key] == pytest.approx(expected, abs=1e-6)
+        penalised[key] = [sum(expected[t.start : t.end]) for t in turns]
+    returns, advantages = by_hand(penalised)
+    for name, values in (("returns", returns), ("advantages", advantages)):
+        column = queue.column(batch, name)
+        for key, expected in on_tokens(values, TWO_GROUPS, {k: len(v) for k, v in ratio.items()}).items():
+            assert column[key] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
+def test_a_baseline_is_verls_own_estimator_on_the_summed_turn_rewards(queue, tmp_path, method):
+    batch = put(queue, TWO_GROUPS)
+    make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, {})
+    unshaped = {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1}  # baselines have no shaping
+    masks = torch.nn.utils.rnn.pad_sequence([queue.rows[key]["response_mask"] for key in batch.keys], batch_first=True)
+    rewards = torch.zeros(masks.shape)
+    rewards[:, 0] = torch.tensor([unshaped[kind] for kind in TWO_GROUPS.values()])
+    uids = np.array([key.split("_")[0] for key in batch.keys], dtype=object)
+    expected, _ = compute_grpo_outcome_advantage(rewards, masks, uids, norm_adv_by_std_in_grpo=method == "grpo")
+    stored = queue.column(batch, "advantages")
+    for i, key in enumerate(batch.keys):
+        assert stored[key] == pytest.approx(expected[i, : len(stored[key])].tolist(), abs=1e-6)
+        assert any(stored[key])
+
+
+def test_a_sampler_that_stores_no_log_probs_is_fine(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS)
+    for key in batch.keys:
+        del queue.rows[key]["rollout_log_probs"]
+    metrics: dict = {}
+    make_trainer(tmp_path)._compute_advantage(batch, metrics)
+    check(queue, batch, TWO_GROUPS)
+    assert "gtpo/log_prob_gap/mean" not in metrics
+
+
+# -- record ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_training_trajectory_is_written_with_its_rewards_and_advantages(queue, tmp_path):
+    rows = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "p_2_0": "INFRA"}
+    batch = padding_utils.upsample_batch_to_divisible_size(put(queue, rows), 4, EOS)
+    trainer = make_trainer(tmp_path)
+    trainer.global_steps = 6
+    trainer._compute_advantage(batch, {})
+    lines = [json.loads(line) for line in (tmp_path / "trajectories" / "6.jsonl").read_text().splitlines()]
+    assert len(lines) == 3  # the padding row is nobody's trajectory
+    _, advantages = by_hand({"p_0_0": REWARDS["SOLVED"], "p_1_0": REWARDS["FAILED"]})
+    for line, (key, kind) in zip(lines, rows.items(), strict=True):
+        assert line["group"] == "p" and line["dropped"] == (kind == "INFRA")
+        assert line["turn_rewards"] == pytest.approx(REWARDS.get(kind, []))
+        assert line["advantages"] == pytest.approx(advantages.get(key, []), abs=1e-5)
+        assert Trajectory.from_dict(line) == KINDS[kind]
+
+
+def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
+    trainer = make_trainer(tmp_path, "trajectory_freq=2")
+    for step in (1, 2, 3, 4):
+        trainer.global_steps = step
+        trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+    assert sorted(path.name for path in (tmp_path / "trajectories").iterdir()) == ["2.jsonl", "4.jsonl"]
+
+
+def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
+    batch = put(queue, TWO_GROUPS)
+    trainer = make_trainer(tmp_path)
+    trainer.resource_pool_manager = SimpleNamespace(get_n_gpus=lambda: 1)  # verl asks it for the throughput only
+    metrics: dict = {}
+    trainer._compute_advantage(batch, metrics)
+    metrics["gtpo/credit_seconds"] = 0.5
+    trainer._compute_metrics(batch, metrics, {"step": 10.0, "gen": 4.0}, global_steps=3, epoch=0)
+    (line,) = RunRecord(tmp_path).read_metrics()
+    assert line["step"] == 3
+    assert line["metrics"]["gtpo/credit_share_of_step"] == 0.05
+    assert line["metrics"]["training/global_step"] == 3 and line["metrics"]["timing_s/gen"] == 4.0
+    assert line["metrics"]["gtpo/acc/mean"] == pytest.approx(0.4)
+
+
+def test_validation_before_training_is_step_zero_and_later_ones_are_not_written_twice(tmp_path):
+    class Validated(PPOTrainerSync):  # verl's own needs a cluster
+        def _validate(self):
+            return {"val-core/arithmetic/acc/mean@2": 0.25}
+
+    class Trainer(GTPOTrainerMixin, Validated):
+        base_mode = "sync"
+
+    config = compose()
+    config.run_dir = str(tmp_path)
+    trainer = Trainer(config)
+    for step in (0, 5):
+        trainer.global_steps = step
+        assert trainer._validate() == {"val-core/arithmetic/acc/mean@2": 0.25}
+    assert RunRecord(tmp_path).read_metrics() == [{"step": 0, "metrics": {"val-core/arithmetic/acc/mean@2": 0.25}}]
+
+
+def test_the_options_of_the_config_are_the_trainers(tmp_path):
+    trainer = make_trainer(tmp_path, "algorithm.gtpo.baseline=turn", "algorithm.gtpo.shaping.alpha=0.25")
+    assert trainer.options.baseline == "turn" and trainer.options.shaping.alpha == 0.25
+    assert asdict(trainer.options)["gamma"] == 0.9
+    assert make_trainer(tmp_path, "method=gtpo_no_shaping").similarity is None

@@ -67,7 +67,12 @@ _UNUSED_MANDATORY = {"reward.reward_model.rollout.name"}
 
 
 def check_paths(config: DictConfig) -> None:
-    """Raise ConfigError for a model or data file that is not there."""
+    """Raise ConfigError for a model, data or reward file that is not there."""
+    reward = config.reward.custom_reward_function.path
+    if reward is None:
+        raise ConfigError("reward.custom_reward_function.path is not set: a Python file with compute_score(...)")
+    if not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
+        raise ConfigError(f"reward.custom_reward_function.path={reward} does not exist")
     model = config.actor_rollout_ref.model.path
     if model is None:
         raise ConfigError("actor_rollout_ref.model.path is not set: a local folder or a hub name")

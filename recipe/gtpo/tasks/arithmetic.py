@@ -1,8 +1,8 @@
 r"""Multi-step arithmetic word problems that need the tool: generator, splits, score.
 
 A problem is a chain: a start value, then k steps (add, subtract, multiply), told in one of several wordings. The
-numbers are too large for a tiny policy to compute, small enough to copy: every value on the way has 5 to 8 digits,
-addends have 4, factors have 3. These sizes carry a law that the whole task rests on (tests/tasks/test_arithmetic.py):
+numbers are too large for a tiny policy to compute, small enough to copy: every value on the way has 4 to 6 digits,
+addends have 3, factors have 2. These sizes carry a law that the whole task rests on (tests/tasks/test_arithmetic.py):
 
     one step, written without spaces, takes at most MAX_CODE_LENGTH characters; any two consecutive steps take more.
 
@@ -29,12 +29,12 @@ SPLITS = ("train", "validation")
 MAX_STEPS = 6
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
-_START = (10_000, 99_999)
-_OPERANDS = {"add": (1_000, 9_999), "sub": (1_000, 9_999), "mul": (101, 999)}
-#: Every running value, wrong paths excepted. 10_000 * 101 * 101 > 99_999_999: two factors never follow each other.
-VALUE_RANGE = (10_000, 99_999_999)
-#: 8 digits, the operator, 4 digits. The shortest two steps take 14: 5 digits * 3 digits + 4 digits.
-MAX_CODE_LENGTH = 13
+_START = (1_000, 9_999)
+_OPERANDS = {"add": (100, 999), "sub": (100, 999), "mul": (32, 99)}
+#: Every running value, wrong paths excepted. 1_000 * 32 * 32 > 999_999: two factors never follow each other.
+VALUE_RANGE = (1_000, 999_999)
+#: 6 digits, the operator, 3 digits. The shortest two steps take 11: 4 digits * 2 digits + 3 digits.
+MAX_CODE_LENGTH = 10
 
 #: Number of steps -> weight. The horizon knob.
 HORIZON: Mapping[int, float] = {1: 0.4, 2: 0.6}

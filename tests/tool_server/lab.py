@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +81,12 @@ class OrdinaryUser:
         shutil.rmtree(self._home)
 
     @contextlib.contextmanager
-    def server(self, **options: object) -> Iterator[Server]:
-        """Like ``start_server``, as the ordinary user."""
-        options["extra_arguments"] = (*options["extra_arguments"], "--runtime-dir", str(default_cache_dir()))
+    def server(self, wrapper: Sequence[str] = (), **options: object) -> Iterator[Server]:
+        """Like ``start_server``, as the ordinary user; ``wrapper``: a command to run it under."""
+        arguments = options.get("extra_arguments", ())
+        options["extra_arguments"] = ("--runtime-dir", str(default_cache_dir()), *arguments)
         process = subprocess.Popen(
-            [self.python, "-c", _LAUNCHER, json.dumps(options)],
+            [*wrapper, self.python, "-c", _LAUNCHER, json.dumps(options)],
             env=self.environment,
             cwd="/",
             stdin=subprocess.PIPE,

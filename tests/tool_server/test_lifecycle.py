@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from lab import REPOSITORY, descendants, process_table
+from lab import REPOSITORY, USER_UID, OrdinaryUser, descendants, process_table
 
 from verl_ext.tool_server import ToolClient, start_server
 from verl_ext.tool_server.isolation import Tier, TierUnavailable
@@ -153,6 +154,24 @@ def test_auto_falls_back_to_standard_and_says_so(
     assert "isolation tier 'strong' is not reachable" in caplog.text
     with pytest.raises(TierUnavailable, match="user namespaces"):
         asyncio.run(reach_tier("strong", runtime))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it becomes an ordinary user in a container of its own")
+def test_where_user_namespaces_are_forbidden(ordinary_user: OrdinaryUser, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in a container of default settings: `strong` is an error with a remedy, `auto` is `standard` and works."""
+    bwrap = str(ensure_runtime(packages=("numpy", "sympy")).bwrap)
+    container = [bwrap, "--unshare-user", "--disable-userns", "--dev-bind", "/", "/"]
+    # In there root's files seem to be nobody's, so it needs a runtime of its own; without packages it is soon built.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as cache:
+        os.chown(cache, USER_UID, USER_UID)
+        options = {"workers": 1, "extra_arguments": ("--packages", "", "--runtime-dir", cache)}
+        with ordinary_user.server(container, isolation="auto", **options) as server:
+            assert server.isolation == "standard"
+            assert asyncio.run(run_slowly(server.url, 0)) == "done\n"
+        with pytest.raises(RuntimeError, match="did not start"):
+            with ordinary_user.server(container, isolation="strong", **options):
+                pass
+    assert "It needs unprivileged user namespaces" in capfd.readouterr().err
 
 
 def test_a_cache_others_can_write_is_not_trusted(tmp_path: Path) -> None:

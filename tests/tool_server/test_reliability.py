@@ -24,7 +24,7 @@ def program(i: int) -> tuple[str, str, str]:
         (f"print({i})", "ok", f"{i}\n"),
         (f"x = {i}\nx", "ok", f"{i}\n"),
         (f"raise ValueError({i})", "error", f"ValueError: {i}"),
-        (f"import time; time.sleep(0.005); print({i})", "ok", f"{i}\n"),
+        (f"import time; time.sleep(0.1); print({i})", "ok", f"{i}\n"),
         (f"print('a' * 3000, {i})", "ok", f" {i}\n"),
         (f"def f{i}(:", "syntax_error", f"def f{i}(:"),
         (f"import numpy as np\nint(np.full(1, {i})[0])", "ok", f"{i}\n"),
@@ -86,8 +86,8 @@ def settle(server: Server) -> None:
 @pytest.mark.parametrize(
     ("count", "pause"),
     [
-        pytest.param(1_500, 0.15, marks=pytest.mark.e2e),
-        pytest.param(10_000, 0.15, marks=pytest.mark.slow),
+        pytest.param(1_500, 0.08, marks=pytest.mark.e2e),
+        pytest.param(10_000, 0.08, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("isolation", ["strong", "standard"])

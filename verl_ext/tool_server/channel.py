@@ -26,6 +26,10 @@ class WorkerLost(RuntimeError):
     """The zygote died or misbehaved; the execution it carried has no result."""
 
 
+class NotStarted(WorkerLost):
+    """The zygote turned out to be dead before it got the order: the program has certainly not run."""
+
+
 class Capture:
     """Head and tail of a byte stream in bounded memory."""
 
@@ -88,11 +92,12 @@ class Channel:
         self._socket.close()
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Raises ``WorkerLost`` when nobody is at the other end."""
+        """Raises ``NotStarted`` when nobody is at the other end; the channel is then closed."""
         try:
             socket.send_fds(self._socket, [json.dumps(message).encode()], list(fds))
         except OSError as error:
-            raise WorkerLost(f"the zygote is gone: {error}") from error
+            self.close()
+            raise NotStarted(f"the zygote is gone: {error}") from error
 
     async def receive(self) -> dict[str, Any]:
         """The next message. Raises ``WorkerLost`` when the other end is gone."""
@@ -113,8 +118,10 @@ class Channel:
                         loop.remove_reader(self._socket.fileno())
                 continue
             except OSError as error:
+                self.close()
                 raise WorkerLost(f"the zygote is gone: {error}") from error
             if not message:
+                self.close()
                 raise WorkerLost("the zygote is gone")
             return message, ancillary
 
@@ -123,6 +130,7 @@ class Channel:
 
         Raises:
             WorkerLost: no account of the program came back; the channel is closed and the carrier must be killed.
+            NotStarted: likewise, and the program did not run.
         """
         stdout, stderr = Capture(limits.output_kept_bytes), Capture(limits.output_kept_bytes)
         marks = Capture(16)

@@ -112,7 +112,7 @@ class ToolClient:
             deadline: seconds for the whole call; None: the client's default.
 
         Raises:
-            RequestRejected: the request itself is wrong (too large, bad token).
+            RequestRejected: the request itself is wrong (an unknown session, a bad token).
         """
         request = ExecutionRequest(code, timeout=timeout, session_id=session_id, stdin=stdin, echo=echo)
         return (await self.run_batch([request], deadline=deadline))[0]

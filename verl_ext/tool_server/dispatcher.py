@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from verl_ext.tool_server.channel import WorkerLost
+from verl_ext.tool_server.channel import NotStarted, RawRun, WorkerLost
 from verl_ext.tool_server.isolation import Tier
 from verl_ext.tool_server.outcome import build_result
 from verl_ext.tool_server.sessions import RequestRefused, Session, SessionTable
@@ -129,9 +129,10 @@ class Dispatcher:
 
         Raises:
             Overloaded: the queue is full.
-            RequestRefused: too large, or its id belongs to a different request.
+            RequestRefused: an unknown session, or an id that belongs to a different request.
         """
-        self._check_size(request)
+        if (refusal := self._too_large(request)) is not None:
+            return self._count(refusal)
         if request.session_id is not None:
             self.sessions.get(request.session_id)
         entry = self._known.get(request.request_id)
@@ -185,12 +186,16 @@ class Dispatcher:
         """Whether a finished execution said nothing about its program, so that the same id may run again."""
         return task.cancelled() or task.exception() is not None or task.result().outcome is Outcome.INFRA
 
-    def _check_size(self, request: ExecutionRequest) -> None:
+    def _too_large(self, request: ExecutionRequest) -> ExecutionResult | None:
+        """The result of a request over a size limit: the program's fault, told to the model like any other error."""
         limits = self.limits
         sizes = (("code", request.code, limits.code_bytes), ("stdin", request.stdin, limits.stdin_bytes))
         for name, text, most in sizes:
             if text and (len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most):
-                raise RequestRefused(f"{name!r} is larger than {most} bytes")
+                note = f"[error: not run, {name} is larger than {most} bytes]"
+                isolation = self.tier.isolation
+                return ExecutionResult(Outcome.ERROR, note, "", note, request.request_id, isolation, exit_code=1)
+        return None
 
     def _forget_old(self) -> None:
         while len(self._known) > _REMEMBERED:
@@ -224,16 +229,23 @@ class Dispatcher:
         self, request: ExecutionRequest, wall: float, queue_seconds: float, attempt: int
     ) -> ExecutionResult:
         try:
-            worker = await self._take_worker(kind_of(request.code))
-            try:
-                run = await worker.run(request, wall)
-            finally:
-                self._give_back(worker)
+            run = await self._run_on_a_living_zygote(request, wall)
         except WorkerLost as error:
             return ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
         return build_result(
             request, run, self.limits, self.tier.isolation, self.tier.runtime, wall, queue_seconds, attempt
         )
+
+    async def _run_on_a_living_zygote(self, request: ExecutionRequest, wall: float) -> RawRun:
+        """Run on the first zygote that takes the order: one that died in the pool is not a lost execution."""
+        while True:
+            worker = await self._take_worker(kind_of(request.code))
+            try:
+                return await worker.run(request, wall)
+            except NotStarted:
+                continue  # _give_back discards it, so this ends with a fresh zygote at the latest
+            finally:
+                self._give_back(worker)
 
     async def _run_turn(
         self, request: ExecutionRequest, session_id: str, wall: float, queue_seconds: float

@@ -27,7 +27,7 @@ DEFAULT_PACKAGES = ("numpy", "scipy", "sympy")
 INSIDE = Path(__file__).parent / "inside"
 INSIDE_ROOT = "/opt/tool"
 _STDLIB_SKIPPED = ("test", "tests", "idlelib", "ensurepip", "tkinter", "turtledemo", "lib2to3", "site-packages", "venv")
-_FORMAT = 3  # part of the key: raise it when the layout changes
+_FORMAT = 4  # part of the key: raise it when the layout changes
 
 
 class RuntimeBuildError(RuntimeError):
@@ -195,9 +195,8 @@ def _copy_interpreter(root: Path) -> None:
         ignore=lambda directory, names: {n for n in names if n in _STDLIB_SKIPPED or n == "__pycache__"},
         ignore_dangling_symlinks=True,
     )
-    # Builds with a shared libpython find it by $ORIGIN/../lib; the dynamic loader resolves the rest system-wide.
-    libdir = Path(sysconfig.get_config_var("LIBDIR") or "")
-    for library in libdir.glob(f"lib{version}*.so*") if Path(sys.base_prefix) in libdir.parents else ():
+    # Builds with a shared libpython keep it here; zygotes find the copy by LD_LIBRARY_PATH (see isolation.py).
+    for library in (Path(sys.base_prefix) / "lib").glob(f"lib{version}*.so*"):
         shutil.copy2(library, root / "lib" / library.name)
 
 

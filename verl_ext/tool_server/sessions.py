@@ -14,7 +14,7 @@ from verl_ext.tool_server.worker import SessionProcess
 
 
 class RequestRefused(ValueError):
-    """The request itself cannot be served (too large, an unknown session, a reused id). Retrying will not help."""
+    """The request itself cannot be served (an unknown session, a reused id). Retrying will not help."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The tool `python` for any verl agent loop: runs code on a tool server (`verl_ext.tool_server`) over HTTP.
+"""The tool `python` for any verl agent loop: runs code on a tool server (`verl_ext.tool_server`) through its client.
 
 Use it through a tool config like `recipe/gtpo/config/tools/python.yaml`. Code never runs in the Ray worker.
 """
@@ -30,6 +30,8 @@ class PythonTool(BaseTool):
 
     Config (the tool's `config` mapping; anything else raises):
         type: verl's tool type, "native".
+        backend: "http" (default): a tool server at `url`; "sandbox_fusion": any SandboxFusion service at `url`;
+            "ray": one executor on every node of the training run's own cluster, no URL.
         url: the tool server, e.g. http://127.0.0.1:8000.
         token: bearer token, where the server asks for one.
         timeout: wall seconds for one execution; default: the server's limit.
@@ -37,13 +39,17 @@ class PythonTool(BaseTool):
         error_lines: show only the last so many lines of a failure (1 = just "NameError: ..."); default: all.
     """
 
-    _KEYS = frozenset({"type", "url", "token", "timeout", "max_code_chars", "error_lines"})
+    _KEYS = frozenset({"type", "backend", "url", "token", "timeout", "max_code_chars", "error_lines"})
+    _BACKENDS = ("http", "sandbox_fusion", "ray")
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
         unknown = sorted(set(config) - self._KEYS)
         if unknown:
             raise ValueError(f"PythonTool: unknown config key {unknown[0]!r}; known: {', '.join(sorted(self._KEYS))}")
-        if not config.get("url"):
+        self._backend = config.get("backend", "http")
+        if self._backend not in self._BACKENDS:
+            raise ValueError(f"PythonTool: unknown backend {self._backend!r}; known: {', '.join(self._BACKENDS)}")
+        if self._backend != "ray" and not config.get("url"):
             raise ValueError("PythonTool: config.url is empty: start a server (`python -m verl_ext.tool_server`)")
         super().__init__(config, tool_schema or self._schema(config.get("max_code_chars")))
         self._client: ToolClient | None = None
@@ -69,7 +75,12 @@ class PythonTool(BaseTool):
     def client(self) -> ToolClient:
         # Made at first use: it belongs to the event loop that runs the rollouts, not to the one that loads the config.
         if self._client is None:
-            self._client = ToolClient.from_url(self.config["url"], token=self.config.get("token"))
+            if self._backend == "ray":
+                self._client = ToolClient.from_ray()
+            elif self._backend == "sandbox_fusion":
+                self._client = ToolClient.sandbox_fusion(self.config["url"])
+            else:
+                self._client = ToolClient.from_url(self.config["url"], token=self.config.get("token"))
         return self._client
 
     async def execute(

@@ -23,7 +23,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class RequestRejected(ValueError):
-    """The request is the caller's mistake (too large, malformed, wrong token); it is never retried."""
+    """The request is the caller's mistake (malformed, an unknown session, a wrong token); it is never retried."""
 
 
 class Backend(Protocol):

@@ -46,7 +46,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     try:
         options = GTPOOptions.from_config(config.algorithm.get("gtpo"))
     except ValueError as e:
-        raise ConfigError(f"algorithm.gtpo: {e}") from e
+        raise ConfigError(str(e)) from e  # names the key
     if not config.trainer.use_v1:
         raise ConfigError("trainer.use_v1=false: GTPO runs on verl's V1 trainer only")
     mode = config.trainer.v1.trainer_mode
@@ -56,6 +56,11 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
+    if hardware == "multi_node" and config.tool_server.url is None:
+        raise ConfigError(
+            "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
+            "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"
+        )
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
@@ -82,6 +87,8 @@ def check_paths(config: DictConfig) -> None:
             f"actor_rollout_ref.model.path={model} is not a folder: download the model there, or give its hub name "
             "(for example Qwen/Qwen2.5-7B-Instruct)"
         )
+    if config.reward.custom_reward_function.path is None:
+        raise ConfigError("reward.custom_reward_function.path is not set: the file whose function scores an answer")
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if files is None:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.utils.config import omega_conf_to_dataclass
 
-from recipe.gtpo.compose import CONFIG_DIR, register
+from recipe.gtpo.compose import CONFIG_DIR, ROLLOUTS, check, register
+from recipe.gtpo.main import validate
+
+
+def names(group: str) -> list[str]:
+    """The choices of a config group."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+METHODS, TASKS = names("method"), names("task")
+#: (hardware, rollout) pairs that make sense.
+STACKS = [(hardware, rollout) for hardware, rollouts in ROLLOUTS.items() for rollout in rollouts]
+#: (method, task, hardware, rollout): all that makes sense.
+EVERYTHING = [(method, task, *stack) for method, task, stack in itertools.product(METHODS, TASKS, STACKS)]
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -32,3 +47,38 @@ def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     with open_dict(config):
         del config["hydra"]
     return config, choices
+
+
+def composed(method: str, task: str, hardware: str, rollout: str) -> tuple[DictConfig, dict[str, str]]:
+    """One of `EVERYTHING`, with hydra's choices."""
+    overrides = [f"method={method}", f"task={task}", f"hardware={hardware}", f"rollout={rollout}"]
+    if hardware == "multi_node":
+        overrides.append("tool_server.url=http://tools:8000")
+    return compose_with_choices(*overrides)
+
+
+def assert_can_start(method: str, task: str, hardware: str, rollout: str) -> None:
+    """All that a run does with its configuration before anything starts, and what verl's processes then do with it."""
+    config, choices = composed(method, task, hardware, rollout)
+    options = check(config, choices)
+    OmegaConf.resolve(config)  # every interpolation has a value
+    validate(config)
+    # What verl converts in its trainer and workers. Its model config needs a model on disk, and it leaves `algorithm`
+    # a mapping, which is why our options may live there.
+    parts = config.actor_rollout_ref
+    assert omega_conf_to_dataclass(parts.rollout).name == rollout
+    assert omega_conf_to_dataclass(parts.rollout.checkpoint_engine).backend == "naive"
+    assert omega_conf_to_dataclass(parts.actor).strategy == "fsdp2"
+    assert omega_conf_to_dataclass(_as_the_worker_does(parts.ref)).strategy == "fsdp2"
+    assert (config.trainer.device == "cpu") == (hardware == "cpu")
+    assert config.method == method == choices["method"] and config.task.name == task
+    assert options.shaping.enable == (method in ("gtpo", "gtpo_no_return", "gtpo_no_turn_reward"))
+
+
+def _as_the_worker_does(ref: DictConfig) -> DictConfig:
+    """verl's worker makes an actor's config of the reference's before it converts it."""
+    with open_dict(ref):
+        for key in ("micro_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu"):
+            ref[f"ppo_{key}"] = ref.pop(f"log_prob_{key}")
+        ref.use_dynamic_bsz = ref.pop("log_prob_use_dynamic_bsz")
+    return ref

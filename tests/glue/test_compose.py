@@ -1,0 +1,279 @@
+"""Protects the configuration: what makes sense composes and passes verl's own checks without a GPU, what does not is
+refused in one line before anything starts, and a baseline differs from GTPO in its method and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from composition import (
+    EVERYTHING,
+    METHODS,
+    STACKS,
+    assert_can_start,
+    compose,
+    compose_with_choices,
+    composed,
+    names,
+)
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from verl.tools.tool_registry import load_all_tools
+
+from recipe.gtpo.agent_loop import GTPOAgentLoop
+from recipe.gtpo.compose import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
+from recipe.gtpo.main import validate
+from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.tasks.arithmetic import MAX_CODE_LENGTH
+
+pytestmark = pytest.mark.unit
+
+
+# -- what makes sense -------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_every_group_is_covered_below():
+    assert set(ROLLOUTS) == set(names("hardware"))
+    assert {rollout for _, rollout in STACKS} == set(names("rollout"))
+    assert set(METHODS) == set(METHOD_KEYS)
+
+
+#: Composing takes half a second. Methods, tasks and stacks set different keys, so here every task meets every stack
+#: with one method, and every method one of them; the slow lane takes all (test_all_compositions.py).
+SOME = [c for c in EVERYTHING if c[0] == "gtpo" or c[1:3] == ("arithmetic", "cpu")]
+
+
+@pytest.mark.parametrize(("method", "task", "hardware", "rollout"), SOME)
+def test_a_composition_passes_our_checks_and_verls(method, task, hardware, rollout):
+    assert_can_start(method, task, hardware, rollout)
+
+
+def flat(config: DictConfig) -> dict[str, object]:
+    leaves: dict[str, object] = {}
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            leaves[path] = node
+
+    walk(OmegaConf.to_container(config, resolve=True), "")
+    return leaves
+
+
+#: Keys whose value contains the method's name, so that runs do not overwrite each other.
+NAMED = {
+    "method",
+    "run_dir",
+    "trainer.experiment_name",
+    "trainer.default_local_dir",
+    "actor_rollout_ref.rollout.trace.experiment_name",
+}
+#: Keys that make the method.
+METHOD_KEYS = {
+    "gtpo": set(),
+    "gtpo_no_return": {"algorithm.gtpo.gamma"},
+    "gtpo_no_turn_reward": {"algorithm.gtpo.turn_rewards"},
+    "gtpo_no_shaping": {"algorithm.gtpo.shaping.enable"},
+    "grpo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
+    "rloo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
+    "dr_grpo": {
+        "algorithm.adv_estimator",
+        "algorithm.gtpo.shaping.enable",
+        "algorithm.norm_adv_by_std_in_grpo",
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_baseline_differs_from_gtpo_in_the_keys_of_its_method_only(method):
+    ours, theirs = (flat(composed(m, "arithmetic", "cpu", "transformers")[0]) for m in ("gtpo", method))
+    assert ours.keys() == theirs.keys()
+    different = {key for key in ours if ours[key] != theirs[key]}
+    assert different - NAMED == METHOD_KEYS[method]
+    for key in NAMED:
+        assert (
+            str(theirs[key]).replace(f"arithmetic-{method}-", "arithmetic-gtpo-").replace(method, "gtpo") == ours[key]
+        )
+
+
+def test_any_key_of_verl_stays_overridable():
+    config = compose("actor_rollout_ref.actor.clip_ratio_high=0.3", "algorithm.gtpo.gamma=0.5", "seed=9")
+    assert config.actor_rollout_ref.actor.clip_ratio_high == 0.3 and config.algorithm.gtpo.gamma == 0.5
+    # one number reaches all that draws
+    assert config.data.seed == config.actor_rollout_ref.rollout.seed == config.task.prepare.seed == 9
+    assert config.actor_rollout_ref.actor.data_loader_seed == config.actor_rollout_ref.actor.fsdp_config.seed == 9
+
+
+def test_the_composed_options_are_the_dataclass_defaults():
+    """Every option is in the config, so that hydra's command line knows it and refuses others."""
+    assert GTPOOptions.from_config(compose().algorithm.gtpo) == GTPOOptions()
+
+
+# -- files that the config points at ----------------------------------------------------------------------------------
+
+
+def test_the_agent_loop_that_the_config_names_is_ours():
+    rollout = compose().actor_rollout_ref.rollout
+    (entry,) = OmegaConf.load(rollout.agent.agent_loop_config_path)
+    assert entry.name == rollout.agent.default_agent_loop
+    assert get_class(entry["_target_"]) is GTPOAgentLoop
+
+
+def test_the_calculator_allows_the_code_length_that_its_task_rests_on():
+    tools = OmegaConf.load(CONFIG_DIR / "tools" / "calculator.yaml").tools
+    assert tools[0].config.max_code_chars == MAX_CODE_LENGTH
+
+
+@pytest.mark.parametrize(("file", "limit"), [("calculator.yaml", MAX_CODE_LENGTH), ("python.yaml", None)])
+def test_verl_loads_the_tool_files_with_the_run_s_server(monkeypatch, file, limit):
+    monkeypatch.setenv("GTPO_TOOL_SERVER_URL", "http://tools:8000")
+    (tool,) = load_all_tools(tool_config_path=str(CONFIG_DIR / "tools" / file), function_tool_path=None)
+    assert tool.name == "python" and tool.config["url"] == "http://tools:8000" and tool.config["token"] is None
+    assert tool.tool_schema.function.parameters.properties["code"].maxLength == limit
+
+
+def test_a_tool_file_without_a_server_in_the_environment_says_which_variable_is_missing(monkeypatch):
+    monkeypatch.delenv("GTPO_TOOL_SERVER_URL", raising=False)
+    with pytest.raises(OmegaConfBaseException, match="GTPO_TOOL_SERVER_URL"):
+        load_all_tools(tool_config_path=str(CONFIG_DIR / "tools" / "python.yaml"), function_tool_path=None)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(config: DictConfig, choices: dict[str, str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(config, choices)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def default():
+    return compose_with_choices()
+
+
+NONSENSE = [pair for pair in itertools.product(names("hardware"), names("rollout")) if pair not in STACKS]
+
+
+@pytest.mark.parametrize(("hardware", "rollout"), NONSENSE)
+def test_a_rollout_that_the_hardware_cannot_run_is_refused_with_one_that_it_can(default, hardware, rollout):
+    config, choices = default
+    message = refusal(config, choices | {"hardware": hardware, "rollout": rollout})
+    wanted = f"rollout={rollout} does not run on hardware={hardware}; use rollout={ROLLOUTS[hardware][0]}"
+    assert message == wanted
+
+
+def test_the_refusal_reads_the_choices_that_hydra_made():
+    assert refusal(*compose_with_choices("rollout=vllm")).startswith("rollout=vllm does not run on hardware=cpu")
+
+
+@pytest.mark.parametrize("group", ["method", "hardware", "task", "rollout"])
+def test_an_unknown_choice_names_the_valid_ones(group):
+    with pytest.raises(MissingConfigException) as caught:
+        compose(f"{group}=nonsense")
+    assert f"{group}/nonsense" in str(caught.value)
+    assert all(f"\t{name}" in str(caught.value) for name in names(group))
+
+
+def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default):
+    with pytest.raises(ConfigCompositionException, match=r"algorithm\.gtpo\.gama"):
+        compose("algorithm.gtpo.gama=0.5")
+    config, choices = default
+    OmegaConf.update(config, "algorithm.gtpo.gama", 0.5, force_add=True)  # what +algorithm.gtpo.gama=0.5 does
+    message = refusal(config, choices)
+    assert message.startswith("algorithm.gtpo: unknown option 'gama'. Did you mean 'gamma'? Valid options: gamma, ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("algorithm.gtpo.shaping.alpha", 1.0, "algorithm.gtpo.shaping.alpha: 1.0 must be in [0, 1)"),
+        ("algorithm.gtpo.gamma", 1.5, "algorithm.gtpo.gamma: 1.5 must be in [0, 1]"),
+        ("algorithm.gtpo.baseline", "prompt", "algorithm.gtpo.baseline: 'prompt' is not one of group, turn, batch"),
+        ("trainer.use_v1", False, "trainer.use_v1=false: GTPO runs on verl's V1 trainer only"),
+        ("trainer.v1.trainer_mode", "sync", "trainer.v1.trainer_mode=sync: this recipe has gtpo_sync, gtpo_colocate"),
+    ],
+)
+def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, message):
+    config, choices = default
+    OmegaConf.update(config, key, value)
+    assert refusal(config, choices).startswith(message)
+
+
+def test_group_filtering_is_refused_unless_it_filters_on_the_raw_outcome(default):
+    config, choices = default
+    OmegaConf.update(config, "algorithm.filter_groups", {"enable": True, "metric": "seq_final_reward"}, force_add=True)
+    assert "filter on acc" in refusal(config, choices)
+    config.algorithm.filter_groups.metric = "acc"
+    assert check(config, choices) == GTPOOptions()
+
+
+def test_several_nodes_need_a_tool_server_that_all_can_reach():
+    config, choices = compose_with_choices("hardware=multi_node", "rollout=vllm")
+    assert refusal(config, choices).startswith("tool_server.url is not set: other nodes cannot reach")
+
+
+def test_what_verl_refuses_is_refused_before_anything_starts(default):
+    config, _ = default
+    config.actor_rollout_ref.rollout.temperature = 0  # greedy, while validation samples
+    with pytest.raises(ConfigError, match="temperature should be greater than 0"):
+        validate(config)
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paths(default, tmp_path):
+    config, _ = default
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.parquet").touch()
+    config.actor_rollout_ref.model.path = str(tmp_path / "model")
+    config.data.train_files = config.data.val_files = str(tmp_path / "train.parquet")
+    return config
+
+
+def path_refusal(config: DictConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_paths(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_paths_that_exist_pass_and_so_does_a_hub_name(paths):
+    check_paths(paths)
+    paths.actor_rollout_ref.model.path = "Qwen/Qwen2.5-7B-Instruct"
+    paths.data.train_files = [paths.data.train_files, paths.data.val_files]
+    check_paths(paths)
+
+
+def test_a_missing_model_folder_is_named_with_the_remedy(paths, tmp_path):
+    paths.actor_rollout_ref.model.path = str(tmp_path / "absent")
+    message = path_refusal(paths)
+    assert f"{tmp_path / 'absent'} is not a folder" in message and "download the model there" in message
+
+
+def test_no_reward_function_is_named_by_its_key(paths):
+    paths.reward.custom_reward_function.path = None
+    assert path_refusal(paths).startswith("reward.custom_reward_function.path is not set")
+
+
+def test_no_model_at_all_is_named_by_its_key(paths):
+    paths.actor_rollout_ref.model.path = None
+    assert path_refusal(paths).startswith("actor_rollout_ref.model.path is not set")
+
+
+@pytest.mark.parametrize("key", ["train_files", "val_files"])
+def test_a_missing_data_file_is_named_with_its_key(paths, tmp_path, key):
+    paths.data[key] = [paths.data.train_files, str(tmp_path / "absent.parquet")]
+    message = path_refusal(paths)
+    assert message.startswith(f"data.{key}: {tmp_path / 'absent.parquet'} does not exist") and "README" in message
+    paths.data[key] = None
+    assert path_refusal(paths).startswith(f"data.{key} is not set")

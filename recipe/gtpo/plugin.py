@@ -30,8 +30,8 @@ def assert_registered() -> None:
             "verl does not know the gtpo plugin: the package is not installed, so Ray workers cannot find the 'gtpo' "
             "estimator. Run `pip install --no-deps -e .` in this repository."
         )
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-    if policy != "auto" and "gtpo" not in policy.split(","):
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()  # read as verl reads it
+    if policy != "auto" and "gtpo" not in [name.strip() for name in policy.split(",")]:
         raise RuntimeError(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading the gtpo plugin; unset it.")
     if ADV_ESTIMATOR_REGISTRY.get("gtpo") is not compute_gtpo_advantage:
         raise RuntimeError("another package has registered an advantage estimator named 'gtpo' with verl")

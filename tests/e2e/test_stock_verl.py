@@ -15,7 +15,6 @@ from recipe.gtpo.compose import CONFIG_DIR
 from recipe.gtpo.tasks.embedded import prepare
 from verl_ext.tool_server.launch import start_server
 
-
 SAID = "gtpo: no recorded turns: turns from the response mask, outcome on the last turn, no shaping"
 
 # What config/hardware/cpu.yaml says, for a command that does not read it.

@@ -1,4 +1,4 @@
-"""The actor watch on small real Ray actors: death is found, slowness is not death, an old answer is no proof of life."""
+"""The actor watch on small real Ray actors: death is found, slow is not dead, an old answer is no proof of life."""
 
 from __future__ import annotations
 

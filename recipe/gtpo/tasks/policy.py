@@ -111,7 +111,15 @@ class TokenStream:
 
 
 def build_model(
-    *, vocab_size: int, hidden_size: int, layers: int, heads: int, intermediate_size: int, eos_id: int, pad_id: int
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    eos_id: int,
+    pad_id: int,
 ) -> Qwen2ForCausalLM:
     """A randomly initialised Qwen2 in fp32 with tied embeddings. Seed torch first."""
     config = Qwen2Config(
@@ -121,6 +129,7 @@ def build_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=hidden_size**-0.5,  # Qwen's 0.02 is for wide models: here attention would start out flat

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from verl.workers.config import RolloutConfig
 
-from recipe.gtpo.tasks.policy import build_model, train_tokenizer
+from recipe.gtpo.tasks.policy import train_tokenizer
 from verl_ext.cpu.generation import Request, generate
 from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
 
@@ -36,11 +36,21 @@ def path(tmp_path_factory):
 
 def save_model(folder, tokenizer, seed):
     torch.manual_seed(seed)
-    model = build_model(
-        vocab_size=len(tokenizer), hidden_size=16, layers=2, heads=2, intermediate_size=32,
-        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def rollout_config(**changes):

@@ -51,8 +51,8 @@ class Killer:
             ]
             running = [p for p in zygotes if table[p][0] in zygotes]
             for name, pids in (("zygote", sorted(set(zygotes) - set(running))), ("child", running)):
-                # Not when few are left: the last request of all would be hit by every single kill.
-                if len(pids) > 2 and self._random.random() < 0.7:
+                # Not the only one left: the last request of all would be hit by every single kill.
+                if len(pids) > 1 and self._random.random() < 0.7:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(self._random.choice(pids), signal.SIGKILL)
                         self.kills[name] += 1

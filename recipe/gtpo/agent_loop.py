@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import time
 import zlib
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from recipe.gtpo.parsing import extract_answer, judge_format, parse_calls
 from recipe.gtpo.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
 
 #: Key of the record in verl's `extra_fields`: written here, read by the trainer.
 TRAJECTORY = "trajectory"
@@ -182,10 +185,13 @@ class GTPOAgentLoop(AgentLoopBase):
                 response, _, metrics = await tool.execute(instance_id, call.arguments)
             finally:
                 await tool.release(instance_id)
-            outcome = metrics.get("outcome", "ok")
+            outcome, detail = metrics.get("outcome", "ok"), metrics.get("detail", "")
         except Exception as e:
             # A tool that raises is broken, whatever the model wrote: failing code is a result, not an exception.
-            response, outcome = ToolResponse(text=f"Error: {type(e).__name__}: {e}"), "infra"
+            outcome, detail = "infra", f"{type(e).__name__}: {e}"
+            response = ToolResponse(text=f"Error: {detail}")
+        if outcome == "infra":
+            logger.error("tool %s failed on our side: %s", call.name, detail)
         return ToolOutcome(outcome, self._shorten(response.text or ""), time.perf_counter() - began)
 
     def _shorten(self, text: str) -> str:

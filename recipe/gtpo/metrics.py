@@ -16,7 +16,7 @@ import torch
 from recipe.gtpo.advantage import zero_spread_share
 from recipe.gtpo.credit import REASONS, Credit
 from recipe.gtpo.options import Baseline
-from recipe.gtpo.turns import Finish, Trajectory
+from recipe.gtpo.turns import NOT_EXECUTED, Finish, Trajectory
 
 
 def credit_metrics(
@@ -91,6 +91,9 @@ def _trajectories(credit: Credit, trajectories: Sequence[Trajectory | None]) -> 
         "gtpo/tool/calls/mean": sum(len(turn.calls) for t in members for turn in t.turns) / count,
         "gtpo/tool/first_turn_call": sum(bool(t.turns[0].calls) for t in members) / count,
     }
+    runs = sum(n for outcome, n in executed.items() if outcome not in NOT_EXECUTED)
+    if runs:
+        metrics["gtpo/tool/error_rate"] = 1 - executed["ok"] / runs  # of the calls that reached the tool
     return metrics | {f"gtpo/tool/outcome_total/{name}": float(n) for name, n in sorted(executed.items())}
 
 

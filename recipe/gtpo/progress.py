@@ -18,6 +18,7 @@ _SHOWN = {
     "acc": "gtpo/acc/mean",
     "turns": "gtpo/turns/mean",
     "tool_errors": "gtpo/tool/error_rate",
+    "infra": "gtpo/rows/infra_total",  # trajectories that the tool server failed: should be 0
 }
 _POLL_SECONDS = 0.5
 
@@ -65,7 +66,7 @@ class Progress:
                 continue
             if self._bar is None:
                 self._bar = tqdm(total=self._total, initial=step - 1, desc="training", unit="step", file=self._out)
-            self._bar.set_postfix_str(" ".join(f"{k}={v:.2f}" for k, v in shown.items()), refresh=False)
+            self._bar.set_postfix_str(" ".join(f"{k}={v:.3g}" for k, v in shown.items()), refresh=False)
             self._bar.update(step - self._bar.n)
 
     def _print(self, text: str) -> None:

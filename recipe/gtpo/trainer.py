@@ -67,6 +67,8 @@ class GTPOTrainerMixin(_Trainer):
         uids = list(rows["uid"])
         lengths = rows["response_mask"].offsets().diff().tolist()
         credit = assign_credit(trajectories, uids, self.options, self.similarity)
+        if not credit.valid.any():
+            raise RuntimeError("no trajectory of this step can be trained on: the tool server failed every one of them")
         write_rewards(batch, credit, uids, rows["response_mask"])
         turn_ids = credit.turn_ids(max(lengths))
         seconds = time.perf_counter() - began

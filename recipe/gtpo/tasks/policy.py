@@ -116,7 +116,6 @@ def build_model(
     hidden_size: int,
     layers: int,
     heads: int,
-    head_dim: int,
     intermediate_size: int,
     eos_id: int,
     pad_id: int,
@@ -129,7 +128,6 @@ def build_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=head_dim,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         initializer_range=hidden_size**-0.5,  # Qwen's 0.02 is for wide models: here attention would start out flat

@@ -79,7 +79,7 @@ def test_the_bar_shows_the_latest_step_and_validation_its_own_line(record):
     shown = out.getvalue()
     assert "step 0: held-out accuracy 0.250\n" in shown
     assert "step 2: held-out accuracy 0.500" in shown
-    assert "2/4" in shown and "acc=0.75 turns=2.50" in shown
+    assert "2/4" in shown and "acc=0.75 turns=2.5" in shown
 
 
 def test_a_resumed_run_goes_on_from_the_steps_it_has(record):

@@ -49,6 +49,7 @@ def test_every_number():
         "gtpo/tool/first_turn_call": 4 / 5,
         "gtpo/tool/outcome_total/ok": 4,
         "gtpo/tool/outcome_total/error": 1,
+        "gtpo/tool/error_rate": 1 / 5,
         "gtpo/return/mean": (0.9 + 1 + 0.15 + 0.9 + 1 - 0.1) / 7,
         "gtpo/advantage/mean": 0.0,
         "gtpo/advantage/std": ((0.25 + 1 + 2.25 + 2 * 0.49 + 2 * 0.36) / 7) ** 0.5,

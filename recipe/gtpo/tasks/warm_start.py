@@ -52,7 +52,7 @@ class WarmStartOptions:
     heads: int = 2  # of 32; heads of 16 took twice the steps
     intermediate_size: int = 128
     # supervised fine-tuning
-    steps: int = 1200
+    steps: int = 1400
     drill_steps: int = 200  # so many of the steps, every other one from the first on, drill copying
     batch_size: int = (
         8  # conversations, or twice as many drills: many small steps find copying sooner than few large ones

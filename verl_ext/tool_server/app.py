@@ -61,8 +61,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return web.json_response({"error": error.reason}, status=error.status, headers=headers)
+        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return web.json_response({"error": error.reason}, status=error.status, headers=allow)
     except (asyncio.CancelledError, ConnectionError):
         raise  # the client is gone: nobody to answer
     except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.types import Outcome
 
@@ -12,7 +14,7 @@ def render_metrics(dispatcher: Dispatcher) -> str:
     isolation = f'isolation="{dispatcher.tier.isolation.value}"'
     page: list[str] = []
 
-    def family(name: str, kind: str, text: str, samples: list[tuple[str, float]]) -> None:
+    def family(name: str, kind: str, text: str, samples: Sequence[tuple[str, float]]) -> None:
         page.append(f"# HELP tool_server_{name} {text}\n# TYPE tool_server_{name} {kind}\n")
         page.extend(f"tool_server_{name}{{{labels}}} {value:g}\n" for labels, value in samples)
 

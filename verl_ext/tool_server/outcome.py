@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 from verl_ext.tool_server.channel import RawRun
 from verl_ext.tool_server.runtime import Runtime
@@ -52,7 +53,7 @@ def build_result(
     outcome = classify(run, limits)
     stdout, stderr = run.stdout.text(), strip_library_paths(run.stderr.text(), runtime)
     signalled = os.WIFSIGNALED(run.status)
-    common = {
+    common: dict[str, Any] = {
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
         "peak_rss_bytes": run.peak_rss_bytes,

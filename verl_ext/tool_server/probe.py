@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl_ext.tool_server.channel import RawRun, WorkerLost
 from verl_ext.tool_server.isolation import (
@@ -173,7 +174,9 @@ def _targets() -> Iterator[_Targets]:
         open_file = Path(name, "open")
         open_file.write_text("whole")
         open_file.chmod(0o666)
-        identity = {"user": FIRST_UID, "group": FIRST_UID, "extra_groups": []} if os.geteuid() == 0 else {}
+        identity: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            identity = {"user": FIRST_UID, "group": FIRST_UID, "extra_groups": []}
         victim = subprocess.Popen(["/bin/sleep", "60"], stdin=subprocess.DEVNULL, cwd="/", **identity)
         tcp, unix = socket.socket(), socket.socket(socket.AF_UNIX)
         try:

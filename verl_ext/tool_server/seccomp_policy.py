@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from typing import Any
 
 # The child's pid is only known after the fork: the filter is compiled with this value in its place (a pid is never that
 # large, and BPF keeps it as one little-endian word, which the child replaces).
@@ -111,7 +112,7 @@ def compile_policy(sessions: bool = False) -> bytes:
         return out.read()
 
 
-def _add(policy: object, action: object, name: str) -> None:
+def _add(policy: Any, action: object, name: str) -> None:
     """Add a rule; a call this architecture does not have (open, stat on aarch64) needs none."""
     import pyseccomp as s
 

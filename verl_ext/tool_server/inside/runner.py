@@ -60,7 +60,7 @@ def run(
 def fresh_main() -> types.ModuleType:
     """A new ``__main__`` with nothing of ours in it."""
     main = types.ModuleType("__main__")
-    main.__builtins__ = builtins
+    vars(main)["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = [FILENAME]
     return main
@@ -113,11 +113,12 @@ def _raise_memory_limit_to_hard() -> None:
 def _fresh_streams() -> None:
     """New text streams over descriptors 0-2. Line buffered: a program killed later has still shown what it printed."""
     stdin = io.BufferedReader(io.FileIO(0, "r", closefd=False))
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(stdin, "utf-8", "replace")
+    sys.stdin = io.TextIOWrapper(stdin, "utf-8", "replace")
+    setattr(sys, "__stdin__", sys.stdin)  # noqa: B010  typed as final
     for fd, name in ((1, "stdout"), (2, "stderr")):
         raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
         stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
-        stream.mode = "w"
+        setattr(stream, "mode", "w")  # noqa: B010  typed as read-only
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -135,13 +136,14 @@ def _print_exception() -> None:
     try:
         traceback.print_exception(kind, error, tb, limit=limit, file=sys.__stderr__)
     except BaseException:  # a hostile __str__, or no memory left: still say what class of error it was
-        os.write(2, f"{kind.__name__}\n".encode(errors="replace"))
+        os.write(2, f"{getattr(kind, '__name__', kind)}\n".encode(errors="replace"))
 
 
 def _finish(code: int, last: bool) -> int:
     """What interpreter shutdown does and programs rely on: join threads, run atexit, flush. Returns the exit status."""
     flush = (sys.stdout.flush, sys.stderr.flush)
-    for step in (threading._shutdown, atexit._run_exitfuncs, *flush) if last else flush:
+    shutdown = (getattr(threading, "_shutdown"), atexit._run_exitfuncs)  # noqa: B009  private, and typed as absent
+    for step in (*shutdown, *flush) if last else flush:
         try:
             step()
         except BaseException:

@@ -37,7 +37,8 @@ def test_attack_is_contained(world: World, attack: Attack) -> None:
     result = run(world, f"W = {world.facts()!r}\n{PRELUDE}\n{attack.code}", attack.timeout)
     assert world.damage(result.output + result.stdout + result.stderr) == []
     assert result.outcome.value in attack.outcomes, (result.outcome, result.detail, result.output[-500:])
-    assert result.seconds < (attack.timeout or 4) + 0.5
+    # Far more than a kill takes (test_http.py measures that): a busy machine needs time to free a quarter of a GiB.
+    assert result.seconds < (attack.timeout or 10) + 2
     assert len(result.output) <= 70_000
     after = run(world, NEXT[world.server.isolation])
     assert after.output == "4.0 [] {}\n", "the next execution was affected"

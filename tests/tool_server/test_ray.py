@@ -16,7 +16,7 @@ from verl_ext.tool_server.runtime import RuntimeBuildError
 
 pytestmark = pytest.mark.e2e
 ray = pytest.importorskip("ray", reason="the ray backend needs ray")
-OPTIONS = {"isolation": "strong", "workers": 2, "packages": ("numpy", "sympy")}
+OPTIONS = {"isolation": "strong", "workers": 2, "packages": ("numpy",)}
 
 
 @pytest.fixture(scope="module")

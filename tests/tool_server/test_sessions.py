@@ -129,7 +129,7 @@ def test_sessions_leave_no_process(world: World) -> None:
 
 
 def test_an_idle_session_expires_and_there_are_not_too_many() -> None:
-    flags = ("--session-idle-seconds", "0.5", "--max-sessions", "1", "--packages", "numpy,sympy")
+    flags = ("--session-idle-seconds", "0.5", "--max-sessions", "1", "--packages", "numpy")
     with own_server(isolation="strong", workers=1, extra_arguments=flags) as server:
 
         async def go() -> None:

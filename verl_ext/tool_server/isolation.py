@@ -6,11 +6,11 @@ their effects from outside. One effect, and the tier is not reached.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl_ext.tool_server.runtime import INSIDE_ROOT, Runtime
 from verl_ext.tool_server.seccomp_policy import PID_MARKER, SeccompUnavailable, compile_policy
@@ -41,9 +41,10 @@ class TierUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class ZygoteCommand:
-    """What to exec for one zygote."""
+    """What to exec for one zygote, and the first message to send it."""
 
     argv: list[str]
+    config: dict[str, Any]
     env: dict[str, str]
     uid: int | None  # kernel user to become before exec; None: stay who we are (not root)
 
@@ -75,7 +76,6 @@ class Tier:
         existing = [p for p in (*_SYSTEM_LIBRARIES, *_SYSTEM_DATA) if os.path.exists(p)]
         config = {
             "kind": kind,
-            "control_fd": control_fd,
             "python": sys.version,
             "namespaces": self.namespaces,
             "landlock": self.confined,
@@ -87,7 +87,7 @@ class Tier:
         }
         paths = [f"{root}/{self.runtime.inside}", f"{root}/site"]
         boot = f"import sys; sys.path[:0] = {paths!r}; import zygote; zygote.main()"
-        argv = [f"{root}/bin/python", "-I", "-S", "-B", "-c", boot, json.dumps(config)]
+        argv = [f"{root}/bin/python", "-I", "-S", "-B", "-c", boot, str(control_fd)]
         # An interpreter with a shared libpython must find its own, not one the system has of another patch level.
         env = {**_ENVIRONMENT, "LD_LIBRARY_PATH": f"{root}/lib"}
         if self.namespaces:
@@ -95,7 +95,7 @@ class Tier:
             argv = [*self._bubblewrap(existing), "--", *argv]
         # Real uid 0 must never reach the payload, whatever its capabilities: root owns /proc/sys and the host's files.
         uid = FIRST_UID + index % UID_COUNT if os.geteuid() == 0 else None
-        return ZygoteCommand(argv, env, uid)
+        return ZygoteCommand(argv, config, env, uid)
 
     def _bubblewrap(self, libraries: list[str]) -> list[str]:
         """bwrap arguments: own user, pid, network, ipc and uts namespaces; a read-only root without /proc and /sys."""

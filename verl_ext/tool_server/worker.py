@@ -72,6 +72,7 @@ class Worker:
         finally:
             theirs.close()
         try:
+            self._channel.send(command.config)
             message, ancillary = await asyncio.wait_for(self._channel.receive_with_ancillary(), START_SECONDS)
         except (WorkerLost, asyncio.TimeoutError) as error:
             reason = self.last_words() or str(error) or "no report in time"

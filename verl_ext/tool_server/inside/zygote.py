@@ -35,14 +35,14 @@ FIRST_FREE_FD = 4  # in a child: 0-2 are the standard streams, 3 the status pipe
 
 
 def main() -> None:
-    config = json.loads(sys.argv[1])
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.setblocking(True)
+    config = json.loads(control.recv(1 << 16))
     if sys.version != config["python"]:
         raise SystemExit(
             f"this interpreter is {sys.version}, the server's {config['python']}: check its shared libraries"
         )
     kernel.die_with_parent(signal.SIGKILL)
-    control = socket.socket(fileno=config["control_fd"])
-    control.setblocking(True)
     warm(config["kind"])
     zygote = Zygote(control, config)
     gc.collect()

@@ -31,13 +31,13 @@ _WRONG = {"add": "sub", "sub": "add", "mul": "add"}
 FaultMix = Mapping[str, Mapping[str, Mapping[str, float]]]
 FAULT_MIX: FaultMix = {
     "first": {
-        "add": {"bad_json": 0.08, "open_tag": 0.04, "syntax_error": 0.08, "one_call": 0.20},
+        "add": {"bad_json": 0.12, "open_tag": 0.08, "syntax_error": 0.10, "one_call": 0.15},
         "sub": {"early_answer": 0.80, "syntax_error": 0.05},
-        "mul": {"early_answer": 0.10, "bad_json": 0.25, "wrong_operator": 0.15, "syntax_error": 0.10},
+        "mul": {"early_answer": 0.10, "bad_json": 0.25, "wrong_operator": 0.10, "syntax_error": 0.10},
     },
     "later": {
-        "add": {"early_answer": 0.20, "open_tag": 0.05, "wrong_operator": 0.10},
-        "sub": {"wrong_operator": 0.80},
+        "add": {"early_answer": 0.30, "open_tag": 0.10, "wrong_operator": 0.10},
+        "sub": {"early_answer": 0.45, "wrong_operator": 0.15},
         "mul": {"early_answer": 0.80, "bad_json": 0.05},
     },
     "repair": {

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -52,8 +53,9 @@ class WarmStartOptions:
     heads: int = 2  # of 32; heads of 16 took twice the steps
     intermediate_size: int = 128
     # supervised fine-tuning
-    steps: int = 1400
+    steps: int = 1300
     drill_steps: int = 200  # so many of the steps, every other one from the first on, drill copying
+    clean_steps: int = 900  # until this step the expert makes no mistake: the skill first, then the habits
     batch_size: int = (
         8  # conversations, or twice as many drills: many small steps find copying sooner than few large ones
     )
@@ -76,10 +78,10 @@ class WarmStartOptions:
         return digest.hexdigest()[:16]
 
 
-def demonstrations(options: WarmStartOptions) -> Iterator[Demonstration]:
-    """Endless demonstrations on problems of the train split."""
-    rng = random.Random(f"demonstrations/{options.seed}")
-    mix = scale_faults(options.fault_mix, options.fault_scale)
+def demonstrations(options: WarmStartOptions, fault_scale: float) -> Iterator[Demonstration]:
+    """Endless demonstrations on problems of the train split, with the option's faults times `fault_scale`."""
+    rng = random.Random(f"demonstrations/{options.seed}/{fault_scale}")
+    mix = scale_faults(options.fault_mix, fault_scale)
     for problem in sample_problems("train", options.seed, options.horizon):
         yield demonstrate(problem, mix, rng)
 
@@ -124,9 +126,9 @@ def train(options: WarmStartOptions, directory: str | Path, *, progress: bool = 
 
 def _train(options: WarmStartOptions, directory: Path, progress: bool) -> None:
     torch.manual_seed(options.seed)
-    source = demonstrations(options)
+    clean, faulty = demonstrations(options, 0.0), demonstrations(options, options.fault_scale)
     rng = random.Random(f"drill/{options.seed}")
-    tokenizer = train_tokenizer(corpus([next(source) for _ in range(1000)]), options.vocab_size, directory)
+    tokenizer = train_tokenizer(corpus(list(islice(faulty, 1000))), options.vocab_size, directory)
     stream = TokenStream(tokenizer, [tool_schema()])
     model = build_model(
         vocab_size=len(tokenizer),
@@ -147,6 +149,7 @@ def _train(options: WarmStartOptions, directory: Path, progress: bool) -> None:
         if step % 2 == 0 and step < 2 * options.drill_steps:
             batch = [drill(stream, rng) for _ in range(2 * options.batch_size)]
         else:
+            source = clean if step < options.clean_steps else faulty
             batch = [encode(next(source), stream) for _ in range(options.batch_size)]
         ids = pad([x for x, _ in batch], stream.pad_id)
         labels = pad([y for _, y in batch], IGNORE)

@@ -1,0 +1,417 @@
+"""A plain-PyTorch twin of the embedded training run: no verl, no Ray, a second a step on one core.
+
+    python benchmarks/twin.py --method gtpo --seed 1 --steps 60
+    python benchmarks/twin.py --method gtpo --seed 1 gtpo.scale=batch_std gtpo.gamma=1.0
+
+For questions that take many seeds. What decides the result is the recipe's own: problems, warm start, parser, format
+verdicts, shaping, turn rewards, advantages, and the method files of `recipe/gtpo/config/method`. What differs from the
+run under verl:
+
+1. One process samples and trains, so there is no weight transfer and no rollout-vs-actor gap.
+2. The tool is `recipe.gtpo.tasks.calculator`; no code is executed.
+3. All conversations of a step share one KV cache: a tool message is fed through it token by token like a sampled turn.
+4. Rows whose advantages are all 0 skip the backward pass. Their gradient is 0; the loss still divides by their tokens.
+
+Prints one JSON line a step: sampled training accuracy, turns, format; lines with "eval" hold held-out accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
+
+from recipe.gtpo.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.credit import assign_credit
+from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.parsing import extract_answer, judge_format
+from recipe.gtpo.similarity import make_similarity
+from recipe.gtpo.tasks.arithmetic import (
+    DATA_SOURCE,
+    HORIZON,
+    Problem,
+    compute_score,
+    sample_problems,
+    take,
+    tool_schema,
+)
+from recipe.gtpo.tasks.calculator import respond
+from recipe.gtpo.tasks.policy import TokenStream
+from recipe.gtpo.tasks.warm_start import WarmStartOptions, ensure_warm_start, pad
+from recipe.gtpo.turns import TRUNCATED, Finish, Trajectory, Turn
+
+METHODS = Path(__file__).parents[1] / "recipe/gtpo/config/method"
+SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
+
+PROMPTS, ROLLOUTS = 16, 8
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+MICRO_BATCH_TOKENS = 4096
+MAX_TURNS = 5
+MAX_RESPONSE = 192
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+@dataclass
+class Conversation:
+    """One conversation while it happens: `ids` from `prompt_length` on are the response."""
+
+    problem: Problem
+    ids: list[int]
+    prompt_length: int
+    turns: list[Turn] = field(default_factory=list)
+    turn_start: int = 0  # in the response
+    log_probs: list[float] = field(default_factory=list)  # one a response token, 0.0 where it was not sampled
+    forced: deque[int] = field(default_factory=deque)  # tool tokens still to be fed
+    finish: Finish | None = None
+
+    @property
+    def response_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    def advance(self, sampled: int, log_prob: float, stream: TokenStream) -> None:
+        """Append the next token: a forced one if there is one, else the sampled one, which may end the turn."""
+        if self.forced:
+            self.ids.append(self.forced.popleft())
+            self.log_probs.append(0.0)
+            self.turn_start = self.response_length
+            return
+        self.ids.append(sampled)
+        self.log_probs.append(log_prob)
+        ended = sampled == stream.eos_id
+        if ended or self.response_length >= MAX_RESPONSE:
+            self._end_turn(stream, cut=not ended)
+
+    def _end_turn(self, stream: TokenStream, cut: bool) -> None:
+        """The order of the decisions is that of the agent loop."""
+        response = self.ids[self.prompt_length :]
+        text = stream.tokenizer.decode(response[self.turn_start :], skip_special_tokens=True)
+        calls, outcomes = respond(text, SCHEMAS)
+        if cut:
+            self.finish, outcomes = Finish.LENGTH, ()
+        elif not calls:
+            self.finish = Finish.ANSWER
+        elif len(self.turns) + 1 >= MAX_TURNS:
+            self.finish, outcomes = Finish.TURN_LIMIT, ()
+        else:
+            self.forced.extend(stream.observation(tuple(o.output for o in outcomes)))
+            if self.response_length + len(self.forced) >= MAX_RESPONSE:
+                self.finish = Finish.LENGTH
+        self.turns.append(Turn(self.turn_start, len(response), text, calls, outcomes))
+
+    def trajectory(self) -> Trajectory:
+        """The finished conversation as the record that credit assignment reads."""
+        assert self.finish is not None
+        last = len(self.turns) - 1
+        judged = tuple(
+            replace(
+                turn,
+                broken=judge_format(
+                    is_first=k == 0,
+                    is_last=k == last,
+                    truncated=k == last and self.finish in TRUNCATED,
+                    calls=turn.calls,
+                    has_answer=extract_answer(turn.text) is not None,
+                ),
+            )
+            for k, turn in enumerate(self.turns)
+        )
+        scored = compute_score(DATA_SOURCE, self.turns[-1].text, str(self.problem.answer))
+        return Trajectory(judged, self.finish, acc=float(scored["acc"]), pred=str(scored["pred"]))
+
+
+class _RoomyLayer(DynamicLayer):
+    """KV of one layer in a buffer with room to grow: transformers' own copies the whole cache for every token."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        old, new = self.get_seq_length(), key_states.shape[2]
+        if old == 0:
+            self.lazy_initialization(key_states, value_states)
+            shape = (*key_states.shape[:2], new + MAX_RESPONSE, key_states.shape[3])
+            self._buffers = key_states.new_empty(shape), value_states.new_empty(shape)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, old : old + new] = states
+        self._view(old + new)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._buffers = self._buffers[0][indices], self._buffers[1][indices]
+        self._view(self.get_seq_length())
+
+    def _view(self, length: int) -> None:
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+@torch.inference_mode()
+def roll_out(
+    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], temperature: float = 1.0
+) -> list[Conversation]:
+    """One finished conversation a problem. Temperature 0 decodes greedily; sampling draws from torch's generator."""
+    conversations = []
+    for problem in problems:
+        prompt = stream.prompt(problem.messages)
+        conversations.append(Conversation(problem, prompt, len(prompt)))
+    running = conversations
+    width = max(c.prompt_length for c in conversations)
+    ids = torch.full((len(conversations), width), stream.pad_id)
+    mask = torch.zeros((len(conversations), width + MAX_RESPONSE), dtype=torch.long)  # left-padded
+    for row, c in enumerate(conversations):
+        ids[row, width - c.prompt_length :] = torch.tensor(c.ids)
+        mask[row, width - c.prompt_length :] = 1
+    position = (mask[:, :width].cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache()
+    cache.layers = [_RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+    while True:
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask[:, :width],
+            position_ids=position,
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        log_probs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+        tokens = torch.multinomial(log_probs.exp(), 1) if temperature > 0 else log_probs.argmax(-1, keepdim=True)
+        chosen = log_probs.gather(1, tokens)
+        for c, token, log_prob in zip(running, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
+            if c.finish is None:
+                c.advance(token, log_prob, stream)
+        keep = [row for row, c in enumerate(running) if c.finish is None]
+        if not keep:
+            return conversations
+        width += 1
+        position = position[:, -1:] + 1
+        # Compact only when it pays: it copies the cache.
+        if len(keep) <= 0.8 * len(running):
+            kept = torch.tensor(keep)
+            running, mask, position = [running[row] for row in keep], mask[kept], position[kept]
+            cache.batch_select_indices(kept)
+        ids = torch.tensor([[c.ids[-1]] for c in running])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credit and update
+
+
+@dataclass(frozen=True)
+class Method:
+    """One file of `config/method`, with overrides."""
+
+    estimator: str
+    options: GTPOOptions
+    scale_by_std: bool  # of GRPO
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str]) -> Method:
+        """Raises ValueError for a method that is unknown or has no twin, and for a malformed override."""
+        known = sorted(path.stem for path in METHODS.glob("*.yaml"))
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; methods: {', '.join(known)}")
+        config = OmegaConf.merge(
+            OmegaConf.load(METHODS / f"{name}.yaml").algorithm, OmegaConf.from_dotlist(list(overrides))
+        )
+        if config.adv_estimator not in ("gtpo", "grpo"):
+            raise ValueError(f"method {name!r} uses the estimator {config.adv_estimator!r}; the twin has gtpo and grpo")
+        return cls(
+            config.adv_estimator,
+            GTPOOptions.from_config(config.get("gtpo")),
+            config.get("norm_adv_by_std_in_grpo", True),
+        )
+
+
+def turn_advantages(
+    trajectories: Sequence[Trajectory], groups: Sequence[str], method: Method, similarity: Any
+) -> tuple[torch.Tensor, Any]:
+    """(B, T) advantage of every turn and the credit it came from."""
+    options = method.options
+    credit = assign_credit(trajectories, groups, options, similarity)
+    rewards = credit.rewards.combined
+    if method.estimator == "grpo":
+        # One return a trajectory, compared within the group: tests/gtpo proves that this is verl's GRPO.
+        one_turn = credit.turn_mask.any(dim=1, keepdim=True)
+        scale = "std" if method.scale_by_std else "none"
+        advantage = normalize_returns(rewards.sum(dim=1, keepdim=True), one_turn, groups, scale=scale)
+        return advantage * credit.turn_mask, credit
+    advantage = normalize_returns(
+        discounted_returns(rewards, credit.turn_mask, options.gamma),
+        credit.turn_mask,
+        groups,
+        baseline=options.baseline,
+        scale=options.scale,
+        leave_one_out=options.leave_one_out,
+        min_pool=options.min_pool,
+        sparse_turn=options.sparse_turn,
+        solved=credit.solved,
+        unsolved_groups=options.unsolved_groups,
+    )
+    return advantage, credit
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    conversations: Sequence[Conversation],
+    token_advantages: Sequence[torch.Tensor],
+    generated: int,
+    pad_id: int,
+) -> float:
+    """One optimiser step on the clipped policy-gradient loss, mean over all `generated` tokens; the gradient's norm."""
+    optimizer.zero_grad()
+    rows = [i for i, advantages in enumerate(token_advantages) if bool(advantages.any())]
+    rows.sort(key=lambda i: len(conversations[i].ids))  # rows of like length share a micro-batch: less padding
+    while rows:
+        size = max(1, MICRO_BATCH_TOKENS // len(conversations[rows[-1]].ids))
+        rows, micro = rows[:-size], rows[-size:]
+        ids = pad([conversations[i].ids for i in micro], pad_id)
+        # Position t of these belongs to the token at t + 1, which is what position t predicts.
+        old, advantage = torch.zeros(ids[:, 1:].shape), torch.zeros(ids[:, 1:].shape)
+        for row, i in enumerate(micro):
+            span = slice(conversations[i].prompt_length - 1, len(conversations[i].ids) - 1)
+            old[row, span] = torch.tensor(conversations[i].log_probs)
+            advantage[row, span] = token_advantages[i]
+        used = advantage != 0
+        hidden = model.model(ids[:, :-1]).last_hidden_state[used]
+        log_probs = -torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][used], reduction="none")
+        ratio = (log_probs - old[used]).exp()
+        gain = torch.minimum(ratio * advantage[used], ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage[used])
+        (-gain.sum() / generated).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over trajectories."""
+    count = len(trajectories)
+    calls = [[call for turn in t.turns for call in turn.calls] for t in trajectories]
+    return {
+        "acc": sum(t.acc for t in trajectories) / count,
+        "turns": sum(len(t.turns) for t in trajectories) / count,
+        "malformed": sum(any(c.error for c in made) for made in calls) / count,
+        "first_turn_call": sum(any(c.error is None for c in t.turns[0].calls) for t in trajectories) / count,
+        "truncated": sum(t.truncated for t in trajectories) / count,
+    }
+
+
+def evaluate(model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Held-out accuracy, sampled at temperature 1 (also by problem class) and greedy."""
+    sampled = [c.trajectory() for c in roll_out(model, stream, problems)]
+    greedy = [c.trajectory() for c in roll_out(model, stream, problems, temperature=0.0)]
+    by_class: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for problem, s, g in zip(problems, sampled, greedy, strict=True):
+        by_class[problem.problem_class].append((s.acc, g.acc))
+    return {
+        **describe(sampled),
+        "greedy_acc": describe(greedy)["acc"],
+        "by_class": {
+            name: {"acc": sum(s for s, _ in pairs) / len(pairs), "greedy_acc": sum(g for _, g in pairs) / len(pairs)}
+            for name, pairs in sorted(by_class.items())
+        },
+    }
+
+
+def train(
+    *,
+    method: Method,
+    policy: Path,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    horizon: Mapping[int, float],
+    eval_problems: int,
+) -> None:
+    """Train and print. Everything random follows from `seed`, except the policy."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # the batches are too small for more, and runs of several seeds use the other cores
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    stream = TokenStream(tokenizer, [tool_schema()])
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()  # no dropout: eval trains as well
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    similarity = make_similarity(method.options.shaping.similarity) if method.options.shaping.enable else None
+    source = sample_problems("train", seed, horizon)
+    held_out = take(sample_problems("validation", 0, horizon), eval_problems)
+
+    def report(step: int, **facts: Any) -> None:
+        print(json.dumps({"step": step, **facts}), flush=True)
+
+    report(0, eval=evaluate(model, stream, held_out))
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        problems = [problem for problem in take(source, PROMPTS) for _ in range(ROLLOUTS)]
+        groups = [str(i // ROLLOUTS) for i in range(len(problems))]
+        conversations = roll_out(model, stream, problems)
+        sampled = time.perf_counter()
+        trajectories = [c.trajectory() for c in conversations]
+        advantages, credit = turn_advantages(trajectories, groups, method, similarity)
+        turn_ids = credit.turn_ids(max(c.response_length for c in conversations)).long()
+        by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
+        norm = update(
+            model,
+            optimizer,
+            conversations,
+            [by_token[i, : c.response_length] for i, c in enumerate(conversations)],
+            int((turn_ids >= 0).sum()),
+            stream.pad_id,
+        )
+        report(
+            step,
+            **{name: round(value, 4) for name, value in describe(trajectories).items()},
+            grad_norm=round(norm, 4),
+            seconds_rollout=round(sampled - began, 3),
+            seconds_update=round(time.perf_counter() - sampled, 3),
+        )
+    report(steps, eval=evaluate(model, stream, held_out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="gtpo", help="a file of recipe/gtpo/config/method")
+    parser.add_argument("--seed", type=int, default=1, help="of the problems and the sampling")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--horizon", default=None, help='steps:weight pairs such as "1:0.4,2:0.6"')
+    parser.add_argument("--warm-start-seed", type=int, default=1)
+    parser.add_argument("--fault-scale", type=float, default=1.0, help="of the warm start: 0 is a perfect expert")
+    parser.add_argument("--eval-problems", type=int, default=256)
+    parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")
+    parser.add_argument("overrides", nargs="*", help="of the method's algorithm section, such as gtpo.gamma=1.0")
+    args = parser.parse_args()
+    horizon = dict(HORIZON)
+    if args.horizon:
+        horizon = {int(k): float(w) for k, w in (pair.split(":") for pair in args.horizon.split(","))}
+    try:
+        method = Method.load(args.method, args.overrides)
+        options = WarmStartOptions(seed=args.warm_start_seed, horizon=horizon, fault_scale=args.fault_scale)
+    except ValueError as e:
+        parser.error(str(e))
+    train(
+        method=method,
+        policy=ensure_warm_start(options, args.cache),
+        seed=args.seed,
+        steps=args.steps,
+        learning_rate=args.lr,
+        horizon=horizon,
+        eval_problems=args.eval_problems,
+    )
+
+
+if __name__ == "__main__":
+    main()

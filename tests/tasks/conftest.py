@@ -1,0 +1,25 @@
+"""A toy policy for the tests that need a tokenizer or a model, built once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toy import TOY
+from transformers import AutoTokenizer
+
+from recipe.gtpo.tasks.arithmetic import tool_schema
+from recipe.gtpo.tasks.policy import TokenStream
+from recipe.gtpo.tasks.warm_start import train
+
+
+@pytest.fixture(scope="session")
+def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("toy_policy")
+    train(TOY, directory, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stream(toy_policy: Path) -> TokenStream:
+    return TokenStream(AutoTokenizer.from_pretrained(toy_policy), [tool_schema()])

@@ -1,0 +1,126 @@
+"""Every fault earns exactly the verdict it is named for, at the rate the table says."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from recipe.gtpo.parsing import extract_answer, judge_format
+from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, compute_score, sample_problems, take, tool_schema
+from recipe.gtpo.tasks.calculator import respond
+from recipe.gtpo.tasks.experts import FAULT_MIX, FAULTS, STAGES, demonstrate, scale_faults, write_turn
+from recipe.gtpo.turns import FormatReason
+
+pytestmark = pytest.mark.unit
+
+SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
+STEPS = (Step("add", 6789), Step("mul", 321))
+PROBLEM = Problem(12345, STEPS, wording=0)
+
+
+def mix_of(**faults: float):
+    return {stage: {operation: dict(faults) for operation in SYMBOLS} for stage in STAGES}
+
+
+def verdict(text: str, *, is_first: bool, is_last: bool) -> FormatReason | None:
+    calls, _ = respond(text, SCHEMAS)
+    has_answer = extract_answer(text) is not None
+    return judge_format(is_first=is_first, is_last=is_last, truncated=False, calls=calls, has_answer=has_answer)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "outcome"),
+    [
+        (None, None, "ok"),
+        ("bad_json", FormatReason.INVALID_JSON, "malformed"),
+        ("open_tag", FormatReason.UNBALANCED_TAG, "malformed"),
+        ("one_call", FormatReason.BAD_ARGUMENT, "malformed"),
+        ("syntax_error", None, "syntax_error"),
+        ("wrong_operator", None, "ok"),
+    ],
+)
+def test_fault_gets_its_verdict_and_its_outcome(fault, reason, outcome):
+    text = write_turn(fault, 12345, STEPS)
+    assert verdict(text, is_first=True, is_last=False) is reason
+    _, outcomes = respond(text, SCHEMAS)
+    assert [o.outcome for o in outcomes] == [outcome]
+    right = outcomes[0].output.strip() == str(PROBLEM.values[1])
+    assert right == (fault is None)
+
+
+def test_early_answer_breaks_the_format_in_the_first_turn_only():
+    text = write_turn("early_answer", 12345, STEPS)
+    assert verdict(text, is_first=True, is_last=True) is FormatReason.FIRST_TURN_NO_CALL
+    assert verdict(text, is_first=False, is_last=True) is None
+    assert compute_score("arithmetic", text, str(PROBLEM.answer))["acc"] == 0.0
+
+
+def test_one_call_needs_two_steps():
+    assert write_turn("one_call", 12345, STEPS[1:]) == write_turn(None, 12345, STEPS[1:])
+
+
+@pytest.mark.parametrize("operation", SYMBOLS)
+def test_wrong_operator_is_wrong_for_every_operation(operation):
+    steps = (Step(operation, 456),)
+    assert write_turn("wrong_operator", 12345, steps) != write_turn(None, 12345, steps)
+    _, outcomes = respond(write_turn("wrong_operator", 12345, steps), SCHEMAS)
+    assert outcomes[0].outcome == "ok"
+
+
+def test_without_faults_the_expert_solves_everything_in_one_call_a_step():
+    rng = random.Random(1)
+    for problem in take(sample_problems("train", 1, dict.fromkeys(range(1, 7), 1.0)), 300):
+        shown = demonstrate(problem, scale_faults(FAULT_MIX, 0.0), rng)
+        assert len(shown.turns) == len(problem.steps) + 1
+        assert compute_score("arithmetic", shown.turns[-1], str(problem.answer))["acc"] == 1.0
+        for k, text in enumerate(shown.turns):
+            assert verdict(text, is_first=k == 0, is_last=k == len(problem.steps)) is None
+
+
+def test_a_failed_call_is_repaired_in_the_next_turn():
+    mix = mix_of(syntax_error=1.0) | {"repair": {operation: {} for operation in SYMBOLS}}
+    shown = demonstrate(PROBLEM, mix, random.Random(1))
+    assert shown.faults == ("syntax_error", None, "syntax_error", None, None)
+    assert [reply[0] for reply in shown.replies[:2]] == ["SyntaxError: invalid syntax", "19134\n"]
+    assert compute_score("arithmetic", shown.turns[-1], str(PROBLEM.answer))["acc"] == 1.0
+
+
+def test_an_early_answer_ends_the_conversation_with_the_value_at_hand():
+    mix = mix_of() | {"later": {operation: {"early_answer": 1.0} for operation in SYMBOLS}}
+    shown = demonstrate(PROBLEM, mix, random.Random(1))
+    assert shown.faults == (None, "early_answer")
+    assert extract_answer(shown.turns[-1]) == "19134"
+
+
+def test_faults_come_at_the_rates_of_the_table():
+    rng = random.Random(1)
+    mix = scale_faults(FAULT_MIX, 1.0)
+    firsts: dict[str, Counter] = {operation: Counter() for operation in SYMBOLS}
+    for problem in take(sample_problems("train", 1), 3000):
+        firsts[problem.steps[0].operation][demonstrate(problem, mix, rng).faults[0]] += 1
+    for operation, counts in firsts.items():
+        for fault in FAULTS:
+            share = counts[fault] / counts.total()
+            assert share == pytest.approx(mix["first"][operation].get(fault, 0.0), abs=0.05)
+
+
+def test_default_mix_has_faults_that_are_the_mode_and_faults_that_are_not():
+    rows = [row for stage in ("first", "later") for row in FAULT_MIX[stage].values()]
+    assert any(max(row.values()) >= 0.8 for row in rows)
+    assert any(0 < sum(row.values()) < 0.5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("mix", "factor", "message"),
+    [
+        (mix_of(typo=0.1), 1.0, "unknown fault 'typo' in first/add"),
+        (mix_of(bad_json=0.6), 2.0, "must be >= 0 and sum to <= 1"),
+        (mix_of(bad_json=-0.1), 1.0, "must be >= 0 and sum to <= 1"),
+        ({"first": {}}, 1.0, "no row first/add"),
+    ],
+)
+def test_malformed_mix_raises(mix, factor, message):
+    with pytest.raises(ValueError, match=message):
+        scale_faults(mix, factor)

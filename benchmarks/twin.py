@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--method", default="gtpo", help="a file of recipe/gtpo/config/method")
     parser.add_argument("--seed", type=int, default=1, help="of the problems and the sampling")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--horizon", default=None, help='steps:weight pairs such as "1:0.4,2:0.6"')
     parser.add_argument("--warm-start-seed", type=int, default=1)
     parser.add_argument("--fault-scale", type=float, default=1.0, help="of the warm start: 0 is a perfect expert")

@@ -27,6 +27,8 @@ from verl.workers.rollout.utils import ensure_async_iterator
 from verl_ext.cpu.generation import Request, Sample, generate
 
 NAME = "transformers"
+#: A pause this long among arriving requests ends a wave; a tool call takes about half of it.
+_GATHER_SECONDS = 0.02
 logger = logging.getLogger(__name__)
 
 
@@ -116,8 +118,12 @@ class TransformersServer:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            # Requests of one wave come in separate Ray calls: a moment's wait makes one batch of them.
-            await asyncio.sleep(0.002)
+            # Requests of one wave come one by one, as their tool calls return. A batch that has started takes no more,
+            # so it starts when no further request has come for a moment.
+            seen = 0
+            while seen < len(self._waiting) < self.config.max_num_seqs:
+                seen = len(self._waiting)
+                await asyncio.sleep(_GATHER_SECONDS)
             batch = self._waiting[: self.config.max_num_seqs]
             del self._waiting[: len(batch)]
             if not self._waiting:

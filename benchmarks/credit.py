@@ -1,0 +1,77 @@
+"""What credit assignment costs in a real run: its parts, timed on the trajectories that the run recorded.
+
+    python benchmarks/credit.py outputs/arithmetic-gtpo-seed1
+
+The share is of the median step of that run (metrics.jsonl). `glue` is what the trainer measured of the whole
+(`gtpo/credit_seconds`): these parts, TransferQueue's round trips, and writing the trajectories to disk.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
+
+from recipe.gtpo.advantage import compute_gtpo_advantage
+from recipe.gtpo.credit import assign_credit
+from recipe.gtpo.metrics import credit_metrics
+from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.shaping import shape_outcomes
+from recipe.gtpo.similarity import make_similarity
+from recipe.gtpo.turns import Trajectory
+
+ROUNDS = 7
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    """Median wall time of `call` in milliseconds, after one call that does not count."""
+    call()
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1000
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    steps = [line["metrics"] for line in RunRecord(run).read_metrics() if "timing_s/step" in line["metrics"]]
+    step_ms = statistics.median(m["timing_s/step"] for m in steps) * 1000
+    files = sorted((run / "trajectories").glob("*.jsonl"), key=lambda path: int(path.stem))
+    rows = [json.loads(line) for line in files[len(files) // 2].read_text().splitlines()]
+    trajectories, groups = [Trajectory.from_dict(row) for row in rows], [row["group"] for row in rows]
+    options = GTPOOptions()
+    similarity = make_similarity(options.shaping.similarity)
+    credit = assign_credit(trajectories, groups, options, similarity)
+    length = int(credit.spans.max())
+    turn_ids = credit.turn_ids(length)
+    rewards = torch.stack(credit.token_rewards([length] * len(rows)))
+    mask = (turn_ids >= 0).long()
+    codes = [t.code for t in trajectories]
+    by_turn = torch.zeros(credit.turn_mask.shape)
+    parts: dict[str, Callable[[], object]] = {
+        "shaping": lambda: shape_outcomes(credit.outcomes, codes, groups, similarity, options.shaping.alpha),
+        "credit (shaping included)": lambda: assign_credit(trajectories, groups, options, similarity),
+        "advantage": lambda: compute_gtpo_advantage(rewards, mask, groups, turn_ids=turn_ids),
+        "metrics": lambda: credit_metrics(credit, trajectories, by_turn, by_turn),
+    }
+    print(f"{len(rows)} trajectories, median step {step_ms:.0f} ms, {len(steps)} steps\n")
+    print("| part | ms | share of the step |\n|---|---|---|")
+    for name, call in parts.items():
+        ms = median_ms(call)
+        print(f"| {name} | {ms:.1f} | {ms / step_ms:.2%} |")
+    glue = statistics.median(m["gtpo/credit_seconds"] for m in steps) * 1000
+    print(f"| glue, as the trainer measured it | {glue:.1f} | {glue / step_ms:.2%} |")
+
+
+if __name__ == "__main__":
+    main()

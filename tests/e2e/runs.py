@@ -73,11 +73,11 @@ class Run:
         return self.process.returncode
 
     def find(self, title: str) -> psutil.Process:
-        """The run's process whose command line starts with `title` (Ray titles its workers ray::Class.method)."""
+        """The run's living process with `title` in its command line (Ray titles its workers ray::Class.method)."""
         self.look()
         for process in self.seen.values():
             try:
-                if process.is_running() and " ".join(process.cmdline()).startswith(title):
+                if process.is_running() and title in " ".join(process.cmdline()):
                     return process
             except psutil.NoSuchProcess:
                 continue

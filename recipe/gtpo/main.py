@@ -32,6 +32,7 @@ if _hardware(sys.argv[1:]) == "cpu":
     os.environ["VERL_PLATFORM"] = "cpu"
 # verl warns of every engine that is not installed, in every process.
 warnings.filterwarnings("ignore", message=r".* engine is not available", category=UserWarning)
+warnings.filterwarnings("ignore", message="Disabled critic", category=UserWarning)  # no method here has one
 os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
 
 import hydra  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl_ext.cpu.generation import Request, generate
+from verl_ext.cpu.generation import ContinuousBatch, Request, generate
 
 pytestmark = pytest.mark.unit
 
@@ -178,12 +178,81 @@ def test_a_stop_token_on_the_last_allowed_place_is_a_stop(model):
     assert sample.stop_reason == "stop"
 
 
+def test_rows_join_and_leave_between_any_two_tokens(model):
+    """Each row's tokens are those it has alone, whoever came before it, came after it, or left its slot to it."""
+    torch.manual_seed(11)
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    requests, samples = [], []
+    for step in range(40):
+        joining = [
+            Request(PROMPTS[(step + i) % 4], 1 + (step * 7 + i) % 13, seed=step * 10 + i) for i in range(step % 3)
+        ]
+        if joining:
+            requests += joining
+            samples += batch.add(joining)
+        if len(batch):
+            batch.step()
+    while len(batch):
+        batch.step()
+    assert len(samples) > 30 and all(s.stop_reason == "length" for s in samples)
+    for request, sample in zip(requests, samples, strict=True):
+        (alone,) = run(model, [request])
+        assert sample.token_ids == alone.token_ids
+        assert sample.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+
+
+def test_what_a_slot_held_before_is_never_read(model):
+    """A row that takes a used slot in a wide batch attends to nothing of the row before: its log-probs are exact."""
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    batch.add([Request([1] * 30, 2, seed=1), Request([2] * 30, 40, seed=2)])
+    batch.step()  # the first row leaves; the second moves to its slot
+    assert len(batch) == 1
+    (late,) = batch.add([Request(PROMPTS[1], 10, seed=3)])
+    while late.stop_reason is None:
+        batch.step()
+    assert late.log_probs == pytest.approx(scores_of(model, PROMPTS[1], late.token_ids), abs=1e-5)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 8000, 1 << 20], ids=["nothing", "a_few", "all"])
+def test_what_is_kept_of_a_conversation_changes_nothing(model, kept_bytes):
+    """Turns that go on from a kept row give what a fresh batch gives, also when several share or lose their prefix."""
+    batch = ContinuousBatch(model, vocab_size=VOCAB, kept_bytes=kept_bytes)
+    conversations = [list(PROMPTS[i % 4]) for i in range(8)]
+    for turn in range(3):
+        # even and odd conversations have the same seed in the first turn: some prefixes are shared
+        requests = [Request(ids, 5 + i % 3, seed=turn * (i + 1) + i % 2) for i, ids in enumerate(conversations)]
+        samples = batch.add(requests[:3])
+        batch.step()
+        samples += batch.add(requests[3:])
+        while len(batch):
+            batch.step()
+        for i, (request, sample) in enumerate(zip(requests, samples, strict=True)):
+            (alone,) = run(model, [request])
+            assert sample.token_ids == alone.token_ids
+            assert sample.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+            conversations[i] = [*request.prompt_ids, *sample.token_ids, *range(2, 2 + i % 4)]
+    assert (batch.prefix_hits == 0) == (kept_bytes == 0)
+    assert batch.prefix_hits >= 16 or kept_bytes < 1 << 20
+
+
+def test_weights_that_change_make_the_batch_forget(model):
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    (first,) = batch.add([Request(PROMPTS[2], 3, seed=1)])
+    while len(batch):
+        batch.step()
+    batch.forget()
+    batch.add([Request(PROMPTS[2] + first.token_ids, 1, seed=1)])
+    assert batch.prefix_hits == 0
+
+
 def test_an_abort_keeps_what_was_generated(model):
-    asked = iter([False, False, True])
-    samples = run(
-        model, [Request(p, 10, seed=3) for p in PROMPTS] + [Request([1], 2, seed=3)], aborted=lambda: next(asked)
-    )
-    whole = run(model, [Request(p, 10, seed=3) for p in PROMPTS])
+    requests = [Request(p, 10, seed=3) for p in PROMPTS] + [Request([1], 2, seed=3)]
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    samples = batch.add(requests)
+    batch.step()
+    batch.step()
+    batch.abort()
+    assert len(batch) == 0
     assert [s.stop_reason for s in samples] == ["aborted"] * 4 + ["length"]
-    for sample, reference in zip(samples, whole, strict=False):
-        assert sample.token_ids == reference.token_ids[:3] and len(sample.log_probs) == 3
+    for sample, reference in zip(samples, run(model, requests), strict=True):
+        assert sample.token_ids == reference.token_ids[:3] and len(sample.log_probs) == len(sample.token_ids)

@@ -65,7 +65,7 @@ def model_config(path):
 
 
 class Server(TransformersServer):
-    """The real one, which notes the batches it runs and starts them when the gate is open.
+    """The real one, which notes who joins together and goes on when the gate is open.
 
     `async with` stands for the life of its actor.
     """
@@ -73,6 +73,7 @@ class Server(TransformersServer):
     def __init__(self, path, **changes):
         super().__init__(rollout_config(**changes), model_config(path), replica_rank=0)
         self.batches: list[list[list[int]]] = []
+        self.largest = 0
         self.gate = threading.Event()
         self.gate.set()
 
@@ -84,10 +85,12 @@ class Server(TransformersServer):
         self.gate.set()
         self._loop_task.cancel()
 
-    def _generate(self, requests):
-        self.batches.append([r.prompt_ids for r in requests])
+    def _advance(self, joining):
+        if joining:
+            self.batches.append([r.prompt_ids for r in joining])
+        self.largest = max(self.largest, len(self._running) + len(joining))
         self.gate.wait()
-        return super()._generate(requests)
+        return super()._advance(joining)
 
     async def held_batch(self, prompt):
         """A request whose batch has begun and waits at the gate."""
@@ -128,33 +131,35 @@ def reference(server, prompt, **request):
 
 
 @served
-async def test_requests_of_one_wave_are_one_batch_and_each_gets_its_own_answer(server, path):
+async def test_every_request_gets_its_own_answer(server, path):
     outputs = await asyncio.gather(*(server.ask(prompt) for prompt in PROMPTS))
-    assert server.batches == [PROMPTS]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected = reference(server, prompt)
         assert output.token_ids == expected.token_ids
         assert output.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
 
 
-def test_a_batch_is_no_larger_than_max_num_seqs(path):
+def test_no_more_than_max_num_seqs_run_at_once(path):
     async def body():
         async with Server(path, max_num_seqs=2) as server:
-            await asyncio.gather(*(server.ask(prompt) for prompt in PROMPTS))
-            assert server.batches == [PROMPTS[:2], PROMPTS[2:]]
+            outputs = await asyncio.gather(*(server.ask(prompt) for prompt in PROMPTS * 3))
+            assert server.largest == 2
+            assert [o.token_ids for o in outputs] == [reference(server, p).token_ids for p in PROMPTS] * 3
 
     asyncio.run(body())
 
 
 @served
-async def test_requests_that_come_while_a_batch_runs_are_the_next_batch(server, path):
+async def test_requests_that_come_while_others_run_join_them(server, path):
     first = await server.held_batch(PROMPTS[0])
-    others = [asyncio.create_task(server.ask(prompt)) for prompt in PROMPTS[1:]]
+    others = [asyncio.create_task(server.ask(prompt, max_tokens=2)) for prompt in PROMPTS[1:]]
     await asyncio.sleep(0.02)
     assert server.batches == [PROMPTS[:1]]
     server.gate.set()
-    await asyncio.gather(first, *others)
+    await asyncio.gather(*others)
     assert server.batches == [PROMPTS[:1], PROMPTS[1:]]
+    assert not first.done()  # the short answers did not wait for the long one
+    assert (await first).token_ids == reference(server, PROMPTS[0], max_tokens=40).token_ids
 
 
 @served

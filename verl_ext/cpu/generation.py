@@ -1,12 +1,18 @@
-"""Batched sampling from a causal LM on the CPU, with exact log-probs. Plain torch + transformers: no verl, no Ray."""
+"""Sampling from a causal LM on the CPU with continuous batching and exact log-probs. No verl, no Ray.
+
+Rows join and leave a `ContinuousBatch` between any two tokens, so a short answer never waits for a long one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass
@@ -26,89 +32,217 @@ class Request:
 class Sample:
     """What was generated. `log_probs` are those of the distribution that was sampled (after temperature, top-k, top-p).
 
-    `stop_reason` is "stop" (a stop id, kept as the last token), "length" or "aborted".
+    `stop_reason` is "stop" (a stop id, kept as the last token), "length" or "aborted"; None while it goes on.
     """
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    stop_reason: str = "length"
+    stop_reason: str | None = None
 
 
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel,
-    requests: Sequence[Request],
-    *,
-    vocab_size: int,
-    pad_id: int = 0,
-    aborted: Callable[[], bool] = lambda: False,
-) -> list[Sample]:
-    """Continue every request until its stop id or limit; one KV-cached forward a token for the rows still running.
+@dataclass
+class _Row:
+    request: Request
+    sample: Sample
+    uniforms: list[float]  # one a token to come: they depend on the row's own seed only
+    cached: int = 0  # tokens whose keys and values are in the row's slot
+
+    @property
+    def ids(self) -> list[int]:
+        return self.request.prompt_ids + self.sample.token_ids
+
+
+class ContinuousBatch:
+    """The rows that are generating now, and the keys and values of those that may go on.
+
+    A row that ended is kept, so that a prompt which begins with it (the next turn of a conversation) only costs its new
+    tokens. Change the weights only between rows, and `forget` afterwards.
 
     Args:
-        model: a causal LM in eval mode.
-        requests: at least one; prompts may differ in length (left-padded here).
+        model: a causal LM in eval mode whose attention takes boolean 4-d masks ("sdpa").
         vocab_size: ids from here on are never sampled (rows of the embedding that no token names).
         pad_id: any valid id; its positions are masked.
-        aborted: polled once a token; when true, every running row ends with "aborted" and keeps its tokens.
-
-    Returns:
-        One `Sample` a request, in order.
+        kept_bytes: the longest unused of the kept rows are dropped beyond this.
     """
-    samples = [Sample() for _ in requests]
-    rows = torch.arange(len(requests))  # batch row -> request
-    width = max(len(r.prompt_ids) for r in requests)
-    ids = torch.full((len(requests), width), pad_id)
-    mask = torch.zeros((len(requests), width), dtype=torch.long)
-    for i, r in enumerate(requests):
-        ids[i, width - len(r.prompt_ids) :] = torch.tensor(r.prompt_ids)
-        mask[i, width - len(r.prompt_ids) :] = 1
-    uniforms = _uniforms(requests)
-    temperature = torch.tensor([r.temperature for r in requests])
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache()
-    step = 0
-    while True:
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1, :vocab_size]
-        log_probs = _distribution(logits.float(), temperature[rows], [requests[i] for i in rows.tolist()])
-        tokens = _pick(log_probs, uniforms[rows, step], temperature[rows])
-        chosen = log_probs.gather(1, tokens[:, None]).squeeze(1)
-        step += 1
-        stop_all = aborted()
-        keep = []
-        for b, (i, token, lp) in enumerate(zip(rows.tolist(), tokens.tolist(), chosen.tolist(), strict=True)):
-            sample, request = samples[i], requests[i]
-            sample.token_ids.append(token)
-            sample.log_probs.append(lp)
-            if token in request.stop_ids:
-                sample.stop_reason = "stop"
-            elif len(sample.token_ids) >= request.max_tokens:
-                sample.stop_reason = "length"
-            elif stop_all:
-                sample.stop_reason = "aborted"
-            else:
-                keep.append(b)
-        if not keep:
-            return samples
-        if len(keep) < len(rows):
-            kept = torch.tensor(keep)
-            rows, tokens, mask, position = rows[kept], tokens[kept], mask[kept], position[kept]
-            cache.batch_select_indices(kept)
-        ids = tokens[:, None]
-        mask = torch.cat([mask, torch.ones((len(rows), 1), dtype=torch.long)], dim=1)
-        position = position[:, -1:] + 1
+
+    def __init__(
+        self, model: PreTrainedModel, *, vocab_size: int, pad_id: int = 0, kept_bytes: int = 512 << 20
+    ) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+        self.kept_bytes = kept_bytes
+        self.prefix_hits = 0  # rows that began from a kept one
+        self._rows: list[_Row] = []
+        self._kept: OrderedDict[tuple[int, ...], torch.Tensor] = (
+            OrderedDict()
+        )  # ids -> (layers, 2, heads, columns, size)
+        self._kept_size = 0
+        self._layers = [_SlotLayer(model) for _ in range(model.config.num_hidden_layers)]
+        self._cache = DynamicCache()
+        self._cache.layers = self._layers
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, requests: Sequence[Request]) -> list[Sample]:
+        """Let requests join, with the first token of each.
+
+        Returns the samples, in order. They grow with each `step` until their `stop_reason` is set.
+        """
+        rows = [_Row(r, Sample(), _uniforms(r)) for r in requests]
+        first = len(self._rows)
+        self._rows += rows
+        columns = max(len(r.prompt_ids) + r.max_tokens for r in requests)
+        for layer in self._layers:
+            layer.reserve(len(self._rows), columns)
+        for slot, row in enumerate(rows, start=first):
+            kept = self._longest_prefix(row.request.prompt_ids)
+            if kept is not None:
+                row.cached = kept.shape[3]
+                for layer, states in zip(self._layers, kept, strict=True):
+                    layer.buffer[:, slot, :, : row.cached] = states
+        self._extend(first)
+        return [row.sample for row in rows]
+
+    def step(self) -> None:
+        """One more token for every row."""
+        self._extend(0)
+
+    @torch.inference_mode()
+    def _extend(self, first: int) -> None:
+        """Feed the rows from `first` on what is not cached of them (left-padded), and sample a token for each."""
+        rows = self._rows[first:]
+        fed = [row.ids[row.cached :] for row in rows]
+        width = max(map(len, fed))
+        ids = torch.tensor([[self.pad_id] * (width - len(new)) + new for new in fed])
+        for row, new in zip(rows, fed, strict=True):
+            row.cached += len(new)
+        ends = torch.tensor([[row.cached] for row in rows])
+        positions = ends - width + torch.arange(width)
+        padding = torch.arange(width) < width - torch.tensor([[len(new)] for new in fed])
+        seen = int(ends.max())
+        for layer in self._layers:
+            layer.aim(first, torch.where(padding, -1, positions), seen)
+        positions = positions.clamp_min(0)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=(torch.arange(seen) <= positions[..., None])[:, None],
+            position_ids=positions,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._append(first, logits)
+
+    def abort(self) -> None:
+        """Every row ends as "aborted" and keeps its tokens."""
+        for row in self._rows:
+            row.sample.stop_reason = "aborted"
+        self._rows.clear()
+
+    def _append(self, first: int, logits: torch.Tensor) -> None:
+        """Sample a token for the rows from `first` on; rows that end leave."""
+        rows = self._rows[first:]
+        temperature = torch.tensor([row.request.temperature for row in rows])
+        uniforms = torch.tensor([row.uniforms[len(row.sample.token_ids)] for row in rows])
+        log_probs = _distribution(logits[:, : self.vocab_size].float(), temperature, [row.request for row in rows])
+        tokens = _pick(log_probs, uniforms, temperature)
+        chosen = log_probs.gather(1, tokens[:, None])
+        for row, token, log_prob in zip(rows, tokens.tolist(), chosen[:, 0].tolist(), strict=True):
+            row.sample.token_ids.append(token)
+            row.sample.log_probs.append(log_prob)
+            if token in row.request.stop_ids:
+                row.sample.stop_reason = "stop"
+            elif len(row.sample.token_ids) >= row.request.max_tokens:
+                row.sample.stop_reason = "length"
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].sample.stop_reason is not None:
+                self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        row, last = self._rows[slot], self._rows.pop()
+        self._keep(tuple(row.ids), torch.stack([layer.buffer[:, slot, :, : row.cached] for layer in self._layers]))
+        if slot < len(self._rows):  # the last row takes the free slot: rows stay without gaps
+            self._rows[slot] = last
+            for layer in self._layers:
+                layer.buffer[:, slot] = layer.buffer[:, len(self._rows)]
+
+    def _keep(self, ids: tuple[int, ...], states: torch.Tensor) -> None:
+        if ids in self._kept:
+            return
+        self._kept[ids] = states
+        self._kept_size += states.nbytes
+        while self._kept_size > self.kept_bytes:
+            self._kept_size -= self._kept.popitem(last=False)[1].nbytes
+
+    def _longest_prefix(self, prompt_ids: list[int]) -> torch.Tensor | None:
+        """Keys and values of the longest kept row that `prompt_ids` begin with."""
+        for length in sorted({len(ids) for ids in self._kept if len(ids) <= len(prompt_ids)}, reverse=True):
+            ids = tuple(prompt_ids[:length])
+            if ids in self._kept:
+                self._kept.move_to_end(ids)
+                self.prefix_hits += 1
+                return self._kept[ids]
+        return None
+
+    def forget(self) -> None:
+        """Drop the kept rows: the weights have changed."""
+        self._kept.clear()
+        self._kept_size = 0
 
 
-def _uniforms(requests: Sequence[Request]) -> torch.Tensor:
-    """(batch, longest max_tokens) uniform numbers; a row depends on its own seed only."""
-    longest = max(r.max_tokens for r in requests)
-    uniforms = torch.rand(len(requests), longest)
-    for i, r in enumerate(requests):
-        if r.seed is not None:
-            uniforms[i, : r.max_tokens] = torch.rand(r.max_tokens, generator=torch.Generator().manual_seed(r.seed))
-    return uniforms
+class _SlotLayer(DynamicLayer):
+    """Keys and values of the running rows in one buffer: row i in slot i, its token t in column t.
+
+    transformers' own layer copies the whole cache for every token, and all its rows end at the same column.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        c = model.config
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        #: (keys and values, slots, heads, columns, head size). Zeros: a masked column still enters the product of
+        #: probabilities and values, and 0 * nan is nan.
+        self.buffer = torch.zeros(2, 0, c.num_key_value_heads, 0, size, dtype=model.dtype)
+
+    def reserve(self, slots: int, columns: int) -> None:
+        """Room for so many, and a last column for padding; what is there stays."""
+        _, have_slots, heads, have_columns, size = self.buffer.shape
+        if slots <= have_slots and columns < have_columns:
+            return
+        old, shape = self.buffer, (2, max(slots, 2 * have_slots), heads, max(columns + 1, have_columns), size)
+        self.buffer = old.new_zeros(shape)
+        self.buffer[:, :have_slots, :, :have_columns] = old
+
+    def aim(self, first: int, columns: torch.Tensor, seen: int) -> None:
+        """Where the next `update` writes: (rows, width) `columns` of the slots from `first` on, -1 for padding.
+
+        It returns the first `seen` columns of these slots.
+        """
+        self._slots = slice(first, first + len(columns))
+        self._rows = torch.arange(first, first + len(columns))[:, None]
+        self._into = columns
+        self._seen = seen
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        for buffer, states in zip(self.buffer, (key_states, value_states), strict=True):
+            buffer[self._rows, :, self._into] = states.transpose(1, 2)
+        keys, values = self.buffer[:, self._slots, :, : self._seen]
+        return keys, values
+
+
+def generate(model: PreTrainedModel, requests: Sequence[Request], *, vocab_size: int, pad_id: int = 0) -> list[Sample]:
+    """Continue every request until its stop id or limit; one `Sample` a request, in order."""
+    batch = ContinuousBatch(model, vocab_size=vocab_size, pad_id=pad_id)
+    samples = batch.add(requests)
+    while len(batch):
+        batch.step()
+    return samples
+
+
+def _uniforms(request: Request) -> list[float]:
+    generator = None if request.seed is None else torch.Generator().manual_seed(request.seed)
+    return torch.rand(request.max_tokens, generator=generator).tolist()
 
 
 def _distribution(logits: torch.Tensor, temperature: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

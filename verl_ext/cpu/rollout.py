@@ -1,7 +1,7 @@
 """A rollout backend named "transformers": verl's server mode without vLLM or SGLang.
 
-One async Ray actor a replica. Requests that arrive while a batch runs form the next batch. Slow beside a real engine on
-a GPU, and meant for small models: it starts in seconds and installs nothing.
+One async Ray actor a replica, with continuous batching: a request joins the running batch at its next token. Slow
+beside a real engine on a GPU, and meant for small models: it starts in seconds and installs nothing.
 
 - `TransformersServer`: the actor.
 - `TransformersReplica`: verl's handle on it (`RolloutReplica`).
@@ -24,11 +24,9 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from verl_ext.cpu.generation import Request, Sample, generate
+from verl_ext.cpu.generation import ContinuousBatch, Request, Sample
 
 NAME = "transformers"
-#: A pause this long among arriving requests ends a wave; a tool call takes about half of it.
-_GATHER_SECONDS = 0.02
 logger = logging.getLogger(__name__)
 
 
@@ -55,13 +53,21 @@ class TransformersServer:
         self.tokenizer = model.tokenizer
         self.stop_ids = frozenset(i for i in _as_list(self.tokenizer.eos_token_id) if i is not None)
         self.global_steps: int | None = None
+        self._batch = self._new_batch()
         self._waiting: list[tuple[Request, asyncio.Future[Sample]]] = []
+        self._running: list[tuple[Sample, asyncio.Future[Sample]]] = []
         self._wake = asyncio.Event()
-        self._admit = asyncio.Event()
+        self._admit = asyncio.Event()  # clear: an abort holds new requests back
         self._admit.set()
-        # One thread: torch's own pool has the cores, and weights never change under a running batch.
+        self._drained = asyncio.Event()  # no row is running
+        self._drained.set()
+        self._loading = 0  # buckets of weights that wait for the batch to end
+        # One thread: torch's own pool has the cores, and nothing else touches the batch or the weights.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._loop_task: asyncio.Task | None = None
+
+    def _new_batch(self) -> ContinuousBatch:
+        return ContinuousBatch(self.model, vocab_size=len(self.tokenizer), pad_id=self.tokenizer.pad_token_id or 0)
 
     async def ready(self) -> str:
         """Start serving; returns an address-like label (the server speaks Ray, not HTTP)."""
@@ -118,52 +124,62 @@ class TransformersServer:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            # Requests of one wave come one by one, as their tool calls return. A batch that has started takes no more,
-            # so it starts when no further request has come for a moment.
-            seen = 0
-            while seen < len(self._waiting) < self.config.max_num_seqs:
-                seen = len(self._waiting)
-                await asyncio.sleep(_GATHER_SECONDS)
-            batch = self._waiting[: self.config.max_num_seqs]
-            del self._waiting[: len(batch)]
-            if not self._waiting:
+            room = 0 if self._loading else self.config.max_num_seqs - len(self._running)
+            joining, self._waiting = self._waiting[:room], self._waiting[room:]
+            if not joining and not self._running:
+                self._drained.set()
                 self._wake.clear()
-            if not batch:
                 continue
+            self._drained.clear()
             try:
-                samples = await loop.run_in_executor(self._thread, self._generate, [r for r, _ in batch])
-            except Exception as e:  # the batch failed: its callers must hear of it, the server goes on
+                samples = await loop.run_in_executor(self._thread, self._advance, [request for request, _ in joining])
+            except Exception as e:  # the batch is lost: its callers must hear of it, the server goes on
                 logger.exception("generation failed")
-                for _, future in batch:
+                for _, future in [*joining, *self._running]:
                     if not future.done():
                         future.set_exception(RuntimeError(f"transformers rollout: {type(e).__name__}: {e}"))
+                self._running.clear()
+                self._batch = self._new_batch()
                 continue
-            for (_, future), sample in zip(batch, samples, strict=True):
-                if not future.done():
+            self._running += [(sample, future) for sample, (_, future) in zip(samples, joining, strict=True)]
+            for sample, future in self._running:
+                if sample.stop_reason is not None and not future.done():
                     future.set_result(sample)
+            self._running = [(sample, future) for sample, future in self._running if sample.stop_reason is None]
 
-    def _generate(self, requests: list[Request]) -> list[Sample]:
-        return generate(
-            self.model,
-            requests,
-            vocab_size=len(self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id or 0,
-            aborted=lambda: not self._admit.is_set(),
-        )
+    def _advance(self, joining: list[Request]) -> list[Sample]:
+        """In the thread: let requests join, then generate until a row ends or somebody waits for the event loop."""
+        samples = self._batch.add(joining) if joining else []
+        size = len(self._running) + len(joining)
+        while len(self._batch) == size:
+            if not self._admit.is_set():
+                self._batch.abort()
+                break
+            self._batch.step()
+            if self._waiting:
+                break
+        return samples
 
     # -- weights ------------------------------------------------------------------------------------------------
 
     async def load_weights(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
-        """Copy one bucket of full tensors into the model, between batches. Unknown names raise."""
+        """Copy one bucket of full tensors into the model, once no row is running. Unknown names raise."""
         unknown = [name for name, _ in bucket if name not in self.parameters]
         if unknown:
             raise KeyError(f"weight sync: the rollout model has no parameters {unknown[:3]}")
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._copy, bucket)
+        self._loading += 1  # nobody joins: a row's cached keys and values must not outlive their weights
+        try:
+            await self._drained.wait()
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._copy, bucket)
+        finally:
+            self._loading -= 1
+            self._wake.set()
 
     @torch.no_grad()
     def _copy(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in bucket:
             self.parameters[name].copy_(tensor)
+        self._batch.forget()
 
     async def set_global_steps(self, global_steps: int) -> None:
         """The version of the weights; travels with every output (verl's staleness control reads it)."""

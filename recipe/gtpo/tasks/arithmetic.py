@@ -215,12 +215,14 @@ def to_row(problem: Problem, index: int) -> dict[str, Any]:
 
 def write_parquet(problems: Sequence[Problem], path: str | Path) -> Path:
     """Write problems as a parquet file that verl's RLHFDataset reads. The file appears whole or not at all."""
-    from datasets import Dataset  # a second to import: only who writes files pays
+    import pyarrow  # only who writes files pays for the import
+    import pyarrow.parquet
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    Dataset.from_list([to_row(p, i) for i, p in enumerate(problems)]).to_parquet(str(partial))
+    table = pyarrow.Table.from_pylist([to_row(p, i) for i, p in enumerate(problems)])
+    pyarrow.parquet.write_table(table, partial)
     os.replace(partial, path)
     return path
 

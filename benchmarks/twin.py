@@ -1,7 +1,7 @@
 """A plain-PyTorch twin of the embedded training run: no verl, no Ray, a second a step on one core.
 
-    python benchmarks/twin.py --method gtpo --seed 1 --steps 60
-    python benchmarks/twin.py --method gtpo --seed 1 gtpo.scale=batch_std gtpo.gamma=1.0
+    python benchmarks/twin.py --method gtpo --seed 1 --run-dir outputs/twin/gtpo-seed1
+    python benchmarks/twin.py --method gtpo --seed 1 --run-dir outputs/twin/other gtpo.scale=batch_std gtpo.gamma=1.0
 
 For questions that take many seeds. What decides the result is the recipe's own: problems, warm start, parser, format
 verdicts, shaping, turn rewards, advantages, and the method files of `recipe/gtpo/config/method`. What differs from the
@@ -12,13 +12,13 @@ run under verl:
 3. All conversations of a step share one KV cache: a tool message is fed through it token by token like a sampled turn.
 4. Rows whose advantages are all 0 skip the backward pass. Their gradient is 0; the loss still divides by their tokens.
 
-Prints one JSON line a step: sampled training accuracy, turns, format; lines with "eval" hold held-out accuracy.
+Leaves metrics.jsonl and summary.json as a run under verl does, with the same names (recipe/gtpo/run_record.py), so that
+`recipe.gtpo.report` reads both. Only here: `val-class/<problem class>/...`, and `val-aux/.../greedy_acc/...`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict, deque
@@ -29,15 +29,18 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
 from recipe.gtpo.advantage import discounted_returns, normalize_returns
-from recipe.gtpo.credit import assign_credit
+from recipe.gtpo.credit import Credit, assign_credit
+from recipe.gtpo.metrics import credit_metrics, validation_info
 from recipe.gtpo.options import GTPOOptions
 from recipe.gtpo.parsing import extract_answer, judge_format
+from recipe.gtpo.run_record import RunRecord
 from recipe.gtpo.similarity import make_similarity
 from recipe.gtpo.tasks.arithmetic import (
     DATA_SOURCE,
@@ -235,8 +238,8 @@ class Method:
 
 def turn_advantages(
     trajectories: Sequence[Trajectory], groups: Sequence[str], method: Method, similarity: Any
-) -> tuple[torch.Tensor, Any]:
-    """(B, T) advantage of every turn and the credit it came from."""
+) -> tuple[torch.Tensor, torch.Tensor, Credit]:
+    """(B, T) return and advantage of every turn, and the credit they came from."""
     options = method.options
     credit = assign_credit(trajectories, groups, options, similarity)
     rewards = credit.rewards.combined
@@ -244,10 +247,12 @@ def turn_advantages(
         # One return a trajectory, compared within the group: tests/gtpo proves that this is verl's GRPO.
         one_turn = credit.turn_mask.any(dim=1, keepdim=True)
         scale = "std" if method.scale_by_std else "none"
-        advantage = normalize_returns(rewards.sum(dim=1, keepdim=True), one_turn, groups, scale=scale)
-        return advantage * credit.turn_mask, credit
+        total = rewards.sum(dim=1, keepdim=True)
+        advantage = normalize_returns(total, one_turn, groups, scale=scale)
+        return total * credit.turn_mask, advantage * credit.turn_mask, credit
+    returns = discounted_returns(rewards, credit.turn_mask, options.gamma)
     advantage = normalize_returns(
-        discounted_returns(rewards, credit.turn_mask, options.gamma),
+        returns,
         credit.turn_mask,
         groups,
         baseline=options.baseline,
@@ -258,7 +263,7 @@ def turn_advantages(
         solved=credit.solved,
         unsolved_groups=options.unsolved_groups,
     )
-    return advantage, credit
+    return returns, advantage, credit
 
 
 def update(
@@ -298,38 +303,28 @@ def update(
 # Measurement
 
 
-def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means over trajectories."""
-    count = len(trajectories)
-    calls = [[call for turn in t.turns for call in turn.calls] for t in trajectories]
-    return {
-        "acc": sum(t.acc for t in trajectories) / count,
-        "turns": sum(len(t.turns) for t in trajectories) / count,
-        "malformed": sum(any(c.error for c in made) for made in calls) / count,
-        "first_turn_call": sum(any(c.error is None for c in t.turns[0].calls) for t in trajectories) / count,
-        "truncated": sum(t.truncated for t in trajectories) / count,
-    }
-
-
-def evaluate(model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Held-out accuracy, sampled at temperature 1 (also by problem class) and greedy."""
-    sampled = [c.trajectory() for c in roll_out(model, stream, problems)]
-    greedy = [c.trajectory() for c in roll_out(model, stream, problems, temperature=0.0)]
-    by_class: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for problem, s, g in zip(problems, sampled, greedy, strict=True):
-        by_class[problem.problem_class].append((s.acc, g.acc))
-    return {
-        **describe(sampled),
-        "greedy_acc": describe(greedy)["acc"],
-        "by_class": {
-            name: {"acc": sum(s for s, _ in pairs) / len(pairs), "greedy_acc": sum(g for _, g in pairs) / len(pairs)}
-            for name, pairs in sorted(by_class.items())
-        },
-    }
+def evaluate(
+    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], greedy: bool
+) -> dict[str, float]:
+    """Held-out metrics by the names of a run under verl: sampled at temperature 1, also by problem class."""
+    metrics = {}
+    for name, temperature in (("acc", 1.0), ("greedy_acc", 0.0))[: 1 + greedy]:
+        trajectories = [c.trajectory() for c in roll_out(model, stream, problems, temperature)]
+        infos = [validation_info(t) for t in trajectories]
+        by_class: dict[str, list[float]] = defaultdict(list)
+        for problem, info in zip(problems, infos, strict=True):
+            by_class[problem.problem_class].append(float(info["acc"]))
+        metrics |= {f"val-class/{c}/{name}": sum(v) / len(v) for c, v in sorted(by_class.items())}
+        for key in [k for k, v in infos[0].items() if isinstance(v, float)] if name == "acc" else ["acc"]:
+            mean = sum(float(info[key]) for info in infos) / len(infos)
+            shown = name if key == "acc" else key
+            metrics[f"{'val-core' if shown == 'acc' else 'val-aux'}/{DATA_SOURCE}/{shown}/mean@1"] = mean
+    return metrics
 
 
 def train(
     *,
+    name: str,
     method: Method,
     policy: Path,
     seed: int,
@@ -337,10 +332,15 @@ def train(
     learning_rate: float,
     horizon: Mapping[int, float],
     eval_problems: int,
+    eval_every: int,
+    run_dir: Path,
 ) -> None:
-    """Train and print. Everything random follows from `seed`, except the policy."""
+    """Train and record. Everything random follows from `seed`, except the policy."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the batches are too small for more, and runs of several seeds use the other cores
+    record = RunRecord(run_dir)
+    record.write_start(seed)
+    record.metrics_path.unlink(missing_ok=True)  # no checkpoints: a twin starts over
     tokenizer = AutoTokenizer.from_pretrained(policy)
     stream = TokenStream(tokenizer, [tool_schema()])
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()  # no dropout: eval trains as well
@@ -349,18 +349,19 @@ def train(
     source = sample_problems("train", seed, horizon)
     held_out = take(sample_problems("validation", 0, horizon), eval_problems)
 
-    def report(step: int, **facts: Any) -> None:
-        print(json.dumps({"step": step, **facts}), flush=True)
-
-    report(0, eval=evaluate(model, stream, held_out))
-    for step in range(1, steps + 1):
+    before = evaluate(model, stream, held_out, greedy=True)
+    after = before
+    record.write_metrics(0, before)
+    bar = tqdm(range(1, steps + 1), desc=f"{name} seed {seed}", unit="step")
+    for step in bar:
         began = time.perf_counter()
         problems = [problem for problem in take(source, PROMPTS) for _ in range(ROLLOUTS)]
         groups = [str(i // ROLLOUTS) for i in range(len(problems))]
         conversations = roll_out(model, stream, problems)
         sampled = time.perf_counter()
         trajectories = [c.trajectory() for c in conversations]
-        advantages, credit = turn_advantages(trajectories, groups, method, similarity)
+        returns, advantages, credit = turn_advantages(trajectories, groups, method, similarity)
+        credited = time.perf_counter()
         turn_ids = credit.turn_ids(max(c.response_length for c in conversations)).long()
         by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
         norm = update(
@@ -371,26 +372,44 @@ def train(
             int((turn_ids >= 0).sum()),
             stream.pad_id,
         )
-        report(
-            step,
-            **{name: round(value, 4) for name, value in describe(trajectories).items()},
-            grad_norm=round(norm, 4),
-            seconds_rollout=round(sampled - began, 3),
-            seconds_update=round(time.perf_counter() - sampled, 3),
-        )
-    report(steps, eval=evaluate(model, stream, held_out))
+        ended = time.perf_counter()
+        metrics = credit_metrics(credit, trajectories, returns, advantages, method.options.baseline) | {
+            "actor/grad_norm": norm,
+            "timing_s/gen": sampled - began,
+            "timing_s/adv": credited - sampled,
+            "timing_s/update_actor": ended - credited,
+            "timing_s/step": ended - began,
+        }
+        if step % eval_every == 0 or step == steps:
+            after = evaluate(model, stream, held_out, greedy=step == steps)
+            metrics |= after
+        record.write_metrics(step, metrics)
+        bar.set_postfix(acc=f"{metrics['gtpo/acc/mean']:.2f}", refresh=False)
+    accuracy = f"val-core/{DATA_SOURCE}/acc/mean@1"
+    record.write_summary(
+        {
+            "method": name,
+            "task": DATA_SOURCE,
+            "engine": "twin",
+            "seed": seed,
+            "steps": [0, steps],
+            "accuracy": [before[accuracy], after[accuracy]],
+        }
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="gtpo", help="a file of recipe/gtpo/config/method")
     parser.add_argument("--seed", type=int, default=1, help="of the problems and the sampling")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--horizon", default=None, help='steps:weight pairs such as "1:0.4,2:0.6"')
-    parser.add_argument("--warm-start-seed", type=int, default=1)
+    parser.add_argument("--warm-start-seed", type=int, help="default: --seed, as under verl")
     parser.add_argument("--fault-scale", type=float, default=1.0, help="of the warm start: 0 is a perfect expert")
     parser.add_argument("--eval-problems", type=int, default=256)
+    parser.add_argument("--eval-every", type=int, default=10, help="steps")
+    parser.add_argument("--run-dir", type=Path, required=True, help="gets metrics.jsonl, versions.json, summary.json")
     parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")
     parser.add_argument("overrides", nargs="*", help="of the method's algorithm section, such as gtpo.gamma=1.0")
     args = parser.parse_args()
@@ -399,10 +418,12 @@ def main() -> None:
         horizon = {int(k): float(w) for k, w in (pair.split(":") for pair in args.horizon.split(","))}
     try:
         method = Method.load(args.method, args.overrides)
-        options = WarmStartOptions(seed=args.warm_start_seed, horizon=horizon, fault_scale=args.fault_scale)
+        warm_seed = args.seed if args.warm_start_seed is None else args.warm_start_seed
+        options = WarmStartOptions(seed=warm_seed, horizon=horizon, fault_scale=args.fault_scale)
     except ValueError as e:
         parser.error(str(e))
     train(
+        name=args.method,
         method=method,
         policy=ensure_warm_start(options, args.cache),
         seed=args.seed,
@@ -410,6 +431,8 @@ def main() -> None:
         learning_rate=args.lr,
         horizon=horizon,
         eval_problems=args.eval_problems,
+        eval_every=args.eval_every,
+        run_dir=args.run_dir,
     )
 
 

@@ -27,8 +27,9 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
+from recipe.gtpo.metrics import validation_info
 from recipe.gtpo.parsing import extract_answer, judge_format, parse_calls
-from recipe.gtpo.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.turns import TRUNCATED, Finish, ToolCall, ToolOutcome, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -244,21 +245,3 @@ class GTPOAgentLoop(AgentLoopBase):
 
 async def _said(outcome: ToolOutcome) -> ToolOutcome:
     return outcome
-
-
-def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
-    """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
-    calls = [call for turn in trajectory.turns for call in turn.calls]
-    outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
-    first = trajectory.turns[0]
-    return {
-        "acc": trajectory.acc,
-        "pred": trajectory.pred,
-        "turns": float(len(trajectory.turns)),
-        "first_turn_call": float(any(call.error is None for call in first.calls)),
-        "malformed_call": float(any(call.error is not None for call in calls)),
-        "tool_error": float(any(o not in ("ok", "malformed", "over_limit", "infra") for o in outcomes)),
-        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
-        "truncated": float(trajectory.truncated),
-        "infra": float(trajectory.finish is Finish.INFRA),
-    }

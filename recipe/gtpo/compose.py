@@ -87,8 +87,6 @@ def check_paths(config: DictConfig) -> None:
             f"actor_rollout_ref.model.path={model} is not a folder: download the model there, or give its hub name "
             "(for example Qwen/Qwen2.5-7B-Instruct)"
         )
-    if config.reward.custom_reward_function.path is None:
-        raise ConfigError("reward.custom_reward_function.path is not set: the file whose function scores an answer")
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if files is None:

@@ -16,7 +16,7 @@ import torch
 from recipe.gtpo.advantage import zero_spread_share
 from recipe.gtpo.credit import REASONS, Credit
 from recipe.gtpo.options import Baseline
-from recipe.gtpo.turns import NOT_EXECUTED, Finish, Trajectory
+from recipe.gtpo.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
 
 
 def credit_metrics(
@@ -59,6 +59,24 @@ def log_prob_gap_by_turn(
     counts = torch.bincount(turns)
     by_turn = torch.bincount(turns, weights=gaps) / counts.clamp_min(1)
     return {"gtpo/log_prob_gap/mean": float(gaps.mean())} | _by_turn("log_prob_gap/mean", by_turn, counts)
+
+
+def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
+    """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
+    calls = [call for turn in trajectory.turns for call in turn.calls]
+    outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
+    first = trajectory.turns[0]
+    return {
+        "acc": trajectory.acc,
+        "pred": trajectory.pred,
+        "turns": float(len(trajectory.turns)),
+        "first_turn_call": float(any(call.error is None for call in first.calls)),
+        "malformed_call": float(any(call.error is not None for call in calls)),
+        "tool_error": float(any(o not in ("ok", "malformed", "over_limit", "infra") for o in outcomes)),
+        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
+        "truncated": float(trajectory.truncated),
+        "infra": float(trajectory.finish is Finish.INFRA),
+    }
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def validation_accuracy(metrics: Mapping[str, float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _validation_mean(metrics: Mapping[str, float], name: str) -> float | None:
+def validation_mean(metrics: Mapping[str, float], name: str) -> float | None:
+    """The same for another quantity of `recipe.gtpo.metrics.validation_info`."""
     values = [v for k, v in metrics.items() if k.startswith("val-aux/") and f"/{name}/mean@" in k]
     return sum(values) / len(values) if values else None
 
@@ -101,7 +102,7 @@ def summarize(record: RunRecord, config: DictConfig, seconds: float | None = Non
         "seed": config.seed,
         "steps": [first["step"], last["step"]],
         "accuracy": [validation_accuracy(first["metrics"]), validation_accuracy(last["metrics"])],
-        **{name: [_validation_mean(line["metrics"], name) for line in (first, last)] for name in names},
+        **{name: [validation_mean(line["metrics"], name) for line in (first, last)] for name in names},
     }
     if seconds is not None:
         summary["seconds"] = round(seconds, 1)

@@ -92,7 +92,15 @@ class GTPOTrainerMixin(_Trainer):
     # -- record -----------------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
+        try:
+            metrics = super()._validate()
+        except ValueError as e:
+            if "empty list" not in str(e):
+                raise
+            # verl leaves failed rollouts out, and TransferQueue then complains of a request for nothing
+            raise RuntimeError(
+                "every validation rollout failed; the run's logs say why (the worker-*.err of AgentLoopWorkerTQ)"
+            ) from e
         if self.global_steps == 0:  # later ones come with their step's metrics
             self.record.write_metrics(0, metrics)
         return metrics

@@ -76,9 +76,13 @@ NAMED = {
 #: Keys that make the method.
 METHOD_KEYS = {
     "gtpo": set(),
+    "gtpo_batch": {"algorithm.gtpo.baseline"},
+    "gtpo_batch_std": {"algorithm.gtpo.scale"},
     "gtpo_no_return": {"algorithm.gtpo.gamma"},
     "gtpo_no_turn_reward": {"algorithm.gtpo.turn_rewards"},
     "gtpo_no_shaping": {"algorithm.gtpo.shaping.enable"},
+    "gtpo_turn": {"algorithm.gtpo.baseline"},
+    "gtpo_turn_batch_std": {"algorithm.gtpo.baseline", "algorithm.gtpo.scale"},
     "grpo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
     "rloo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
     "dr_grpo": {

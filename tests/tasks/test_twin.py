@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections import deque
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipe.gtpo.report import Run
 from recipe.gtpo.tasks.arithmetic import Problem, Step, sample_problems, take
 from recipe.gtpo.tasks.experts import write_answer, write_call
 from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome
@@ -143,12 +143,24 @@ def test_unknown_method_names_the_known_ones():
         twin.Method.load("gtpo", ["gtpo.gama=1.0"])
 
 
-def test_two_steps_print_what_the_curves_are_drawn_from(toy_policy, capsys, monkeypatch):
+def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp_path, monkeypatch):
     monkeypatch.setattr(twin, "PROMPTS", 2)
     monkeypatch.setattr(twin, "MAX_RESPONSE", 24)
-    method = twin.Method.load("gtpo", [])
-    twin.train(method=method, policy=toy_policy, seed=1, steps=2, learning_rate=1e-3, horizon={1: 1.0}, eval_problems=4)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]
-    assert {"acc", "turns", "malformed", "first_turn_call", "seconds_rollout", "seconds_update"} <= lines[1].keys()
-    assert {"acc", "greedy_acc", "by_class"} <= lines[-1]["eval"].keys()
+    twin.train(
+        name="gtpo",
+        method=twin.Method.load("gtpo", []),
+        policy=toy_policy,
+        seed=1,
+        steps=2,
+        learning_rate=1e-3,
+        horizon={1: 1.0},
+        eval_problems=4,
+        eval_every=1,
+        run_dir=tmp_path,
+    )
+    run = Run.load(tmp_path)
+    assert list(run.curve) == [0, 1, 2] and run.engine == "twin"
+    assert run.median("timing_s/step") > 0 and run.last("turns") >= 1
+    assert set(run.classes) <= {"add", "sub", "mul"} and run.classes
+    assert {"gtpo/acc/mean", "gtpo/by_turn/advantage/mean/t0", "actor/grad_norm"} <= run.lines[1]["metrics"].keys()
+    assert "val-aux/arithmetic/greedy_acc/mean@1" in run.lines[-1]["metrics"]

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Train methods x seeds, then make a report: learning curves, paired differences, credit by turn.
+#
+#   bash examples/compare_baselines.sh                                          # gtpo and grpo, seeds 0 to 4
+#   bash examples/compare_baselines.sh methods=gtpo,grpo,gtpo_turn seeds=1..8 steps=40
+#   bash examples/compare_baselines.sh engine=twin seeds=1..16 parallel=2       # plain PyTorch, no verl: minutes a cell
+#   bash examples/compare_baselines.sh hardware=multi_node ray=http://HEAD:8265 task=verl_data ...   # as Ray jobs
+#
+# All keys: recipe/gtpo/compare.py. Other arguments go to every run, as on run_gtpo_qwen.sh's command line.
+# The same command goes on where it was stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/stack.sh "$@"
+
+out=outputs/compare
+engine=verl
+for argument in "$@"; do
+  case $argument in out=*) out=${argument#out=} ;; engine=*) engine=${argument#engine=} ;; esac
+done
+[[ $engine == twin ]] && ARGS=()
+
+bash examples/setup_env.sh "$STACK"
+python=${VENV:-.venv}/bin/python
+status=0
+"$python" -m recipe.gtpo.compare "${ARGS[@]}" "$@" || status=$?
+((status <= 1)) || exit "$status" # interrupted: no report
+"$python" -m recipe.gtpo.report "$out" -o "$out/report"
+exit "$status"

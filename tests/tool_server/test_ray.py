@@ -114,3 +114,20 @@ def test_code_never_runs_in_a_ray_worker(cluster: Any) -> None:
             return (await running).output
 
     assert asyncio.run(go()) == "own process\n"
+
+
+def test_verls_tool_runs_code_on_the_cluster_it_is_in(cluster: Any) -> None:
+    pytest.importorskip("verl", reason="the tool is for verl")
+    from verl_ext.tools.python_tool import PythonTool
+
+    async def go() -> None:
+        tool = PythonTool({"type": "native", "backend": "ray"})  # no URL
+        instance, _ = await tool.create()
+        answers = [await tool.execute(instance, {"code": code}) for code in ("6 * 7", "1 / 0")]
+        await tool.release(instance)
+        await tool.client.close()
+        (good, _, good_metrics), (bad, _, bad_metrics) = answers
+        assert (good.text, good_metrics["outcome"]) == ("42\n", "ok")
+        assert "ZeroDivisionError" in bad.text and bad_metrics["outcome"] == "error"
+
+    asyncio.run(go())

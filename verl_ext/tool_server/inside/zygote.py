@@ -79,9 +79,11 @@ class Zygote:
         self.control = control
         self.pid = os.getpid()
         self.namespaces: bool = config["namespaces"]
-        self.seccomp: bytes | None = bytes.fromhex(config["seccomp"]) if config["seccomp"] else None
-        self.seccomp_sessions = bytes.fromhex(config["seccomp_sessions"]) if config["seccomp"] else None
-        self.seccomp_pid_marker: bytes = bytes.fromhex(config["seccomp_pid_marker"])
+        self.seccomp = self.seccomp_sessions = None
+        if config["seccomp"]:
+            marker = bytes.fromhex(config["seccomp_pid_marker"])
+            self.seccomp = kernel.SeccompFilter(bytes.fromhex(config["seccomp"]), marker)
+            self.seccomp_sessions = kernel.SeccompFilter(bytes.fromhex(config["seccomp_sessions"]))
         self.scratch: str | None = config["scratch"]
         self.ruleset: int | None = None
         if config["landlock"]:
@@ -190,8 +192,7 @@ class Zygote:
             os.dup2(status, 3)
             kernel.close_from(FIRST_FREE_FD)
             if self.seccomp is not None:
-                own_pid = os.getpid().to_bytes(4, "little")
-                kernel.install_seccomp(self.seccomp.replace(self.seccomp_pid_marker, own_pid))
+                self.seccomp.install()
             reseed()
             code = runner.run(source, order["echo"], 3)
         except BaseException:
@@ -210,7 +211,7 @@ class Zygote:
             os.dup2(fds[0], FIRST_FREE_FD - 1)
             kernel.close_from(FIRST_FREE_FD)
             if self.seccomp_sessions is not None:
-                kernel.install_seccomp(self.seccomp_sessions)
+                self.seccomp_sessions.install()
             reseed()
             session.supervise(socket.socket(fileno=FIRST_FREE_FD - 1))
         finally:

@@ -313,7 +313,7 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
         if all(b.low is not None for b in bands):
             low, high = [b.low for b in bands], [b.high for b in bands]
             axis.fill_between(steps, low, high, color=colour[method], alpha=0.12, lw=0)
-    axis.set(xlabel="training step", ylabel="held-out accuracy (sampled)")
+    axis.set(xlabel="training step", ylabel="held-out accuracy (sampled)", ylim=(0, 1))
     axis.legend(fontsize=8, loc="lower right")
     save(figure, "learning_curves", "Mean over seeds; the band is the 95% t interval at each validated step.")
 
@@ -324,7 +324,7 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
             for y, row in enumerate(reversed(compared)):
                 difference = getattr(row, f"{what}_difference")
                 dots = [100 * d for d in difference.by_seed.values()]
-                axis.plot(dots, [y] * len(dots), "o", ms=4, alpha=0.35, color=colour[row.method])
+                axis.plot(dots, [y + 0.2] * len(dots), "o", ms=4, alpha=0.5, color=colour[row.method])
                 interval = difference.interval
                 if interval.low is not None:
                     axis.plot([100 * interval.low, 100 * interval.high], [y, y], color=colour[row.method], lw=3)
@@ -562,18 +562,17 @@ area together.</p>
 <h2>Cost of a step</h2><p>{html.escape(costs) or "No seed in common with the baseline."}</p>
 <p class="quiet">Median over steps and common seeds, everything else equal. The step time holds the rollout's own noise
 (other samples, other lengths); the advantage phase is what the method itself costs.</p>
-<h2>Commands</h2><details><summary>{len(runs)} runs</summary><pre>{html.escape(commands)}</pre></details>
+<h2>Commands</h2><p class="quiet">OUT is the folder of all runs.</p>
+<details><summary>{len(runs)} runs</summary><pre>{html.escape(commands)}</pre></details>
 </html>
 """
 
 
 def command_of(run: Run) -> str:
-    """The command line that made the run, as it can be given again in the repository."""
+    """The command that made the run, to be given in the repository again; OUT is the folder that the run's is in."""
     program, *arguments = run.start["command"]
-    name = "python benchmarks/twin.py" if run.engine == "twin" else "python -m recipe.gtpo.main"
-    if not program.endswith((".py", "main")):
-        name = program
-    return f"{name} {shlex.join(arguments)}"
+    name = "python benchmarks/twin.py" if program.endswith("twin.py") else "python -m recipe.gtpo.main"
+    return f"{name} {shlex.join(arguments)}".replace(str(run.dir.resolve().parent), "OUT")
 
 
 def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row]:

@@ -7,6 +7,8 @@ from a plain Python loop (`by_hand`), none from the code under test.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import statistics
 from dataclasses import asdict
@@ -463,3 +465,18 @@ def test_the_options_of_the_config_are_the_trainers(tmp_path):
     assert trainer.options.baseline == "turn" and trainer.options.shaping.alpha == 0.25
     assert asdict(trainer.options)["gamma"] == 0.9
     assert make_trainer(tmp_path, "method=gtpo_no_shaping").similarity is None
+
+
+def test_a_validation_in_which_every_rollout_failed_says_where_to_look(monkeypatch):
+    """verl leaves failed rollouts out and asks TransferQueue for nothing, which it refuses in its own words."""
+    from transfer_queue.client import AsyncTransferQueueClient
+
+    def every_rollout_failed(self):
+        client = object.__new__(AsyncTransferQueueClient)
+        retrieve = inspect.unwrap(AsyncTransferQueueClient.async_kv_retrieve_meta)  # the words are TransferQueue's
+        asyncio.run(retrieve(client, keys=[], partition_id="val"))
+
+    monkeypatch.setattr(trainer_base.PPOTrainer, "_validate", every_rollout_failed)
+    trainer = object.__new__(glue.GTPOTrainerSync)
+    with pytest.raises(RuntimeError, match="every validation rollout failed; the run's logs say why"):
+        trainer._validate()

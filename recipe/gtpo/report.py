@@ -589,7 +589,14 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
         "threshold": threshold,
         "rows": rows,
         "runs": [
-            {"method": r.method, "seed": r.seed, "curve": r.curve, "classes": r.classes, "command": command_of(r)}
+            {
+                "method": r.method,
+                "seed": r.seed,
+                "curve": r.curve,
+                "classes": r.classes,
+                "commit": r.start.get("commit"),
+                "command": command_of(r),
+            }
             for r in runs
         ],
     }

@@ -298,4 +298,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so through `finally`: what runs is ended
     sys.exit(main(sys.argv[1:]))

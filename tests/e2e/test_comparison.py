@@ -32,7 +32,7 @@ def test_two_methods_become_one_report_whose_numbers_are_the_runs_own(tmp_path):
     assert "2 complete, 0 were, 0 failed" in text
 
     facts = json.loads((out / "report" / "report.json").read_text())
-    assert [(r["method"], r["seed"]) for r in facts["runs"]] == [("gtpo", 1), ("grpo", 1)]
+    assert [(r["method"], r["seed"]) for r in facts["runs"]] == [("grpo", 1), ("gtpo", 1)]
     for one in facts["runs"]:
         lines = RunRecord(out / f"{one['method']}-seed1").read_metrics()
         recorded = {str(x["step"]): x["metrics"].get("val-core/arithmetic/acc/mean@1") for x in lines}

@@ -100,12 +100,12 @@ def rolled_out(stream, *, failed: int, solved: int):
 def test_grpo_gives_one_advantage_a_trajectory_and_gtpo_one_a_turn(stream):
     trajectories = [c.trajectory() for c in rolled_out(stream, solved=2, failed=2)]
     groups = ["a"] * 4
-    grpo, credit = twin.turn_advantages(trajectories, groups, twin.Method.load("grpo", []), None)
+    _, grpo, credit = twin.turn_advantages(trajectories, groups, twin.Method.load("grpo", []), None)
     # rewards 1, 1, -0.1, -0.1: mean 0.45, std 0.6351
     assert torch.allclose(grpo[0], torch.tensor([0.55] * 3) / 0.6351, atol=1e-3)
     assert torch.allclose(grpo[2], torch.tensor([-0.55, 0.0, 0.0]) / 0.6351, atol=1e-3)
     overrides = ["gtpo.shaping.enable=false", "gtpo.scale=none"]
-    gtpo, _ = twin.turn_advantages(trajectories, groups, twin.Method.load("gtpo", overrides), None)
+    _, gtpo, _ = twin.turn_advantages(trajectories, groups, twin.Method.load("gtpo", overrides), None)
     returns = torch.tensor([0.81, 0.9, 1.0])
     mean = (2 * returns.sum() - 0.2) / 8
     assert torch.allclose(gtpo[0], returns - mean, atol=1e-6)

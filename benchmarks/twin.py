@@ -62,8 +62,20 @@ SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 PROMPTS, ROLLOUTS = 16, 8
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 MICRO_BATCH_TOKENS = 4096
-MAX_TURNS = 5
-MAX_RESPONSE = 192
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one conversation: assistant turns, and tokens of the response. The defaults are those of task=arithmetic."""
+
+    turns: int = 5
+    response: int = 192
+
+    @classmethod
+    def of(cls, horizon: Mapping[int, float]) -> Limits:
+        """Room for the longest chain, its answer and two turns of repair; the defaults at two calls."""
+        longest = max(horizon)
+        return cls(turns=longest + 3, response=64 * (longest + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +89,7 @@ class Conversation:
     problem: Problem
     ids: list[int]
     prompt_length: int
+    limits: Limits = Limits()
     turns: list[Turn] = field(default_factory=list)
     turn_start: int = 0  # in the response
     log_probs: list[float] = field(default_factory=list)  # one a response token, 0.0 where it was not sampled
@@ -97,7 +110,7 @@ class Conversation:
         self.ids.append(sampled)
         self.log_probs.append(log_prob)
         ended = sampled == stream.eos_id
-        if ended or self.response_length >= MAX_RESPONSE:
+        if ended or self.response_length >= self.limits.response:
             self._end_turn(stream, cut=not ended)
 
     def _end_turn(self, stream: TokenStream, cut: bool) -> None:
@@ -109,11 +122,11 @@ class Conversation:
             self.finish, outcomes = Finish.LENGTH, ()
         elif not calls:
             self.finish = Finish.ANSWER
-        elif len(self.turns) + 1 >= MAX_TURNS:
+        elif len(self.turns) + 1 >= self.limits.turns:
             self.finish, outcomes = Finish.TURN_LIMIT, ()
         else:
             self.forced.extend(stream.observation(tuple(o.output for o in outcomes)))
-            if self.response_length + len(self.forced) >= MAX_RESPONSE:
+            if self.response_length + len(self.forced) >= self.limits.response:
                 self.finish = Finish.LENGTH
         self.turns.append(Turn(self.turn_start, len(response), text, calls, outcomes))
 
@@ -141,11 +154,15 @@ class Conversation:
 class _RoomyLayer(DynamicLayer):
     """KV of one layer in a buffer with room to grow: transformers' own copies the whole cache for every token."""
 
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room  # tokens after the first update
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         old, new = self.get_seq_length(), key_states.shape[2]
         if old == 0:
             self.lazy_initialization(key_states, value_states)
-            shape = (*key_states.shape[:2], new + MAX_RESPONSE, key_states.shape[3])
+            shape = (*key_states.shape[:2], new + self._room, key_states.shape[3])
             self._buffers = key_states.new_empty(shape), value_states.new_empty(shape)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, old : old + new] = states
@@ -160,25 +177,37 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
+def _sample(log_probs: torch.Tensor) -> torch.Tensor:
+    """(rows, 1) a token a row, by inverting the distribution function: one random number a row, not one a token."""
+    reached = log_probs.exp().cumsum(-1)
+    return torch.searchsorted(reached, torch.rand(len(reached), 1) * reached[:, -1:], right=True).clamp_max(
+        log_probs.shape[1] - 1
+    )
+
+
 @torch.inference_mode()
 def roll_out(
-    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], temperature: float = 1.0
+    model: PreTrainedModel,
+    stream: TokenStream,
+    problems: Sequence[Problem],
+    temperature: float = 1.0,
+    limits: Limits = Limits(),
 ) -> list[Conversation]:
     """One finished conversation a problem. Temperature 0 decodes greedily; sampling draws from torch's generator."""
     conversations = []
     for problem in problems:
         prompt = stream.prompt(problem.messages)
-        conversations.append(Conversation(problem, prompt, len(prompt)))
+        conversations.append(Conversation(problem, prompt, len(prompt), limits))
     running = conversations
     width = max(c.prompt_length for c in conversations)
     ids = torch.full((len(conversations), width), stream.pad_id)
-    mask = torch.zeros((len(conversations), width + MAX_RESPONSE), dtype=torch.long)  # left-padded
+    mask = torch.zeros((len(conversations), width + limits.response), dtype=torch.long)  # left-padded
     for row, c in enumerate(conversations):
         ids[row, width - c.prompt_length :] = torch.tensor(c.ids)
         mask[row, width - c.prompt_length :] = 1
     position = (mask[:, :width].cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache()
-    cache.layers = [_RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+    cache.layers = [_RoomyLayer(limits.response) for _ in range(model.config.num_hidden_layers)]
     while True:
         logits = model(
             input_ids=ids,
@@ -188,7 +217,7 @@ def roll_out(
             logits_to_keep=1,
         ).logits[:, -1]
         log_probs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-        tokens = torch.multinomial(log_probs.exp(), 1) if temperature > 0 else log_probs.argmax(-1, keepdim=True)
+        tokens = _sample(log_probs) if temperature > 0 else log_probs.argmax(-1, keepdim=True)
         chosen = log_probs.gather(1, tokens)
         for c, token, log_prob in zip(running, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
             if c.finish is None:
@@ -304,22 +333,26 @@ def update(
 
 
 def evaluate(
-    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], greedy: bool
+    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], limits: Limits
 ) -> dict[str, float]:
     """Held-out metrics by the names of a run under verl: sampled at temperature 1, also by problem class."""
+    infos = [validation_info(c.trajectory()) for c in roll_out(model, stream, problems, limits=limits)]
     metrics = {}
-    for name, temperature in (("acc", 1.0), ("greedy_acc", 0.0))[: 1 + greedy]:
-        trajectories = [c.trajectory() for c in roll_out(model, stream, problems, temperature)]
-        infos = [validation_info(t) for t in trajectories]
-        by_class: dict[str, list[float]] = defaultdict(list)
-        for problem, info in zip(problems, infos, strict=True):
-            by_class[problem.problem_class].append(float(info["acc"]))
-        metrics |= {f"val-class/{c}/{name}": sum(v) / len(v) for c, v in sorted(by_class.items())}
-        for key in [k for k, v in infos[0].items() if isinstance(v, float)] if name == "acc" else ["acc"]:
-            mean = sum(float(info[key]) for info in infos) / len(infos)
-            shown = name if key == "acc" else key
-            metrics[f"{'val-core' if shown == 'acc' else 'val-aux'}/{DATA_SOURCE}/{shown}/mean@1"] = mean
-    return metrics
+    for key in [key for key, value in infos[0].items() if isinstance(value, float)]:
+        section = "val-core" if key == "acc" else "val-aux"
+        metrics[f"{section}/{DATA_SOURCE}/{key}/mean@1"] = sum(float(info[key]) for info in infos) / len(infos)
+    by_class: dict[str, list[float]] = defaultdict(list)
+    for problem, info in zip(problems, infos, strict=True):
+        by_class[problem.problem_class].append(float(info["acc"]))
+    return metrics | {f"val-class/{name}/acc": sum(v) / len(v) for name, v in sorted(by_class.items())}
+
+
+def greedy_accuracy(
+    model: PreTrainedModel, stream: TokenStream, problems: Sequence[Problem], limits: Limits
+) -> dict[str, float]:
+    """Held-out accuracy of greedy decoding: 1 where the mode is right, whatever else the policy may say."""
+    solved = [c.trajectory().acc for c in roll_out(model, stream, problems, temperature=0.0, limits=limits)]
+    return {f"val-aux/{DATA_SOURCE}/greedy_acc/mean@1": sum(solved) / len(solved)}
 
 
 def train(
@@ -346,18 +379,19 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()  # no dropout: eval trains as well
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     similarity = make_similarity(method.options.shaping.similarity) if method.options.shaping.enable else None
+    limits = Limits.of(horizon)
     source = sample_problems("train", seed, horizon)
     held_out = take(sample_problems("validation", 0, horizon), eval_problems)
+    on_the_way = held_out[: max(1, eval_problems // 4)]  # the last point carries the claim, the others only the curve
 
-    before = evaluate(model, stream, held_out, greedy=True)
-    after = before
+    before = evaluate(model, stream, on_the_way, limits)
     record.write_metrics(0, before)
     bar = tqdm(range(1, steps + 1), desc=f"{name} seed {seed}", unit="step")
     for step in bar:
         began = time.perf_counter()
         problems = [problem for problem in take(source, PROMPTS) for _ in range(ROLLOUTS)]
         groups = [str(i // ROLLOUTS) for i in range(len(problems))]
-        conversations = roll_out(model, stream, problems)
+        conversations = roll_out(model, stream, problems, limits=limits)
         sampled = time.perf_counter()
         trajectories = [c.trajectory() for c in conversations]
         returns, advantages, credit = turn_advantages(trajectories, groups, method, similarity)
@@ -380,9 +414,11 @@ def train(
             "timing_s/update_actor": ended - credited,
             "timing_s/step": ended - began,
         }
-        if step % eval_every == 0 or step == steps:
-            after = evaluate(model, stream, held_out, greedy=step == steps)
-            metrics |= after
+        if step == steps:
+            after = evaluate(model, stream, held_out, limits)
+            metrics |= after | greedy_accuracy(model, stream, on_the_way, limits)
+        elif step % eval_every == 0:
+            metrics |= evaluate(model, stream, on_the_way, limits)
         record.write_metrics(step, metrics)
         bar.set_postfix(acc=f"{metrics['gtpo/acc/mean']:.2f}", refresh=False)
     accuracy = f"val-core/{DATA_SOURCE}/acc/mean@1"
@@ -407,7 +443,7 @@ def main() -> None:
     parser.add_argument("--horizon", default=None, help='steps:weight pairs such as "1:0.4,2:0.6"')
     parser.add_argument("--warm-start-seed", type=int, help="default: --seed, as under verl")
     parser.add_argument("--fault-scale", type=float, default=1.0, help="of the warm start: 0 is a perfect expert")
-    parser.add_argument("--eval-problems", type=int, default=256)
+    parser.add_argument("--eval-problems", type=int, default=1024, help="at the end; a quarter of them on the way")
     parser.add_argument("--eval-every", type=int, default=10, help="steps")
     parser.add_argument("--run-dir", type=Path, required=True, help="gets metrics.jsonl, versions.json, summary.json")
     parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.report import Run
-from recipe.gtpo.tasks.arithmetic import Problem, Step, sample_problems, take
+from recipe.gtpo.tasks.arithmetic import HORIZON, Problem, Step, sample_problems, take
 from recipe.gtpo.tasks.experts import write_answer, write_call
 from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome
 
 pytestmark = pytest.mark.unit
 
-_spec = importlib.util.spec_from_file_location("twin", Path(__file__).parents[2] / "benchmarks/twin.py")
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("twin", ROOT / "benchmarks/twin.py")
 assert _spec is not None and _spec.loader is not None
 twin = importlib.util.module_from_spec(_spec)
 sys.modules["twin"] = twin
@@ -62,7 +64,7 @@ def test_an_answer_that_only_the_tool_said_does_not_score(stream):
 
 
 def test_limits_end_a_conversation_and_are_not_the_policys_fault(stream):
-    trajectory = converse(stream, *[write_call("1+1")] * twin.MAX_TURNS).trajectory()
+    trajectory = converse(stream, *[write_call("1+1")] * twin.Limits().turns).trajectory()
     assert trajectory.finish is Finish.TURN_LIMIT
     assert trajectory.turns[-1].outcomes == () and trajectory.turns[-1].broken is None
 
@@ -145,7 +147,6 @@ def test_unknown_method_names_the_known_ones():
 
 def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp_path, monkeypatch):
     monkeypatch.setattr(twin, "PROMPTS", 2)
-    monkeypatch.setattr(twin, "MAX_RESPONSE", 24)
     twin.train(
         name="gtpo",
         method=twin.Method.load("gtpo", []),
@@ -164,3 +165,11 @@ def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp
     assert set(run.classes) <= {"add", "sub", "mul"} and run.classes
     assert {"gtpo/acc/mean", "gtpo/by_turn/advantage/mean/t0", "actor/grad_norm"} <= run.lines[1]["metrics"].keys()
     assert "val-aux/arithmetic/greedy_acc/mean@1" in run.lines[-1]["metrics"]
+
+
+def test_the_limits_are_those_of_the_embedded_task_and_grow_with_the_horizon():
+    task = OmegaConf.load(ROOT / "recipe/gtpo/config/task/arithmetic.yaml")
+    turns = task.actor_rollout_ref.rollout.multi_turn.max_assistant_turns
+    limits = twin.Limits.of(HORIZON)
+    assert limits == twin.Limits(turns, task.data.max_response_length) == twin.Limits()
+    assert twin.Limits.of({4: 1.0}) == twin.Limits(turns=7, response=320)

@@ -81,6 +81,26 @@ def test_standard_input(strong_server: Server) -> None:
     assert run(strong_server, "input() + '|' + input()", stdin="a\nbé\n").output == "'a|bé'\n"
 
 
+@pytest.mark.parametrize("stdin", [None, "x"])
+def test_the_streams_are_what_the_descriptors_are(strong_server: Server, stdin: str | None) -> None:
+    """They are opened before the fork, over other files of the same kind: input that can be rewound, pipes."""
+    code = """
+import os, stat, sys
+for stream in (sys.stdin, sys.stdout, sys.stderr):
+    try:
+        os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+        seekable = True
+    except OSError:
+        seekable = False
+    assert stream.seekable() == stream.buffer.seekable() == seekable, stream
+    assert stream.mode == ("r" if stream is sys.stdin else "w") and not stream.isatty(), stream
+assert sys.stdin.fileno() == 0 and sys.stdout is sys.__stdout__ and sys.stdout.line_buffering
+print(sys.stdin.tell(), repr(sys.stdin.read()), file=sys.stderr)
+"""
+    result = run(strong_server, code, stdin=stdin)
+    assert result.output == f"0 {stdin or ''!r}\n", result
+
+
 def test_wall_limit_is_kept_within_100_ms(strong_server: Server) -> None:
     late = [run(strong_server, "import time; time.sleep(60)", timeout=0.5).seconds - 0.5 for _ in range(5)]
     assert sorted(late)[2] < 0.1, late  # the median: the machine may be busy with other things for a moment

@@ -40,9 +40,9 @@ def run(
 ) -> int:
     """Compile and run ``source`` as ``main`` (None: a fresh one); write status bytes to ``status_fd``.
 
+    The standard streams must be new ones (``open_streams``), in this process or before its fork.
     ``last``: the process ends afterwards, so do what interpreter shutdown does. Returns the process exit status.
     """
-    _fresh_streams()
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     try:
         parts = compile_program(source, echo, filename)
@@ -72,8 +72,10 @@ def compile_program(source: str, echo: bool, filename: str = FILENAME) -> list[t
     The split is made on the syntax tree, never on the text, so strings, decorators, continuation lines and trailing
     comments cannot confuse it, and line numbers stay those of ``source``.
     """
+    if not echo:
+        return [compile(source, filename, "exec", dont_inherit=True)]
     tree = ast.parse(source, filename)
-    if not (echo and tree.body and isinstance(tree.body[-1], ast.Expr)):
+    if not (tree.body and isinstance(tree.body[-1], ast.Expr)):
         return [compile(tree, filename, "exec", dont_inherit=True)]
     last = ast.Interactive([tree.body.pop()])
     body = compile(tree, filename, "exec", dont_inherit=True)
@@ -110,10 +112,11 @@ def _raise_memory_limit_to_hard() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
-def _fresh_streams() -> None:
+def open_streams() -> None:
     """New text streams over descriptors 0-2. Line buffered: a program killed later has still shown what it printed."""
     stdin = io.BufferedReader(io.FileIO(0, "r", closefd=False))
     sys.stdin = io.TextIOWrapper(stdin, "utf-8", "replace")
+    setattr(sys.stdin, "mode", "r")  # noqa: B010  typed as read-only
     setattr(sys, "__stdin__", sys.stdin)  # noqa: B010  typed as final
     for fd, name in ((1, "stdout"), (2, "stderr")):
         raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
@@ -121,6 +124,25 @@ def _fresh_streams() -> None:
         setattr(stream, "mode", "w")  # noqa: B010  typed as read-only
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def open_streams_for_children() -> list[object]:
+    """``open_streams`` before the forks: done in each child it would be a tenth of a small program's CPU.
+
+    A stream remembers what kind of file it was opened over, so they are opened over what a child has: a seekable
+    input, pipes for output. Returns the streams of before. Keep them: freeing them would be left to every child.
+    """
+    before = [sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__]
+    saved = [os.dup(fd) for fd in (0, 1, 2)]
+    null, (reader, writer) = os.open("/dev/null", os.O_RDONLY), os.pipe()
+    for fd, stand_in in enumerate((null, writer, writer)):
+        os.dup2(stand_in, fd)
+    open_streams()
+    for fd, original in enumerate(saved):
+        os.dup2(original, fd)
+    for fd in (null, reader, writer, *saved):
+        os.close(fd)
+    return before
 
 
 def _print_exception() -> None:

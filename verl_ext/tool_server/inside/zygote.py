@@ -45,6 +45,7 @@ def main() -> None:
     kernel.die_with_parent(signal.SIGKILL)
     warm(config["kind"])
     zygote = Zygote(control, config)
+    streams_of_before = runner.open_streams_for_children()  # noqa: F841  kept, not used
     gc.collect()
     gc.freeze()  # no collection ever touches, and so copies, the pages shared with the children
     control.send(json.dumps({"ready": True}).encode())

@@ -36,6 +36,7 @@ from transformers.cache_utils import DynamicLayer
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
 from recipe.gtpo.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.compose import method_file
 from recipe.gtpo.credit import Credit, assign_credit
 from recipe.gtpo.metrics import credit_metrics, validation_info
 from recipe.gtpo.options import GTPOOptions
@@ -56,7 +57,6 @@ from recipe.gtpo.tasks.policy import TokenStream
 from recipe.gtpo.tasks.warm_start import WarmStartOptions, ensure_warm_start, pad
 from recipe.gtpo.turns import TRUNCATED, Finish, Trajectory, Turn
 
-METHODS = Path(__file__).parents[1] / "recipe/gtpo/config/method"
 SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 
 PROMPTS, ROLLOUTS = 16, 8
@@ -250,12 +250,7 @@ class Method:
     @classmethod
     def load(cls, name: str, overrides: Sequence[str]) -> Method:
         """Raises ValueError for a method that is unknown or has no twin, and for a malformed override."""
-        known = sorted(path.stem for path in METHODS.glob("*.yaml"))
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}; methods: {', '.join(known)}")
-        config = OmegaConf.merge(
-            OmegaConf.load(METHODS / f"{name}.yaml").algorithm, OmegaConf.from_dotlist(list(overrides))
-        )
+        config = OmegaConf.merge(OmegaConf.load(method_file(name)).algorithm, OmegaConf.from_dotlist(list(overrides)))
         if config.adv_estimator not in ("gtpo", "grpo"):
             raise ValueError(f"method {name!r} uses the estimator {config.adv_estimator!r}; the twin has gtpo and grpo")
         return cls(

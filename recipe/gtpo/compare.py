@@ -32,10 +32,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.compose import method_file
+from recipe.gtpo.run_record import RunRecord, last_line
 
 ROOT = Path(__file__).parents[2]
-METHODS = Path(__file__).parent / "config" / "method"
 DEFAULTS = {
     "methods": "gtpo,grpo",
     "seeds": "0..4",
@@ -102,11 +102,9 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
     Raises:
         ValueError: an unknown method or engine, malformed seeds, or an override that a cell sets itself.
     """
-    known = sorted(path.stem for path in METHODS.glob("*.yaml"))
     methods = own["methods"].split(",")
     for method in methods:
-        if method not in known:
-            raise ValueError(f"unknown method {method!r}; methods: {', '.join(known)}")
+        method_file(method)
     if own["engine"] not in ("verl", "twin"):
         raise ValueError(f"unknown engine {own['engine']!r}; engines: verl, twin")
     for override in overrides:
@@ -244,7 +242,8 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
                     queue.append((cell, 2))
                 else:
                     outcome.failed.append(cell.name)
-                    bar.write(f"{cell.name}: failed twice: {_last_line(cell.dir / 'terminal.log')}", file=out)
+                    said = last_line((cell.dir / "terminal.log").read_text(errors="replace"))
+                    bar.write(f"{cell.name}: failed twice: {said}", file=out)
             done = len(outcome.complete) + len(outcome.failed)
             if total:
                 settled = [c for c in cells if c.name in outcome.complete or c.name in outcome.failed]
@@ -261,11 +260,6 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
 def _step(run_dir: Path) -> int:
     lines = RunRecord(run_dir).read_metrics()
     return lines[-1]["step"] if lines else 0
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it left no message"
 
 
 def main(arguments: Sequence[str]) -> int:

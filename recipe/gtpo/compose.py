@@ -23,6 +23,15 @@ ROLLOUTS = {
 }
 
 
+def method_file(name: str) -> Path:
+    """The file of `method=NAME`. Raises ValueError with the known names."""
+    methods = CONFIG_DIR / "method"
+    known = sorted(path.stem for path in methods.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}; methods: {', '.join(known)}")
+    return methods / f"{name}.yaml"
+
+
 def register() -> None:
     """Make the options (`gtpo_options`) and the resolver `gtpo_config` known; call before hydra composes."""
     ConfigStore.instance().store(name="gtpo_options", node=asdict(GTPOOptions()))

@@ -42,7 +42,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict  # noqa: E402
 
 from recipe.gtpo.compose import ConfigError, check, check_paths, register  # noqa: E402
 from recipe.gtpo.progress import Progress, summarize  # noqa: E402
-from recipe.gtpo.run_record import RunRecord  # noqa: E402
+from recipe.gtpo.run_record import RunRecord, last_line  # noqa: E402
 from recipe.gtpo.watchdog import CAUSE_FILE, read_cause, write_cause  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
@@ -102,7 +102,7 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
     def watch() -> None:
         while not stop.wait(config.watchdog.poll_seconds):
             if handle is not None and not handle.alive:
-                last = _last_line(handle.log())
+                last = last_line(handle.log())
                 write_cause(config.run_dir, f"the tool server died: pid {handle.pid}, its last line: {last}")
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
                 return
@@ -114,11 +114,6 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
     finally:
         stop.set()
         thread.join(timeout=config.watchdog.poll_seconds + 5)
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it left no message"
 
 
 def prepare(config: DictConfig) -> None:

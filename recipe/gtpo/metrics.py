@@ -72,7 +72,7 @@ def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
         "turns": float(len(trajectory.turns)),
         "first_turn_call": float(any(call.error is None for call in first.calls)),
         "malformed_call": float(any(call.error is not None for call in calls)),
-        "tool_error": float(any(o not in ("ok", "malformed", "over_limit", "infra") for o in outcomes)),
+        "tool_error": float(any(o not in NOT_EXECUTED | {"ok", "infra"} for o in outcomes)),
         "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
         "truncated": float(trajectory.truncated),
         "infra": float(trajectory.finish is Finish.INFRA),

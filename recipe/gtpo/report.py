@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 
 from recipe.gtpo.progress import validation_accuracy, validation_mean
 from recipe.gtpo.run_record import RunRecord
@@ -78,7 +78,7 @@ class Run:
     def area(self) -> float:
         """Mean height of the learning curve (trapezoid rule over steps)."""
         steps, heights = list(self.curve), list(self.curve.values())
-        return float(np.trapezoid(heights, steps) / (steps[-1] - steps[0]))
+        return float(integrate.trapezoid(heights, steps) / (steps[-1] - steps[0]))
 
     def reached(self, threshold: float) -> float | None:
         """The first validated step at or above `threshold`."""
@@ -274,8 +274,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 # Figures
 
 
-def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
-    """Write the PNGs. Returns file name -> caption, in the order of the page."""
+@dataclass(frozen=True)
+class Figure:
+    """A PNG in the report's folder and what the page says around it."""
+
+    file: str
+    title: str
+    caption: str
+
+
+def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> list[Figure]:
+    """Write the PNGs. Returns them in the order of the page."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -295,13 +304,13 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
     methods = [row.method for row in rows]
     palette = plt.get_cmap("tab10")
     colour = {method: palette(i % 10) for i, method in enumerate(sorted(methods))}
-    captions: dict[str, str] = {}
+    figures: list[Figure] = []
 
-    def save(figure: Any, name: str, caption: str) -> None:
+    def save(figure: Any, name: str, title: str, caption: str) -> None:
         figure.tight_layout()
         figure.savefig(out / f"{name}.png")
         plt.close(figure)
-        captions[f"{name}.png"] = caption
+        figures.append(Figure(f"{name}.png", title, caption))
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for method in methods:
@@ -315,7 +324,12 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
             axis.fill_between(steps, low, high, color=colour[method], alpha=0.12, lw=0)
     axis.set(xlabel="training step", ylabel="held-out accuracy (sampled)", ylim=(0, 1))
     axis.legend(fontsize=8, loc="lower right")
-    save(figure, "learning_curves", "Mean over seeds; the band is the 95% t interval at each validated step.")
+    save(
+        figure,
+        "learning_curves",
+        "Learning curves",
+        "Mean over seeds; the band is the 95% t interval at each validated step.",
+    )
 
     compared = [row for row in rows if row.final_difference is not None]
     if compared:
@@ -338,6 +352,7 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
         save(
             figure,
             "paired_differences",
+            f"Against {BASELINE}, seed by seed",
             f"Each dot is one seed: the method minus {BASELINE} on the same seed. Diamond: mean; bar: 95% bootstrap "
             "interval of the mean.",
         )
@@ -373,6 +388,7 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
         save(
             figure,
             "credit_by_turn",
+            "Credit by turn",
             "Where credit went: mean advantage of each turn index over the trajectories that have it (running mean of "
             "five steps). An outcome-only method gives all turns of a trajectory the same.",
         )
@@ -393,6 +409,7 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
     save(
         figure,
         "group_signal",
+        "Groups without a contrast",
         "What a method says to groups without a contrast in outcome: those that nobody solved (only format and "
         "closeness can differ there) and those that all solved (only length can).",
     )
@@ -409,8 +426,8 @@ def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> dict[str, str]:
         axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right", fontsize=8)
         axis.set_ylabel("final accuracy")
         axis.legend(fontsize=7, ncols=3)
-        save(figure, "problem_classes", "Final held-out accuracy by problem class, mean over seeds.")
-    return captions
+        save(figure, "problem_classes", "Problem classes", "Final held-out accuracy by problem class, mean over seeds.")
+    return figures
 
 
 def _by_step(series: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
@@ -522,14 +539,17 @@ pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; font-size: 12px } s
 """
 
 
-def page(runs: Sequence[Run], rows: Sequence[Row], captions: Mapping[str, str], out: Path, threshold: float) -> str:
+def _figure(figure: Figure, out: Path) -> str:
+    image = base64.b64encode((out / figure.file).read_bytes()).decode()
+    return (
+        f"<h2>{html.escape(figure.title)}</h2><figure>"
+        f'<img alt="{html.escape(figure.title)}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+def page(runs: Sequence[Run], rows: Sequence[Row], figures: Sequence[Figure], out: Path, threshold: float) -> str:
     """The self-contained HTML page."""
-    figures = {
-        name: f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,'
-        f'{base64.b64encode((out / name).read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for name, caption in captions.items()
-    }
     first = runs[0]
     commits = ", ".join(sorted({str(run.start.get("commit")) for run in runs}))
     machines = "; ".join(sorted({f"{r.start.get('machine')}, {r.start.get('cores')} cores" for r in runs}))
@@ -539,14 +559,7 @@ def page(runs: Sequence[Run], rows: Sequence[Row], captions: Mapping[str, str], 
         for row in rows
         if row.step_cost is not None and row.adv_cost is not None and row.method != BASELINE
     )
-    titles = {
-        "learning_curves.png": "Learning curves",
-        "paired_differences.png": f"Against {BASELINE}, seed by seed",
-        "credit_by_turn.png": "Credit by turn",
-        "group_signal.png": "Groups without a contrast",
-        "problem_classes.png": "Problem classes",
-    }
-    body = "".join(f"<h2>{titles[name]}</h2>{figure}" for name, figure in figures.items())
+    body = "".join(_figure(figure, out) for figure in figures)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{html.escape(first.task)}: {len(rows)} methods</title><style>{_STYLE}</style>
@@ -580,7 +593,7 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
     runs = load_runs(paths)
     rows = make_rows(runs, threshold)
     out.mkdir(parents=True, exist_ok=True)
-    captions = draw(runs, rows, out)
+    figures = draw(runs, rows, out)
     (out / "table.md").write_text(markdown(rows, threshold))
     facts = {
         "task": runs[0].task,
@@ -601,7 +614,7 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
         ],
     }
     (out / "report.json").write_text(json.dumps(facts, indent=1, default=lambda o: o.__dict__))
-    (out / "index.html").write_text(page(runs, rows, captions, out, threshold))
+    (out / "index.html").write_text(page(runs, rows, figures, out, threshold))
     return rows
 
 

@@ -28,6 +28,12 @@ from typing import Any
 _PACKAGES = ("verl", "torch", "transformers", "ray", "tensordict", "TransferQueue", "hydra-core", "vllm", "sglang")
 
 
+def last_line(text: str) -> str:
+    """What a process said last, for a message about its end."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it left no message"
+
+
 class RunRecord:
     """Reads and writes one run folder."""
 

@@ -290,6 +290,15 @@ def turn_advantages(
     return returns, advantage, credit
 
 
+def spread(
+    conversations: Sequence[Conversation], advantages: torch.Tensor, credit: Credit
+) -> tuple[list[torch.Tensor], int]:
+    """The advantage of every response token, one tensor a conversation, and how many tokens were generated."""
+    turn_ids = credit.turn_ids(max(c.response_length for c in conversations)).long()
+    by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
+    return [by_token[i, : c.response_length] for i, c in enumerate(conversations)], int((turn_ids >= 0).sum())
+
+
 def update(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -391,16 +400,8 @@ def train(
         trajectories = [c.trajectory() for c in conversations]
         returns, advantages, credit = turn_advantages(trajectories, groups, method, similarity)
         credited = time.perf_counter()
-        turn_ids = credit.turn_ids(max(c.response_length for c in conversations)).long()
-        by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
-        norm = update(
-            model,
-            optimizer,
-            conversations,
-            [by_token[i, : c.response_length] for i, c in enumerate(conversations)],
-            int((turn_ids >= 0).sum()),
-            stream.pad_id,
-        )
+        by_token, generated = spread(conversations, advantages, credit)
+        norm = update(model, optimizer, conversations, by_token, generated, stream.pad_id)
         ended = time.perf_counter()
         metrics = credit_metrics(credit, trajectories, returns, advantages, method.options.baseline) | {
             "actor/grad_norm": norm,

@@ -31,6 +31,7 @@ from recipe.gtpo.run_record import RunRecord
 
 BASELINE = "grpo"
 CONFIDENCE = 0.95
+CLAIM_SEEDS = 16  # fewer resolve about as much as the methods differ by, and a bootstrap of few values is too sure
 _RESAMPLES = 10_000
 
 
@@ -516,6 +517,8 @@ def verdict(rows: Sequence[Row]) -> str:
             what = f"worse than {BASELINE}"
         else:
             what = f"not told apart from {BASELINE}"
+        if d.interval.count < CLAIM_SEEDS and d.interval.low * d.interval.high > 0:
+            what += " here, on too few seeds for a claim"
         said.append(f"{row.method}: {what} ({_points(d.interval)} points, {d.interval.count} seeds)")
     return "; ".join(said) + "." if said else f"No method shares two seeds with {BASELINE}: nothing can be said."
 

@@ -77,11 +77,18 @@ def test_rows_are_ranked_by_final_accuracy_and_area_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("difference", "said"),
-    [(0.1, "better than grpo (+10.0 [+10.0, +10.0] points"), (-0.1, "worse than grpo"), (None, "not told apart")],
+    ("difference", "seeds", "said"),
+    [
+        (0.1, 16, "better than grpo (+10.0 [+10.0, +10.0] points"),
+        (0.1, 15, "better than grpo here, on too few seeds for a claim"),
+        (-0.1, 16, "worse than grpo ("),
+        (-0.1, 4, "worse than grpo here, on too few seeds for a claim"),
+        (None, 16, "not told apart from grpo ("),
+        (None, 4, "not told apart from grpo ("),
+    ],
 )
-def test_the_verdict_follows_from_the_interval(tmp_path, difference, said):
-    for seed in range(4):
+def test_the_verdict_follows_from_the_interval_and_the_number_of_seeds(tmp_path, difference, seeds, said):
+    for seed in range(seeds):
         make_run(tmp_path, "grpo", seed, {0: 0.2, 1: 0.5})
         gain = difference if difference is not None else (-1) ** seed * 0.1
         make_run(tmp_path, "gtpo", seed, {0: 0.2, 1: 0.5 + gain})

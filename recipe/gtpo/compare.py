@@ -150,7 +150,13 @@ class LocalJob:
     def __init__(self, command: Sequence[str], log: Path) -> None:
         with log.open("a") as out:
             self._process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+                # A matrix that a script starts with `&` ignores SIGINT; its cells must not, it ends them that way.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def poll(self) -> int | None:

@@ -187,6 +187,9 @@ def _keep_logs(record: RunRecord) -> None:
 def run(config: DictConfig) -> int:
     """Everything from the composed config to the last line. Returns the exit status: 0 after a complete run."""
     began = time.monotonic()
+    # Started with `&` by a script, the process inherits an ignored SIGINT, and nothing could interrupt the run: neither
+    # the watch on the tool server, nor whoever stops it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         check(config, dict(HydraConfig.get().runtime.choices))
         prepare(config)

@@ -120,6 +120,8 @@ def start(tmp_path: Path, *overrides: str) -> Iterator[Run]:
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
+            # As a script's `&` starts a run; what holds here holds in a terminal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
     run = Run(process, RunRecord(run_dir), output)
     try:

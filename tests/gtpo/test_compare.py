@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import time
 
@@ -118,7 +119,15 @@ def test_an_exit_status_of_zero_without_a_summary_is_a_failure(tmp_path):
     assert outcome.failed == ["silent"]
 
 
-def test_a_cell_beyond_its_limit_is_ended_by_its_id(tmp_path):
+@pytest.fixture
+def in_the_background():
+    """A matrix that a script starts with `&` ignores SIGINT; a cell that inherited it would live for another minute."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_cell_beyond_its_limit_is_ended_by_its_id(tmp_path, in_the_background):
     program = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     folder = tmp_path / "slow"
     command = (sys.executable, "-c", f"import os; os.chdir({str(folder)!r}); " + program)

@@ -85,7 +85,7 @@ def test_standard_input(strong_server: Server) -> None:
 def test_the_streams_are_what_the_descriptors_are(strong_server: Server, stdin: str | None) -> None:
     """They are opened before the fork, over other files of the same kind: input that can be rewound, pipes."""
     code = """
-import os, stat, sys
+import os, sys
 for stream in (sys.stdin, sys.stdout, sys.stderr):
     try:
         os.lseek(stream.fileno(), 0, os.SEEK_CUR)

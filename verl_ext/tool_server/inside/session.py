@@ -160,8 +160,8 @@ def run_turn(order: dict, fds: list[int], main: types.ModuleType, number: int) -
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
     for fd in (program, stdout, stderr, *stdin):
         os.close(fd)
-    # Each turn has a file name of its own, so that a traceback through a function of an earlier turn shows its lines.
     runner.open_streams()  # a turn may have closed or replaced the ones it had
+    # Each turn has a file name of its own, so that a traceback through a function of an earlier turn shows its lines.
     code = runner.run(source, order["echo"], status, main, f"<code {number}>", last=False)
     os.close(status)
     return code

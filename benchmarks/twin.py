@@ -22,7 +22,7 @@ import argparse
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,17 @@ from recipe.gtpo.similarity import make_similarity
 from recipe.gtpo.tasks.arithmetic import (
     DATA_SOURCE,
     HORIZON,
+    Limits,
     Problem,
     compute_score,
     sample_problems,
+    step_mix,
     take,
     tool_schema,
 )
 from recipe.gtpo.tasks.calculator import respond
 from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import WarmStartOptions, ensure_warm_start, pad
+from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start, pad
 from recipe.gtpo.turns import TRUNCATED, Finish, Trajectory, Turn
 
 SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
@@ -62,20 +64,7 @@ SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 PROMPTS, ROLLOUTS = 16, 8
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 MICRO_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one conversation: assistant turns, and tokens of the response. The defaults are those of task=arithmetic."""
-
-    turns: int = 5
-    response: int = 192
-
-    @classmethod
-    def of(cls, horizon: Mapping[int, float]) -> Limits:
-        """Room for the longest chain, its answer and two turns of repair; the defaults at two calls."""
-        longest = max(horizon)
-        return cls(turns=longest + 3, response=64 * (longest + 1))
+LIMITS = Limits.of(HORIZON)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +78,7 @@ class Conversation:
     problem: Problem
     ids: list[int]
     prompt_length: int
-    limits: Limits = Limits()
+    limits: Limits = LIMITS
     turns: list[Turn] = field(default_factory=list)
     turn_start: int = 0  # in the response
     log_probs: list[float] = field(default_factory=list)  # one a response token, 0.0 where it was not sampled
@@ -191,7 +180,7 @@ def roll_out(
     stream: TokenStream,
     problems: Sequence[Problem],
     temperature: float = 1.0,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
 ) -> list[Conversation]:
     """One finished conversation a problem. Temperature 0 decodes greedily; sampling draws from torch's generator."""
     conversations = []
@@ -367,7 +356,7 @@ def train(
     seed: int,
     steps: int,
     learning_rate: float,
-    horizon: Mapping[int, float],
+    horizon: int,
     eval_problems: int,
     eval_every: int,
     run_dir: Path,
@@ -384,8 +373,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     similarity = make_similarity(method.options.shaping.similarity) if method.options.shaping.enable else None
     limits = Limits.of(horizon)
-    source = sample_problems("train", seed, horizon)
-    held_out = take(sample_problems("validation", 0, horizon), eval_problems)
+    source = sample_problems("train", seed, step_mix(horizon))
+    held_out = take(sample_problems("validation", 0, step_mix(horizon)), eval_problems)
     on_the_way = held_out[: max(1, eval_problems // 4)]  # the last point carries the claim, the others only the curve
 
     before = evaluate(model, stream, on_the_way, limits)
@@ -423,6 +412,7 @@ def train(
             "method": name,
             "task": DATA_SOURCE,
             "engine": "twin",
+            "horizon": horizon,
             "seed": seed,
             "steps": [0, steps],
             "accuracy": [before[accuracy], after[accuracy]],
@@ -436,22 +426,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the problems and the sampling")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--horizon", default=None, help='steps:weight pairs such as "1:0.4,2:0.6"')
+    parser.add_argument("--horizon", type=int, default=HORIZON, help="the longest number of dependent calls, 1 to 6")
     parser.add_argument("--warm-start-seed", type=int, help="default: --seed, as under verl")
-    parser.add_argument("--fault-scale", type=float, default=1.0, help="of the warm start: 0 is a perfect expert")
+    parser.add_argument("--success", type=float, default=WarmStartOptions.success, help="of the warm start's expert")
     parser.add_argument("--eval-problems", type=int, default=1024, help="at the end; a quarter of them on the way")
     parser.add_argument("--eval-every", type=int, default=10, help="steps")
     parser.add_argument("--run-dir", type=Path, required=True, help="gets metrics.jsonl, versions.json, summary.json")
     parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")
     parser.add_argument("overrides", nargs="*", help="of the method's algorithm section, such as gtpo.gamma=1.0")
     args = parser.parse_args()
-    horizon = dict(HORIZON)
-    if args.horizon:
-        horizon = {int(k): float(w) for k, w in (pair.split(":") for pair in args.horizon.split(","))}
     try:
         method = Method.load(args.method, args.overrides)
         warm_seed = args.seed if args.warm_start_seed is None else args.warm_start_seed
-        options = WarmStartOptions(seed=warm_seed, horizon=horizon, fault_scale=args.fault_scale)
+        options = WarmStartOptions(seed=warm_seed, success=args.success, base=BaseOptions(horizon=args.horizon))
     except ValueError as e:
         parser.error(str(e))
     train(
@@ -461,7 +448,7 @@ def main() -> None:
         seed=args.seed,
         steps=args.steps,
         learning_rate=args.lr,
-        horizon=horizon,
+        horizon=args.horizon,
         eval_problems=args.eval_problems,
         eval_every=args.eval_every,
         run_dir=args.run_dir,

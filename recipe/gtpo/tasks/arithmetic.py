@@ -36,8 +36,8 @@ VALUE_RANGE = (1_000, 999_999)
 #: 6 digits, the operator, 3 digits. The shortest two steps take 11: 4 digits * 2 digits + 3 digits.
 MAX_CODE_LENGTH = 10
 
-#: Number of steps -> weight. The horizon knob.
-HORIZON: Mapping[int, float] = {1: 0.4, 2: 0.6}
+#: The horizon knob's default: the longest number of dependent calls (`step_mix`).
+HORIZON = 2
 
 SYSTEM_MESSAGE = "Compute one step per call. Put the answer in \\boxed{}."
 
@@ -134,32 +134,49 @@ class Problem:
         return "validation" if zlib.crc32(key.encode()) % 8 == 0 else "train"
 
 
-def check_horizon(horizon: Mapping[int, float]) -> dict[int, float]:
-    """`horizon` with int keys. Raises ValueError when it is no distribution over 1..MAX_STEPS steps."""
-    checked = {int(k): float(w) for k, w in horizon.items()}
-    bad = [k for k, w in checked.items() if not 1 <= k <= MAX_STEPS or w < 0]
-    if bad or not any(checked.values()):
-        raise ValueError(f"horizon must map step counts 1..{MAX_STEPS} to weights >= 0, not all 0; got {dict(horizon)}")
-    return checked
+def step_mix(horizon: int) -> dict[int, float]:
+    """Number of steps -> weight: 60% of the problems have `horizon` steps, the others one less. Raises ValueError."""
+    if not 1 <= horizon <= MAX_STEPS:
+        raise ValueError(f"horizon={horizon}: the task has 1 to {MAX_STEPS} dependent calls")
+    return {1: 1.0} if horizon == 1 else {horizon - 1: 0.4, horizon: 0.6}
 
 
-def sample_problems(split: str, seed: int, horizon: Mapping[int, float] = HORIZON) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class Limits:
+    """Of one conversation: tokens of the prompt, tokens of the response, assistant turns."""
+
+    prompt: int
+    response: int
+    turns: int
+
+    @classmethod
+    def of(cls, horizon: int) -> Limits:
+        """Room for the longest chain, its answer and two turns of repair (a call and its reply take 45 tokens)."""
+        return cls(prompt=64 + 16 * horizon, response=64 * (horizon + 1), turns=horizon + 3)
+
+
+def sample_problems(split: str, seed: int, mix: Mapping[int, float] | None = None) -> Iterator[Problem]:
     """An endless stream of distinct problems of one split, a pure function of the arguments.
 
+    Args:
+        mix: number of steps -> weight; default: `step_mix(HORIZON)`.
+
     Raises:
-        ValueError: unknown split or malformed horizon.
+        ValueError: unknown split, or a mix that is no distribution over 1..MAX_STEPS steps.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
-    horizon = check_horizon(horizon)
-    counts, weights = list(horizon), list(horizon.values())
+    mix = step_mix(HORIZON) if mix is None else mix
+    if any(not 1 <= k <= MAX_STEPS or w < 0 for k, w in mix.items()) or not any(mix.values()):
+        raise ValueError(f"the mix must map step counts 1..{MAX_STEPS} to weights >= 0, not all 0; got {dict(mix)}")
+    counts, weights = list(mix), list(mix.values())
     rng = random.Random(f"{DATA_SOURCE}/{split}/{seed}")
     seen: set[tuple[int, tuple[Step, ...]]] = set()
     while True:
         steps = rng.choices(counts, weights)[0]
         problem = _sample_chain(rng, steps)
         while problem.split != split or (problem.start, problem.steps) in seen:  # the step count is drawn only once:
-            problem = _sample_chain(rng, steps)  # rejections must not bend the horizon
+            problem = _sample_chain(rng, steps)  # rejections must not bend the mix
         seen.add((problem.start, problem.steps))
         yield problem
 
@@ -228,12 +245,12 @@ def write_parquet(problems: Sequence[Problem], path: str | Path) -> Path:
 
 
 def write_splits(
-    directory: str | Path, *, train: int, validation: int, seed: int, horizon: Mapping[int, float] = HORIZON
+    directory: str | Path, *, train: int, validation: int, seed: int, mix: Mapping[int, float] | None = None
 ) -> tuple[Path, Path]:
     """Write `train.parquet` and `validation.parquet` with the given number of problems; returns both paths."""
     sizes = {"train": train, "validation": validation}
     paths = [
-        write_parquet(take(sample_problems(split, seed, horizon), sizes[split]), Path(directory) / f"{split}.parquet")
+        write_parquet(take(sample_problems(split, seed, mix), sizes[split]), Path(directory) / f"{split}.parquet")
         for split in SPLITS
     ]
     return paths[0], paths[1]

@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, tool_schema
+from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, sample_problems, take, tool_schema
 from recipe.gtpo.tasks.calculator import respond
 
 STAGES = ("first", "later", "repair")  # no call yet; the previous call ran; the previous call was refused or failed
@@ -25,6 +25,7 @@ FAULTS = (
     "syntax_error",  # runs into a SyntaxError: the operand is missing
     "one_call",  # two steps in one call, over the schema's length limit (a plain step when only one is left)
 )
+MODE = 0.8  # a fault at least this likely makes greedy decoding fail in its situation
 _WRONG = {"add": "sub", "sub": "add", "mul": "add"}
 
 #: stage -> operation -> fault -> probability; the rest is the right turn.
@@ -49,7 +50,7 @@ FAULT_MIX: FaultMix = {
 
 
 def scale_faults(mix: FaultMix, factor: float) -> dict[str, dict[str, dict[str, float]]]:
-    """`mix` with every probability times `factor`: the warm start's success rate as one number (0: a perfect expert).
+    """`mix`, checked, with every probability times `factor` (0: a perfect expert).
 
     Raises:
         ValueError: a table with an unknown or missing name, or a row that sums to more than 1 after scaling.
@@ -69,6 +70,43 @@ def scale_faults(mix: FaultMix, factor: float) -> dict[str, dict[str, dict[str, 
                 raise ValueError(f"the probabilities of {stage}/{operation} must be >= 0 and sum to <= 1: {row}")
             scaled[stage][operation] = row
     return scaled
+
+
+def faults_for(success: float, mix: Mapping[int, float], table: FaultMix = FAULT_MIX) -> FaultMix:
+    """The faults of an expert that solves about `success` of the problems of `mix` (number of steps -> weight).
+
+    Longer chains fail more often at the same faults. So the faults that are not the mode of their row are made rarer by
+    one factor, at most 1; those that are (`MODE` or more) stay, because a longer chain must not make greedy decoding
+    right. Where the table as it is succeeds more often than asked, it is left as it is.
+
+    Raises:
+        ValueError: the modal faults alone leave less than `success`.
+    """
+    problems = take(sample_problems("train", 0, mix), 1000)
+
+    def soften(factor: float) -> FaultMix:
+        return {
+            stage: {
+                operation: row if max(row.values()) >= MODE else {fault: p * factor for fault, p in row.items()}
+                for operation, row in rows.items()
+            }
+            for stage, rows in table.items()
+        }
+
+    def reached(factor: float) -> float:
+        rng = random.Random(0)
+        demonstrations = [demonstrate(problem, soften(factor), rng) for problem in problems]
+        return sum(d.turns[-1] == write_answer(d.problem.answer) for d in demonstrations) / len(problems)
+
+    if reached(1.0) >= success:
+        return table
+    if (most := reached(0.0)) < success:
+        raise ValueError(f"success={success} is out of reach with steps {dict(mix)}: the modal faults leave {most:.2f}")
+    low, high = 0.0, 1.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) >= success else (low, middle)
+    return soften(low)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
     python -m recipe.gtpo.tasks.warm_start --out outputs/warm_start --seed 1
 
-A random model never emits a valid call, so reinforcement learning would have nothing to reinforce. After this the
-policy copies numbers reliably and knows the format, and it repeats the expert's mistakes at the expert's rates.
+A random model never emits a valid call, so reinforcement learning would have nothing to reinforce. Two parts:
+
+1. The *base*: a faultless expert is imitated until the policy's own greedy decoding solves what it is shown, however
+   many steps that takes. One base serves every seed of a horizon; other horizons than the default start from its base.
+2. The *habits*: from the base, a fixed number of steps on an expert that errs. The policy comes to repeat its mistakes
+   at the expert's rates; which ones, is the seed's.
 """
 
 from __future__ import annotations
@@ -15,75 +19,101 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from recipe.gtpo.tasks.arithmetic import (
     HORIZON,
     MAX_CODE_LENGTH,
     SYSTEM_MESSAGE,
-    check_horizon,
     sample_problems,
+    step_mix,
     tool_schema,
 )
-from recipe.gtpo.tasks.experts import FAULT_MIX, Demonstration, FaultMix, demonstrate, scale_faults
+from recipe.gtpo.tasks.experts import FAULT_MIX, Demonstration, FaultMix, demonstrate, faults_for, scale_faults
 from recipe.gtpo.tasks.policy import CHAT_TEMPLATE, TOOL_TAGS, TokenStream, build_model, train_tokenizer
 
 IGNORE = -100  # label of a token that is not trained on
+_FAULTLESS = scale_faults(FAULT_MIX, 0.0)
+_SKILL_SAMPLE = 128  # conversations behind one measurement of the skill
+
+
+class SkillNotReachedError(RuntimeError):
+    """The base did not learn its task within its limit of steps."""
 
 
 @dataclass(frozen=True)
-class WarmStartOptions:
-    """All that decides the warm start. Two equal sets of options share one cache entry."""
+class BaseOptions:
+    """All that decides the base."""
 
-    seed: int = 1
-    horizon: Mapping[int, float] = field(default_factory=lambda: dict(HORIZON))
-    fault_mix: FaultMix = field(default_factory=lambda: FAULT_MIX)
-    fault_scale: float = 1.0  # times every probability of fault_mix: the knob of the success rate
+    horizon: int = HORIZON
     # model
     vocab_size: int = 512
     hidden_size: int = 64  # narrow and deep: at 96 x 3 and 128 x 3 copying took 1.5 to 3 times the steps, dearer ones
     layers: int = 4
     heads: int = 2  # of 32; heads of 16 took twice the steps
     intermediate_size: int = 128
-    # supervised fine-tuning
-    steps: int = 1300
+    # training
+    skill: float = 0.95  # share of held-out problems that greedy decoding must solve
+    check_every: int = 100  # steps
+    max_steps: int = 4000
+    decay_steps: int = 1300  # the learning rate falls to a tenth over these and stays there
     drill_steps: int = 200  # so many of the steps, every other one from the first on, drill copying
-    clean_steps: int = 900  # until this step the expert makes no mistake: the skill first, then the habits
-    batch_size: int = (
-        8  # conversations, or twice as many drills: many small steps find copying sooner than few large ones
-    )
+    batch_size: int = 8  # conversations, or twice as many drills: many small steps beat few big ones
     learning_rate: float = 4e-3
 
     def __post_init__(self) -> None:
-        # Plain containers, whatever the caller's config library uses; malformed ones are refused before any work.
-        object.__setattr__(self, "horizon", check_horizon(self.horizon))
-        object.__setattr__(self, "fault_mix", scale_faults(self.fault_mix, 1.0))
-        scale_faults(self.fault_mix, self.fault_scale)
+        step_mix(self.horizon)  # refused before any work
 
     @property
     def key(self) -> str:
-        """Cache key: the options, the code that turns them into weights, and the libraries that run it."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
-        for name in ("arithmetic.py", "calculator.py", "experts.py", "policy.py", "warm_start.py", "../parsing.py"):
-            digest.update((Path(__file__).parent / name).read_bytes())
-        digest.update(CHAT_TEMPLATE.read_bytes())
-        digest.update(f"{torch.__version__} {transformers.__version__}".encode())
-        return digest.hexdigest()[:16]
+        return _key(asdict(self))
 
 
-def demonstrations(options: WarmStartOptions, fault_scale: float) -> Iterator[Demonstration]:
-    """Endless demonstrations on problems of the train split, with the option's faults times `fault_scale`."""
-    rng = random.Random(f"demonstrations/{options.seed}/{fault_scale}")
-    mix = scale_faults(options.fault_mix, fault_scale)
-    for problem in sample_problems("train", options.seed, options.horizon):
-        yield demonstrate(problem, mix, rng)
+@dataclass(frozen=True)
+class WarmStartOptions:
+    """All that decides the warm start. Two equal sets of options share one cache entry."""
+
+    seed: int = 1  # of the habits; the base has none of its own
+    success: float = 0.2  # of the expert (`experts.faults_for`): the knob of the success rate
+    steps: int = 400
+    batch_size: int = 8
+    learning_rate: float = 1.3e-3  # at the first step, falling to almost 0
+    base: BaseOptions = BaseOptions()
+
+    @property
+    def key(self) -> str:
+        return _key(asdict(self))
+
+    @property
+    def faults(self) -> FaultMix:
+        """Raises ValueError where `success` is out of reach."""
+        return faults_for(self.success, step_mix(self.base.horizon))
+
+
+def _key(options: dict) -> str:
+    """Cache key: the options, the code that turns them into weights, and the libraries that run it."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for name in ("arithmetic.py", "calculator.py", "experts.py", "policy.py", "warm_start.py", "../parsing.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    digest.update(CHAT_TEMPLATE.read_bytes())
+    digest.update(f"{torch.__version__} {transformers.__version__}".encode())
+    return digest.hexdigest()[:16]
+
+
+def demonstrations(horizon: int, faults: FaultMix, seed: int, split: str = "train") -> Iterator[Demonstration]:
+    """Endless demonstrations of an expert with the given faults."""
+    rng = random.Random(f"demonstrations/{seed}")
+    for problem in sample_problems(split, seed, step_mix(horizon)):
+        yield demonstrate(problem, faults, rng)
 
 
 def encode(demonstration: Demonstration, stream: TokenStream) -> tuple[list[int], list[int]]:
@@ -114,56 +144,121 @@ def corpus(conversations: list[Demonstration]) -> Iterator[str]:
                 yield f"user\n<tool_response>\n{reply}\n</tool_response>"
 
 
-def train(options: WarmStartOptions, directory: str | Path, *, progress: bool = True) -> None:
-    """Build tokenizer and model, train, and save both into `directory`, which must exist."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # batches this small gain nothing from a second thread, and the result stays reproducible
-    try:
-        _train(options, Path(directory), progress)
-    finally:
-        torch.set_num_threads(threads)
+def train_base(options: BaseOptions, start: Path | None, directory: Path, *, progress: bool = True) -> None:
+    """Train until the skill is there, from the policy in `start` or from scratch; save into `directory`, which exists.
 
-
-def _train(options: WarmStartOptions, directory: Path, progress: bool) -> None:
-    torch.manual_seed(options.seed)
-    clean, faulty = demonstrations(options, 0.0), demonstrations(options, options.fault_scale)
-    rng = random.Random(f"drill/{options.seed}")
-    tokenizer = train_tokenizer(corpus(list(islice(faulty, 1000))), options.vocab_size, directory)
-    stream = TokenStream(tokenizer, [tool_schema()])
-    model = build_model(
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        heads=options.heads,
-        intermediate_size=options.intermediate_size,
-        eos_id=stream.eos_id,
-        pad_id=stream.pad_id,
-    )
+    Raises SkillNotReachedError after `max_steps`.
+    """
+    torch.manual_seed(0)
+    if start is None:
+        spoken = islice(demonstrations(options.horizon, FAULT_MIX, seed=0), 1000)
+        tokenizer = train_tokenizer(corpus(list(spoken)), options.vocab_size, directory)
+        stream = TokenStream(tokenizer, [tool_schema()])
+        model = build_model(
+            vocab_size=len(tokenizer),
+            hidden_size=options.hidden_size,
+            layers=options.layers,
+            heads=options.heads,
+            intermediate_size=options.intermediate_size,
+            eos_id=stream.eos_id,
+            pad_id=stream.pad_id,
+        )
+    else:
+        model, stream = _load(start, directory)
+    source = demonstrations(options.horizon, _FAULTLESS, seed=0)
+    held_out = demonstrations(options.horizon, _FAULTLESS, seed=0, split="validation")
+    unseen = [encode(shown, stream) for shown in islice(held_out, _SKILL_SAMPLE)]
+    rng = random.Random("drill/0")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, options.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1.02 - step / options.steps)
+        optimizer, lambda step: min((step + 1) / 64, max(1.0 - step / options.decay_steps, 0.1))
     )
-    bar = tqdm(range(options.steps), desc="warm start", unit="step", disable=not progress)
-    for step in bar:
-        if step % 2 == 0 and step < 2 * options.drill_steps:
-            batch = [drill(stream, rng) for _ in range(2 * options.batch_size)]
-        else:
-            source = clean if step < options.clean_steps else faulty
-            batch = [encode(next(source), stream) for _ in range(options.batch_size)]
-        ids = pad([x for x, _ in batch], stream.pad_id)
-        labels = pad([y for _, y in batch], IGNORE)
-        # Right padding and causal attention: no token attends to padding, so no mask is needed (and sdpa is faster).
-        hidden = model.model(ids[:, :-1]).last_hidden_state
-        wanted = labels[:, 1:] != IGNORE
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    reached = 0.0
+    with tqdm(total=options.max_steps, desc="base policy", unit="step", disable=not progress) as bar:
+        for step in range(options.max_steps):
+            if start is None and step % 2 == 0 and step < 2 * options.drill_steps:
+                batch = [drill(stream, rng) for _ in range(2 * options.batch_size)]
+            else:
+                batch = [encode(shown, stream) for shown in islice(source, options.batch_size)]
+            loss = _fit(model, optimizer, schedule, batch, stream.pad_id)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", solved=f"{reached:.2f}", refresh=False)
+            if (step + 1) % options.check_every == 0:
+                reached = skill(model, unseen, stream.pad_id)
+                if reached >= options.skill:
+                    model.save_pretrained(directory)
+                    return
+    raise SkillNotReachedError(
+        f"the base policy solves {reached:.2f} of its problems after {options.max_steps} steps, not {options.skill}: "
+        "give it more (task.prepare.warm_start.base.max_steps)"
+    )
+
+
+def train_habits(options: WarmStartOptions, base: Path, directory: Path, *, progress: bool = True) -> None:
+    """Train the base on the imperfect expert and save the policy into `directory`, which must exist."""
+    torch.manual_seed(options.seed)
+    model, stream = _load(base, directory)
+    source = demonstrations(options.base.horizon, options.faults, options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / options.steps, 0.02))
+    with tqdm(range(options.steps), desc="warm start", unit="step", disable=not progress) as bar:
+        for _ in bar:
+            batch = [encode(shown, stream) for shown in islice(source, options.batch_size)]
+            loss = _fit(model, optimizer, schedule, batch, stream.pad_id)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     model.save_pretrained(directory)
+
+
+def _load(policy: Path, directory: Path) -> tuple[PreTrainedModel, TokenStream]:
+    """A saved policy, to be trained further; its tokenizer goes into `directory` unchanged."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32), TokenStream(tokenizer, [tool_schema()])
+
+
+def _fit(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch: list[tuple[list[int], list[int]]],
+    pad_id: int,
+) -> float:
+    """One step on (ids, labels) pairs; returns the loss."""
+    logits, wanted = _predict(model, batch, pad_id)
+    loss = torch.nn.functional.cross_entropy(logits, wanted)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
+
+
+def _predict(
+    model: PreTrainedModel, batch: list[tuple[list[int], list[int]]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, vocabulary) logits and (N,) labels of the batch's N labelled tokens, row by row."""
+    ids = pad([x for x, _ in batch], pad_id)
+    labels = pad([y for _, y in batch], IGNORE)[:, 1:]
+    # Right padding and causal attention: no token attends to padding, so no mask is needed (and sdpa is faster).
+    hidden = model.model(ids[:, :-1]).last_hidden_state
+    return model.lm_head(hidden[labels != IGNORE]), labels[labels != IGNORE]
+
+
+@torch.inference_mode()
+def skill(model: PreTrainedModel, conversations: list[tuple[list[int], list[int]]], pad_id: int) -> float:
+    """The share of conversations whose every labelled token is the model's first choice.
+
+    For a faultless expert that is the share that greedy decoding solves: it would say the same, token by token.
+    """
+    logits, wanted = _predict(model, conversations, pad_id)
+    wrong = (logits.argmax(-1) != wanted).tolist()
+    at, solved = 0, 0
+    for _, labels in conversations:
+        count = sum(label != IGNORE for label in labels[1:])
+        solved += not any(wrong[at : at + count])
+        at += count
+    return solved / len(conversations)
 
 
 def drill(stream: TokenStream, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -184,26 +279,44 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def ensure_warm_start(options: WarmStartOptions, cache_directory: str | Path, *, progress: bool = True) -> Path:
-    """The directory of a trained policy (model, tokenizer, `warm_start.json`), trained now or found in the cache.
+    """The directory of a trained policy (model, tokenizer, `options.json`), trained now or found in the cache."""
+    cache = Path(cache_directory)
 
-    An entry appears by one rename, so a killed or a concurrent run never leaves half of one behind.
+    def base(wanted: BaseOptions) -> Path:
+        def make(directory: Path) -> None:
+            start = None if wanted.horizon == HORIZON else base(replace(wanted, horizon=HORIZON))
+            train_base(wanted, start, directory, progress=progress)
+
+        return _ensure(cache / f"base-{wanted.key}", asdict(wanted), make)
+
+    def make(directory: Path) -> None:
+        train_habits(options, base(options.base), directory, progress=progress)
+
+    return _ensure(cache / options.key, asdict(options), make)
+
+
+def _ensure(target: Path, facts: dict, make: Callable[[Path], None]) -> Path:
+    """`target`, made now when it is not there. It appears by one rename: a killed run leaves no half of it behind.
+
+    Two runs that want the same entry: one makes it, the other waits.
     """
-    target = Path(cache_directory) / options.key
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        train(options, partial, progress=progress)
-        (partial / "warm_start.json").write_text(json.dumps(asdict(options), indent=1))
-        os.chmod(partial, 0o755)  # mkdtemp makes it private
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if target.exists():
+            return target
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # batches this small gain nothing from a second thread; the result stays reproducible
         try:
+            make(partial)
+            (partial / "options.json").write_text(json.dumps(facts, indent=1))
+            os.chmod(partial, 0o755)  # mkdtemp makes it private
             partial.rename(target)
-        except OSError:
-            if not target.exists():  # anything but a concurrent run that was first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            torch.set_num_threads(threads)
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -211,9 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="cache directory; the policy lands in OUT/<key>")
     parser.add_argument("--seed", type=int, default=WarmStartOptions.seed)
-    parser.add_argument("--fault-scale", type=float, default=WarmStartOptions.fault_scale)
+    parser.add_argument("--horizon", type=int, default=HORIZON, help="the longest number of dependent calls")
+    parser.add_argument("--success", type=float, default=WarmStartOptions.success, help="of the expert")
     args = parser.parse_args()
-    print(ensure_warm_start(WarmStartOptions(seed=args.seed, fault_scale=args.fault_scale), args.out))
+    options = WarmStartOptions(seed=args.seed, success=args.success, base=BaseOptions(horizon=args.horizon))
+    print(ensure_warm_start(options, args.out))
 
 
 if __name__ == "__main__":

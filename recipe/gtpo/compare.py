@@ -1,19 +1,28 @@
 """Run a matrix of methods x seeds: `python -m recipe.gtpo.compare methods=gtpo,grpo seeds=0..4 [hydra overrides]`.
 
-A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`. Cells that are complete are skipped, so the same
-command goes on where it was stopped; a cell that fails is started once more and then reported. Then:
+A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`, or with horizons=
+`OUT/<method>-h<horizon>-seed<seed>`. Cells that are complete are skipped, so the same command goes on where it was
+stopped; a cell that fails is started once more and then reported. Then:
 `python -m recipe.gtpo.report OUT -o OUT/report`.
 
 Keys of this command; everything else goes to each run as it is:
     methods   comma-separated files of recipe/gtpo/config/method          (gtpo,grpo)
     seeds     comma-separated, or a range FIRST..LAST with both ends      (0..4)
+    horizons  the same, of the task's longest chain of dependent calls    (the task's own)
     steps     training steps of a cell                                    (the task's own)
     out       folder of all cells                                         (outputs/compare)
     engine    verl: recipe.gtpo.main; twin: benchmarks/twin.py            (verl)
-    parallel  cells that run at once                                      (1)
-    ray       address of a Ray cluster's job server (http://HOST:8265): cells become Ray jobs; OUT is a path that all
-              nodes share                                                 (none: processes on this machine)
-    hours     limit of a cell                                             (24)
+    parallel  cells that run at once                                      (1; with ray= it has to be given)
+    ray       job server of a Ray cluster (http://HOST:8265): cells become its jobs (none: processes on this machine)
+    hours     limit of a cell, from its start                             (24)
+
+On a cluster `parallel` cells are submitted at a time, the next one when one ends. Set it to the cells that the GPUs
+hold at once: free GPUs / (trainer.nnodes x trainer.n_gpus_per_node), so 4 on 4 idle nodes of 8 GPUs for cells of one
+node. With more, a cell does not wait for GPUs: verl ends it at its start ("Total available GPUs ... is less than
+..."), and after a second attempt it counts as failed. With less, GPUs stay idle. Cells take hardware=multi_node and a
+tool_server.url that all nodes reach, also with trainer.nnodes=1: Ray chooses the node of their workers. This
+repository, its .venv and OUT are paths that all nodes share; the drivers of the cells run where Ray runs jobs, on the
+head node by default.
 """
 
 from __future__ import annotations
@@ -39,13 +48,17 @@ ROOT = Path(__file__).parents[2]
 DEFAULTS = {
     "methods": "gtpo,grpo",
     "seeds": "0..4",
+    "horizons": "",
     "steps": "",
     "out": "outputs/compare",
     "engine": "verl",
-    "parallel": "1",
+    "parallel": "",
     "ray": "",
     "hours": "24",
 }
+#: What a cell sets itself, by the names that the engines know it by.
+_CELL_SETS = {"method", "seed", "run_dir", "trainer.total_training_steps", "--method", "--seed", "--run-dir", "--steps"}
+_HORIZON = {"task.horizon", "--horizon"}
 _POLL_SECONDS = 1.0
 
 
@@ -58,6 +71,7 @@ class Cell:
     dir: Path
     command: tuple[str, ...]
     steps: int | None  # None: the task's own number
+    horizon: int | None = None  # None: the task's own
 
     @property
     def name(self) -> str:
@@ -72,16 +86,19 @@ class Cell:
         return self.steps is None or json.loads(summary.read_text())["steps"][1] >= self.steps
 
 
-def parse_seeds(text: str) -> list[int]:
-    """`0..4` or `1,2,7`. Raises ValueError."""
-    if ".." in text:
-        first, last = (int(part) for part in text.split("..", 1))
-        seeds = list(range(first, last + 1))
-    else:
-        seeds = [int(part) for part in text.split(",")]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={text}: at least one, each once")
-    return seeds
+def parse_integers(key: str, text: str) -> list[int]:
+    """`0..4` or `1,2,7`. Raises ValueError, which names `key`."""
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split("..", 1))
+            integers = list(range(first, last + 1))
+        else:
+            integers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{key}={text}: no integers, neither as A,B,C nor as FIRST..LAST") from None
+    if not integers or len(set(integers)) < len(integers):
+        raise ValueError(f"{key}={text}: at least one, each once")
+    return integers
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -97,41 +114,41 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
-    """All cells, seed by seed, so that an early look compares methods on the same seeds.
+    """All cells, seed by seed and then by horizon: an early look compares methods on the same seeds and horizons.
 
     Raises:
-        ValueError: an unknown method or engine, malformed seeds, or an override that a cell sets itself.
+        ValueError: an unknown method or engine, malformed seeds or horizons, or an override that a cell sets itself.
     """
     methods = own["methods"].split(",")
     for method in methods:
         method_file(method)
     if own["engine"] not in ("verl", "twin"):
         raise ValueError(f"unknown engine {own['engine']!r}; engines: verl, twin")
+    horizons: Sequence[int | None] = parse_integers("horizons", own["horizons"]) if own["horizons"] else [None]
     for override in overrides:
-        if override.split("=", 1)[0].lstrip("+") in ("method", "seed", "run_dir", "trainer.total_training_steps"):
-            raise ValueError(f"{override}: a cell sets this itself; use methods=, seeds=, out=, steps=")
+        name = override.split("=", 1)[0].lstrip("+")
+        if name in _CELL_SETS or (name in _HORIZON and own["horizons"]):
+            raise ValueError(f"{override}: a cell sets this itself; use methods=, seeds=, horizons=, out=, steps=")
     steps = int(own["steps"]) if own["steps"] else None
     cells = []
-    for seed in parse_seeds(own["seeds"]):
-        for method in methods:
-            run_dir = Path(own["out"]).resolve() / f"{method}-seed{seed}"
-            cells.append(
-                Cell(method, seed, run_dir, _command(own["engine"], method, seed, run_dir, steps, overrides), steps)
-            )
+    for seed in parse_integers("seeds", own["seeds"]):
+        for horizon in horizons:
+            for method in methods:
+                name = f"{method}-seed{seed}" if horizon is None else f"{method}-h{horizon}-seed{seed}"
+                run_dir = Path(own["out"]).resolve() / name
+                settings = {"method": method, "seed": seed, "run_dir": run_dir, "steps": steps, "horizon": horizon}
+                command = (sys.executable, *_command(own["engine"], settings), *overrides)
+                cells.append(Cell(method, seed, run_dir, command, steps, horizon))
     return cells
 
 
-def _command(
-    engine: str, method: str, seed: int, run_dir: Path, steps: int | None, overrides: Sequence[str]
-) -> tuple[str, ...]:
-    limit: tuple[str, ...]
+def _command(engine: str, settings: Mapping[str, Any]) -> list[str]:
+    """The engine's program with `settings` in its own words; what is None is left to the task."""
+    given = {name: str(value) for name, value in settings.items() if value is not None}
     if engine == "twin":
-        limit = () if steps is None else ("--steps", str(steps))
-        command = ("benchmarks/twin.py", "--method", method, "--seed", str(seed), "--run-dir", str(run_dir), *limit)
-    else:
-        limit = () if steps is None else (f"trainer.total_training_steps={steps}",)
-        command = ("-m", "recipe.gtpo.main", f"method={method}", f"seed={seed}", f"run_dir={run_dir}", *limit)
-    return (sys.executable, *command, *overrides)
+        return ["benchmarks/twin.py", *(w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v))]
+    names = {"steps": "trainer.total_training_steps", "horizon": "task.horizon"}
+    return ["-m", "recipe.gtpo.main", *(f"{names.get(k, k)}={v}" for k, v in given.items())]
 
 
 class Job(Protocol):
@@ -263,6 +280,19 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
     return outcome
 
 
+def at_once(own: Mapping[str, str]) -> int:
+    """The number of cells that run at once. Raises ValueError: on a cluster only the user knows how many fit."""
+    if own["ray"] and not own["parallel"]:
+        raise ValueError(
+            f"ray={own['ray']} needs parallel=, the number of cells that the cluster's GPUs hold at once: "
+            "free GPUs / (trainer.nnodes x trainer.n_gpus_per_node). A cell that finds fewer fails, it does not wait"
+        )
+    parallel = int(own["parallel"] or 1)
+    if parallel < 1:
+        raise ValueError(f"parallel={parallel}: at least 1")
+    return parallel
+
+
 def _step(run_dir: Path) -> int:
     lines = RunRecord(run_dir).read_metrics()
     return lines[-1]["step"] if lines else 0
@@ -275,7 +305,7 @@ def main(arguments: Sequence[str]) -> int:
     own, overrides = parse(arguments)
     try:
         cells = matrix(own, overrides)
-        parallel, hours = int(own["parallel"]), float(own["hours"])
+        parallel, hours = at_once(own), float(own["hours"])
     except ValueError as e:
         print(f"compare: error: {e}", file=sys.stderr)
         return 1

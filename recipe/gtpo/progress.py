@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from recipe.gtpo.run_record import RunRecord
@@ -99,6 +99,7 @@ def summarize(record: RunRecord, config: DictConfig, seconds: float | None = Non
     summary: dict[str, Any] = {
         "method": config.method,
         "task": config.task.name,
+        "horizon": OmegaConf.select(config, "task.horizon"),
         "seed": config.seed,
         "steps": [first["step"], last["step"]],
         "accuracy": [validation_accuracy(first["metrics"]), validation_accuracy(last["metrics"])],

@@ -4,7 +4,8 @@ RUNS are run folders, or folders of run folders (what `recipe.gtpo.compare` leav
 (self-contained), the same figures as PNG, the table as `table.md`, and every number as `report.json`.
 
 Everything is read from the runs' own records. Accuracy is the raw outcome on held-out problems, sampled as the run's
-config says (temperature 1 by default).
+config says (temperature 1 by default). Runs at several horizons (longest number of dependent tool calls) are compared
+within each, with an overview across them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,7 @@ class Run:
     method: str
     task: str
     engine: str
+    horizon: int | None  # None: the task has none, or the record is older than the knob
     seed: int
     lines: list[dict[str, Any]]  # metrics.jsonl
     start: dict[str, Any]  # the last entry of versions.json
@@ -57,9 +59,15 @@ class Run:
         record = RunRecord(folder)
         summary = json.loads((folder / "summary.json").read_text())
         starts = json.loads((folder / "versions.json").read_text())
-        engine = summary.get("engine", "verl")
         run = cls(
-            folder, summary["method"], summary["task"], engine, summary["seed"], record.read_metrics(), starts[-1]
+            dir=folder,
+            method=summary["method"],
+            task=summary["task"],
+            engine=summary.get("engine", "verl"),
+            horizon=summary.get("horizon"),
+            seed=summary["seed"],
+            lines=record.read_metrics(),
+            start=starts[-1],
         )
         if len(run.curve) < 2:
             raise ValueError(f"{folder}: no validation before and after training; set trainer.test_freq")
@@ -117,7 +125,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in the given folders.
 
     Raises:
-        ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps).
+        ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps; some
+            name a horizon and some do not).
     """
     folders: list[Path] = []
     for path in paths:
@@ -126,11 +135,15 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             raise ValueError(f"{path}: no finished run (no summary.json in it or in its folders)")
         folders += found
     runs = [Run.load(folder) for folder in folders]
-    seen: dict[tuple[str, int], Run] = {}
+    seen: dict[tuple[str, int | None, int], Run] = {}
     for run in runs:
-        other = seen.setdefault((run.method, run.seed), run)
+        other = seen.setdefault((run.method, run.horizon, run.seed), run)
         if other is not run:
-            raise ValueError(f"{run.dir} and {other.dir} are both {run.method} with seed {run.seed}")
+            at = "" if run.horizon is None else f" at horizon {run.horizon}"
+            raise ValueError(f"{run.dir} and {other.dir} are both {run.method} with seed {run.seed}{at}")
+        if (run.horizon is None) != (runs[0].horizon is None):
+            without, known = sorted((run, runs[0]), key=lambda r: r.horizon is not None)
+            raise ValueError(f"{without.dir} does not say its horizon, {known.dir} does: they cannot be compared")
         for what in ("task", "engine"):
             if getattr(run, what) != getattr(runs[0], what):
                 raise ValueError(f"{run.dir} and {runs[0].dir} differ in {what}: they cannot be compared")
@@ -139,6 +152,14 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
                 f"{run.dir} ends at step {max(run.curve)}, {runs[0].dir} at {max(runs[0].curve)}: not comparable"
             )
     return runs
+
+
+def by_horizon(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
+    """The runs that may be compared with each other, shortest horizon first."""
+    groups: dict[int | None, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda r: r.horizon or 0):
+        groups[run.horizon].append(run)
+    return dict(groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,9 +227,10 @@ def paired(runs: Sequence[Run], method: str, value: Callable[[Run], float]) -> P
 
 @dataclass(frozen=True)
 class Row:
-    """One method in the table."""
+    """One method at one horizon in the table."""
 
     method: str
+    horizon: int | None
     seeds: list[int]
     final: Interval
     area: Interval
@@ -225,7 +247,12 @@ class Row:
 
 
 def make_rows(runs: Sequence[Run], threshold: float) -> list[Row]:
-    """One row a method, the best mean of final accuracy and area first."""
+    """One row a method and horizon; within a horizon the best mean of final accuracy and area first."""
+    return [row for members in by_horizon(runs).values() for row in _rows(members, threshold)]
+
+
+def _rows(runs: Sequence[Run], threshold: float) -> list[Row]:
+    """Of one horizon."""
     by_method: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda r: r.seed):
         by_method[run.method].append(run)
@@ -248,6 +275,7 @@ def make_rows(runs: Sequence[Run], threshold: float) -> list[Row]:
         rows.append(
             Row(
                 method=method,
+                horizon=runs[0].horizon,
                 seeds=[r.seed for r in members],
                 final=t_interval([r.final for r in members]),
                 area=t_interval([r.area for r in members]),
@@ -274,161 +302,315 @@ def _mean(values: Sequence[float | None]) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
+_MEASURES = {"final": "final accuracy", "area": "area"}
+_MANY_CLASSES = 12
+_BASELINE_COLOUR = "#3b4048"
+_COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b4fa3", "#8c564b", "#6b8e23", "#c2185b",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Figure:
     """A PNG in the report's folder and what the page says around it."""
 
     file: str
+    width: int  # on the page, in pixels
     title: str
     caption: str
 
 
-def draw(runs: Sequence[Run], rows: Sequence[Row], out: Path) -> list[Figure]:
-    """Write the PNGs. Returns them in the order of the page."""
-    import matplotlib
+@dataclass(frozen=True)
+class Sheet:
+    """Where the figures of a section go. A method has the same colour in all of them."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    out: Path
+    methods: Sequence[str]
+    prefix: str = ""
 
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "legend.frameon": False,
-        }
-    )
-    methods = [row.method for row in rows]
-    palette = plt.get_cmap("tab10")
-    colour = {method: palette(i % 10) for i, method in enumerate(sorted(methods))}
-    figures: list[Figure] = []
+    def colour(self, method: str) -> str:
+        others = sorted(set(self.methods) - {BASELINE})
+        return _BASELINE_COLOUR if method == BASELINE else _COLOURS[others.index(method) % len(_COLOURS)]
 
-    def save(figure: Any, name: str, title: str, caption: str) -> None:
-        figure.tight_layout()
-        figure.savefig(out / f"{name}.png")
+    def panels(self, height: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
+        """A figure and its (height, columns) axes."""
+        import matplotlib  # only who draws pays for the import
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        look = {"spines.top": False, "spines.right": False, "grid": True, "titlesize": 10, "axisbelow": True}
+        plt.rc("axes", **look)
+        plt.rc("grid", alpha=0.25)
+        plt.rc("figure", dpi=130)
+        plt.rc("legend", frameon=False, fontsize=9)
+        return plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained", **shared)
+
+    def grid(self, count: int) -> tuple[Any, list[Any]]:
+        """A figure and its `count` equal axes, at most three side by side."""
+        columns = min(3, count)
+        height = -(-count // columns)
+        size = (10 if columns > 1 else 7, 0.6 + {1: 3.6, 2: 3.2, 3: 2.6}[columns] * height)
+        figure, axes = self.panels(height, columns, size, sharex=True, sharey=True)
+        for axis in axes.flat[count:]:
+            axis.set_visible(False)
+        for axis in axes.flat[max(0, count - columns) : count]:
+            axis.tick_params(labelbottom=True)  # where the panel below is empty, too
+        return figure, list(axes.flat[:count])
+
+    def save(self, figure: Any, name: str, title: str, caption: str) -> Figure:
+        import matplotlib.pyplot as plt
+
+        file = f"{self.prefix}{name}.png"
+        figure.savefig(self.out / file)
         plt.close(figure)
-        figures.append(Figure(f"{name}.png", title, caption))
+        return Figure(file, round(100 * figure.get_figwidth()), title, caption)
 
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for method in methods:
-        points = _by_step([run.curve for run in runs if run.method == method])
-        bands = [t_interval(values) for values in points.values()]
-        steps = list(points)
-        count = max(b.count for b in bands)
-        axis.plot(steps, [b.mean for b in bands], "o-", ms=3, color=colour[method], label=f"{method} (n={count})")
-        if all(b.low is not None for b in bands):
-            low, high = [b.low for b in bands], [b.high for b in bands]
-            axis.fill_between(steps, low, high, color=colour[method], alpha=0.12, lw=0)
-    axis.set(xlabel="training step", ylabel="held-out accuracy (sampled)", ylim=(0, 1))
-    axis.legend(fontsize=8, loc="lower right")
-    save(
+
+def draw(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> list[Figure]:
+    """Write the PNGs of one horizon. Returns them in the order of the page."""
+    figures = (_learning_curves, _paired_differences, _credit_by_turn, _group_signal, _problem_classes)
+    return [made for figure in figures if (made := figure(runs, rows, sheet)) is not None]
+
+
+def draw_overview(rows: Sequence[Row], sheet: Sheet) -> list[Figure]:
+    """The same for what only several horizons show."""
+    figures = (_differences_by_horizon, _accuracy_by_horizon)
+    return [made for figure in figures if (made := figure(rows, sheet)) is not None]
+
+
+def _learning_curves(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure:
+    seeds = {row.method: len(row.seeds) for row in rows}
+    shown = [method for method in seeds if method != BASELINE] or [BASELINE]
+    figure, axes = sheet.grid(len(shown))
+    for axis, method in zip(axes, shown, strict=True):
+        for name in dict.fromkeys([m for m in (BASELINE, method) if m in seeds]):
+            points = _by_step([run.curve for run in runs if run.method == name])
+            bands = [t_interval(values) for values in points.values()]
+            label = f"{name} (n={seeds[name]})"
+            axis.plot(list(points), [b.mean for b in bands], "o-", ms=3, color=sheet.colour(name), label=label)
+            if all(b.low is not None for b in bands):
+                low, high = [b.low for b in bands], [b.high for b in bands]
+                axis.fill_between(list(points), low, high, color=sheet.colour(name), alpha=0.14, lw=0)
+        axis.set_title(f"{method} (n={seeds[method]})", color=sheet.colour(method))
+    axes[0].set_ylim(0, min(1.0, axes[0].get_ylim()[1]))
+    if BASELINE in seeds and shown != [BASELINE]:
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines[:1], [f"{labels[0]}, in every panel"], loc="outside upper right")
+    figure.supxlabel("training step", fontsize=10)
+    figure.supylabel("held-out accuracy (sampled)", fontsize=10)
+    return sheet.save(
         figure,
         "learning_curves",
         "Learning curves",
-        "Mean over seeds; the band is the 95% t interval at each validated step.",
+        "Mean over seeds at each validated step; the band is the 95% t interval of that mean. It holds how much seeds "
+        "differ, which is much the same for all methods: bands that overlap do not show that two methods are alike. "
+        "The paired differences leave that part out.",
     )
 
-    compared = [row for row in rows if row.final_difference is not None]
-    if compared:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.45 * len(compared)), sharey=True)
-        for axis, what in zip(axes, ("final", "area"), strict=True):
-            for y, row in enumerate(reversed(compared)):
-                difference = getattr(row, f"{what}_difference")
-                dots = [100 * d for d in difference.by_seed.values()]
-                axis.plot(dots, [y + 0.2] * len(dots), "o", ms=4, alpha=0.5, color=colour[row.method])
-                interval = difference.interval
-                if interval.low is not None:
-                    axis.plot([100 * interval.low, 100 * interval.high], [y, y], color=colour[row.method], lw=3)
-                axis.plot([100 * interval.mean], [y], "D", ms=6, color=colour[row.method])
-            axis.axvline(0, color="black", lw=0.8)
-            axis.set_yticks(range(len(compared)), [row.method for row in reversed(compared)])
-            axis.set_ylim(-0.6, len(compared) - 0.4)
-            axis.set_xlabel(
-                f"{'final accuracy' if what == 'final' else 'area under the curve'}, points over {BASELINE}"
-            )
-        save(
-            figure,
-            "paired_differences",
-            f"Against {BASELINE}, seed by seed",
-            f"Each dot is one seed: the method minus {BASELINE} on the same seed. Diamond: mean; bar: 95% bootstrap "
-            "interval of the mean.",
-        )
 
-    indices = sorted(
-        {
-            int(key.rsplit("/t", 1)[1])
-            for run in runs
-            for line in run.lines
-            for key in line["metrics"]
-            if key.startswith("gtpo/by_turn/advantage/mean/t")
-        }
+def _paired_differences(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure | None:
+    compared = [row for row in reversed(rows) if row.final_difference is not None]
+    labels = [f"{row.method} (n={len(row.final_difference.by_seed)})" for row in compared if row.final_difference]
+    if not compared:
+        return None
+    figure, axes = sheet.panels(1, 2, (10, 1.1 + 0.45 * len(compared)), sharex=True, sharey=True)
+    for axis, (what, label) in zip(axes.flat, _MEASURES.items(), strict=True):
+        for y, row in enumerate(compared):
+            difference: Paired = getattr(row, f"{what}_difference")
+            colour, interval = sheet.colour(row.method), difference.interval
+            dots = [100 * d for d in difference.by_seed.values()]
+            axis.plot(dots, [y + 0.22] * len(dots), "o", ms=4, alpha=0.5, mew=0, color=colour)
+            if interval.low is not None and interval.high is not None:
+                axis.plot([100 * interval.low, 100 * interval.high], [y, y], color=colour, lw=3)
+            axis.plot([100 * interval.mean], [y], "D", ms=6, color=colour)
+        axis.axvline(0, color=_BASELINE_COLOUR, lw=0.9)
+        axis.set_yticks(range(len(compared)), labels)
+        axis.set_ylim(-0.6, len(compared) - 0.4)
+        axis.set_xlabel(f"{label}, points over {BASELINE}")
+    return sheet.save(
+        figure,
+        "paired_differences",
+        f"Against {BASELINE}, seed by seed",
+        f"Each dot is one seed: the method minus {BASELINE} on the same seed. Diamond: mean; bar: 95% bootstrap "
+        "interval of the mean. n is the number of seeds in common; with few, the bar is shorter than it should be.",
     )
-    if indices:
-        columns = min(3, len(methods))
-        height = -(-len(methods) // columns)
-        shape = (3.4 * columns, 2.5 * height + 0.3)
-        figure, grid = plt.subplots(height, columns, figsize=shape, sharex=True, sharey=True, squeeze=False)
-        shades = plt.get_cmap("viridis")
-        for axis, method in zip(grid.flat, methods, strict=False):
-            for k in indices:
-                name = f"gtpo/by_turn/advantage/mean/t{k}"
-                points = _by_step([run.series(name) for run in runs if run.method == method])
-                steps, means = list(points), [statistics.fmean(v) for v in points.values()]
-                axis.plot(steps, _smooth(means), lw=1.4, color=shades(k / max(1, indices[-1])), label=f"turn {k + 1}")
-            axis.axhline(0, color="black", lw=0.6)
-            axis.set_title(method, fontsize=9)
-        for axis in grid.flat[len(methods) :]:
-            axis.set_visible(False)
-        grid[0][0].legend(fontsize=7, ncols=2)
-        figure.supxlabel("training step", fontsize=9)
-        figure.supylabel("mean advantage of the turn", fontsize=9)
-        save(
-            figure,
-            "credit_by_turn",
-            "Credit by turn",
-            "Where credit went: mean advantage of each turn index over the trajectories that have it (running mean of "
-            "five steps). An outcome-only method gives all turns of a trajectory the same.",
-        )
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.35 * len(methods)), sharey=True)
-    panels = (
-        ("gtpo/groups/unsolved_signal/mean", "mean |advantage| in groups\nthat nobody solved"),
-        ("gtpo/groups/all_solved_first_turn_advantage/mean", "first turn's advantage in\ngroups that all solved"),
-        ("gtpo/groups/all_solved_last_turn_advantage/mean", "last turn's advantage in\ngroups that all solved"),
+
+def _credit_by_turn(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure | None:
+    name = "gtpo/by_turn/advantage/mean/t"
+    found = {key for run in runs for line in run.lines for key in line["metrics"] if key.startswith(name)}
+    indices = sorted(int(key.removeprefix(name)) for key in found)
+    if not indices:
+        return None
+    import matplotlib
+
+    figure, axes = sheet.grid(len(rows))
+    shades = [matplotlib.colormaps["viridis"](0.9 * k / max(1, indices[-1])) for k in indices]
+    for axis, row in zip(axes, rows, strict=True):
+        for k, shade in zip(indices, shades, strict=True):
+            points = _by_step([run.series(f"{name}{k}") for run in runs if run.method == row.method])
+            means = _smooth([statistics.fmean(v) for v in points.values()])
+            axis.plot(list(points), means, lw=1.4, color=shade, label=f"turn {k + 1}")
+        axis.axhline(0, color=_BASELINE_COLOUR, lw=0.7)
+        axis.set_title(row.method)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(9, len(indices)))
+    figure.supxlabel("training step", fontsize=10)
+    figure.supylabel("mean advantage of the turn", fontsize=10)
+    return sheet.save(
+        figure,
+        "credit_by_turn",
+        "Credit by turn",
+        "Where credit went: mean advantage of each turn index over the trajectories that have it (running mean of five "
+        "steps, mean over seeds). Few trajectories have the last turns, so their lines are noisy; long "
+        "conversations are also the ones where something went wrong. An outcome-only method gives all turns of a "
+        "trajectory the same.",
     )
-    for axis, (metric, title) in zip(axes, panels, strict=True):
-        for y, method in enumerate(reversed(methods)):
-            value = _mean([run.mean(metric) for run in runs if run.method == method])
-            axis.barh(y, value or 0.0, color=colour[method], alpha=0.8)
-        axis.axvline(0, color="black", lw=0.8)
-        axis.set_yticks(range(len(methods)), list(reversed(methods)))
-        axis.set_title(title, fontsize=9)
-    save(
+
+
+def _group_signal(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure:
+    panels = {
+        "gtpo/groups/unsolved_signal/mean": "mean |advantage| in groups\nthat nobody solved",
+        "gtpo/groups/all_solved_first_turn_advantage/mean": "first turn's advantage in\ngroups that all solved",
+        "gtpo/groups/all_solved_last_turn_advantage/mean": "last turn's advantage in\ngroups that all solved",
+    }
+    methods = [row.method for row in reversed(rows)]
+    figure, axes = sheet.panels(1, 3, (10, 1.2 + 0.34 * len(methods)), sharey=True)
+    for axis, (metric, title) in zip(axes.flat, panels.items(), strict=True):
+        values = [_mean([run.mean(metric) for run in runs if run.method == method]) for method in methods]
+        for y, (method, value) in enumerate(zip(methods, values, strict=True)):
+            axis.barh(y, value or 0.0, 0.65, color=sheet.colour(method), alpha=0.85)
+            said = " no such group" if value is None else f" {value:.2f} "
+            axis.annotate(said, (value or 0.0, y), va="center", ha="right" if (value or 0) < 0 else "left", fontsize=8)
+        axis.axvline(0, color=_BASELINE_COLOUR, lw=0.9)
+        axis.margins(x=0.3)
+        if not any(value is not None for value in values):
+            axis.set_xticks([])  # no scale where there is nothing
+        axis.tick_params(axis="x", labelsize=9)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.set_title(title)
+    return sheet.save(
         figure,
         "group_signal",
         "Groups without a contrast",
         "What a method says to groups without a contrast in outcome: those that nobody solved (only format and "
-        "closeness can differ there) and those that all solved (only length can).",
+        "closeness can differ there) and those that all solved (only length can). Mean over the training steps that "
+        "had such a group, then over seeds.",
     )
 
-    classes = sorted({name for run in runs for name in run.classes})
-    if classes:
-        figure, axis = plt.subplots(figsize=(max(8, 0.9 * len(classes)), 3.6))
-        width = 0.8 / len(methods)
-        for i, method in enumerate(methods):
-            members = [run for run in runs if run.method == method]
-            heights = [_mean([run.classes.get(name) for run in members]) or 0.0 for name in classes]
-            offsets = [x - 0.4 + width * (i + 0.5) for x in range(len(classes))]
-            axis.bar(offsets, heights, width, color=colour[method], label=method)
-        axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right", fontsize=8)
-        axis.set_ylabel("final accuracy")
-        axis.legend(fontsize=7, ncols=3)
-        save(figure, "problem_classes", "Problem classes", "Final held-out accuracy by problem class, mean over seeds.")
-    return figures
+
+def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure | None:
+    """A table of accuracies, shaded by the difference from the baseline."""
+    tables = {row.method: _class_means([run.classes for run in runs if run.method == row.method]) for row in rows}
+    classes = list(dict.fromkeys(name for table in tables.values() for name in table))
+    if not classes:
+        return None
+    caption = "Final held-out accuracy in percent by problem class"
+    if len(classes) > _MANY_CLASSES:
+        tables = {method: _by_length(table) for method, table in tables.items()}
+        caption = (
+            f"Final held-out accuracy in percent by number of steps; each of the {len(classes)} classes counts alike"
+        )
+        classes = list(dict.fromkeys(name for table in tables.values() for name in table))
+    classes.sort(key=lambda name: (name.count("-"), name))
+    values = np.array([[100 * tables[row.method].get(name, np.nan) for name in classes] for row in rows])
+    base = tables.get(BASELINE, {})
+    gains = values - [100 * base.get(name, np.nan) for name in classes]
+    size = (max(4.5, min(10, 2.6 + 0.75 * len(classes))), 1.0 + 0.34 * len(rows))
+    figure, axes = sheet.panels(1, 1, size)
+    axis = axes[0, 0]
+    shades = np.clip(np.nan_to_num(gains), -15, 15)
+    axis.imshow(shades, cmap="RdBu", vmin=-25, vmax=25, aspect="auto")  # pale enough for the numbers
+    for (y, x), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axis.annotate(f"{value:.0f}", (x, y), ha="center", va="center", fontsize=9)
+    axis.set_xticks(range(len(classes)), classes, rotation=0 if len(classes) < 8 else 30, ha="center")
+    axis.set_yticks(range(len(rows)), [row.method for row in rows])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+    return sheet.save(
+        figure,
+        "problem_classes",
+        "Problem classes",
+        f"{caption}, mean over seeds. Blue: above {BASELINE}, red: below; the colour stops at 15 points. A class has "
+        "few problems, so its numbers are noisier than the whole: no intervals are given and none of them is a claim.",
+    )
+
+
+def _class_means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over the runs that have the class."""
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
+
+
+def _by_length(table: Mapping[str, float]) -> dict[str, float]:
+    """Classes such as `add-mul` by their number of steps."""
+    lengths: dict[int, list[float]] = defaultdict(list)
+    for name, value in table.items():
+        lengths[name.count("-") + 1].append(value)
+    return {f"{k} step{'s' * (k > 1)}": statistics.fmean(values) for k, values in sorted(lengths.items())}
+
+
+def _horizons(rows: Sequence[Row]) -> list[int]:
+    return sorted({row.horizon for row in rows if row.horizon is not None})
+
+
+def _lines_over_horizons(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], list[float]]]:
+    """A method, its rows by horizon, and their places on the x axis: side by side rather than on top of each other."""
+    methods = sorted({row.method for row in rows})
+    for i, method in enumerate(methods):
+        line = [row for row in rows if row.method == method]
+        yield (
+            method,
+            line,
+            [row.horizon + 0.4 * ((i + 0.5) / len(methods) - 0.5) for row in line if row.horizon is not None],
+        )
+
+
+def _differences_by_horizon(rows: Sequence[Row], sheet: Sheet) -> Figure | None:
+    compared = [row for row in rows if row.final_difference is not None]
+    if not compared:
+        return None
+    figure, axes = sheet.panels(1, 2, (10, 4.2), sharex=True, sharey=True)
+    for axis, (what, label) in zip(axes.flat, _MEASURES.items(), strict=True):
+        for method, line, x in _lines_over_horizons(compared):
+            found = [getattr(row, f"{what}_difference").interval for row in line]
+            mean = [100 * i.mean for i in found]
+            low = [100 * (i.mean - (i.mean if i.low is None else i.low)) for i in found]
+            high = [100 * ((i.mean if i.high is None else i.high) - i.mean) for i in found]
+            axis.errorbar(
+                x, mean, (low, high), fmt="o-", ms=5, lw=1.4, elinewidth=2, color=sheet.colour(method), label=method
+            )
+        axis.axhline(0, color=_BASELINE_COLOUR, lw=0.9)
+        axis.set(title=label, xlabel="horizon", xticks=_horizons(rows))
+    axes[0, 0].set_ylabel(f"points over {BASELINE}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return sheet.save(
+        figure,
+        "differences_by_horizon",
+        f"Against {BASELINE}, by horizon",
+        f"The method minus {BASELINE} on the same seeds and the same horizon: mean and its 95% bootstrap interval "
+        "(none with a single seed). Lines only join a method's points. Methods are set a little apart to be seen.",
+    )
+
+
+def _accuracy_by_horizon(rows: Sequence[Row], sheet: Sheet) -> Figure:
+    figure, axes = sheet.panels(1, 1, (7, 3.6))
+    axis = axes[0, 0]
+    for method, line, x in _lines_over_horizons(rows):
+        axis.plot(x, [row.final.mean for row in line], "o-", ms=5, color=sheet.colour(method), label=method)
+        axis.plot(x, [row.start for row in line], "o--", ms=5, mfc="white", lw=1, color=sheet.colour(method))
+    axis.set(xlabel="horizon", ylabel="held-out accuracy", xticks=_horizons(rows))
+    axis.set_ylim(0, min(1.0, axis.get_ylim()[1]))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    return sheet.save(
+        figure,
+        "accuracy_by_horizon",
+        "Start and end, by horizon",
+        "Mean held-out accuracy over seeds, before training (hollow, dashed) and at the end (filled). A horizon has "
+        "its own problems and starting policies: heights at two horizons differ for more reasons than the method.",
+    )
 
 
 def _by_step(series: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
@@ -444,39 +626,40 @@ def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Page
 
-HEADERS = (
-    "method",
-    "seeds",
-    "final accuracy",
-    "area",
-    "final over grpo, points",
-    "wins-losses, p",
-    "steps to {threshold:g}",
-    "turns",
-    "tool errors",
-    "first-turn call",
-    "s / step",
-    "step time / grpo's",
+Column = tuple[str, Callable[[Row], str]]
+
+_NAMES: tuple[Column, ...] = (
+    ("horizon", lambda row: str(row.horizon)),  # only where there are several
+    ("method", lambda row: row.method),
+    ("seeds", lambda row: str(len(row.seeds))),
+)
+_ACCURACY: tuple[Column, ...] = (
+    ("final accuracy", lambda row: _plus_minus(row.final)),
+    ("area", lambda row: _plus_minus(row.area)),
+    (f"final over {BASELINE}, points", lambda row: _points(row.final_difference)),
+    ("wins-losses, p", lambda row: _wins(row.final_difference)),
+    (f"area over {BASELINE}, points", lambda row: _points(row.area_difference)),
+    ("steps to {threshold:g}", lambda row: "not reached" if row.reached is None else f"{row.reached:g}"),
+)
+_BEHAVIOUR: tuple[Column, ...] = (
+    ("turns", lambda row: _number(row.turns, "{:.2f}")),
+    ("tool errors", lambda row: _number(row.tool_error, "{:.3f}")),
+    ("first-turn call", lambda row: _number(row.first_turn_call, "{:.3f}")),
+    ("s / step", lambda row: _number(row.step_seconds, "{:.2f}")),
+    (f"step time / {BASELINE}'s", lambda row: _number(row.step_cost, "{:.3f}")),
+    (f"advantage phase over {BASELINE}'s, % of a step", lambda row: _number(row.adv_cost, "{:+.2%}").rstrip("%")),
 )
 
 
-def cells(row: Row) -> list[str]:
-    """The row as text, in the order of HEADERS."""
-    difference = row.final_difference
-    return [
-        row.method,
-        str(len(row.seeds)),
-        _plus_minus(row.final),
-        _plus_minus(row.area),
-        "" if difference is None else _points(difference.interval),
-        "" if difference is None else f"{difference.wins}-{difference.losses}, {difference.p_value:.2g}",
-        "not reached" if row.reached is None else f"{row.reached:g}",
-        _number(row.turns, 2),
-        _number(row.tool_error, 3),
-        _number(row.first_turn_call, 3),
-        _number(row.step_seconds, 2),
-        _number(row.step_cost, 3),
-    ]
+def tabulate(rows: Sequence[Row], columns: Sequence[Column], threshold: float) -> list[list[str]]:
+    """The header and one line a row, as text."""
+    chosen = [*_NAMES[0 if _several(rows) else 1 :], *columns]
+    return [[name.format(threshold=threshold) for name, _ in chosen], *([text(r) for _, text in chosen] for r in rows)]
+
+
+def _several(rows: Sequence[Row]) -> bool:
+    """Whether horizons have to be named."""
+    return len({row.horizon for row in rows}) > 1
 
 
 def _plus_minus(interval: Interval) -> str:
@@ -485,27 +668,30 @@ def _plus_minus(interval: Interval) -> str:
     return f"{interval.mean:.3f} ± {(interval.high - interval.low) / 2:.3f}"
 
 
-def _points(interval: Interval) -> str:
+def _points(difference: Paired | None) -> str:
+    if difference is None:
+        return ""
+    interval = difference.interval
     if interval.low is None or interval.high is None:
         return f"{100 * interval.mean:+.1f}"
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _wins(difference: Paired | None) -> str:
+    return "" if difference is None else f"{difference.wins}-{difference.losses}, {difference.p_value:.2g}"
 
 
-def headers(threshold: float) -> list[str]:
-    return [h.format(threshold=threshold) for h in HEADERS]
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def markdown(rows: Sequence[Row], threshold: float) -> str:
-    lines = [headers(threshold), ["---"] * len(HEADERS), *map(cells, rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    head, *body = tabulate(rows, [*_ACCURACY, *_BEHAVIOUR], threshold)
+    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *body])
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """One sentence a method, in words that follow from the interval alone."""
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """One sentence a method and horizon, in words that follow from the interval of the final accuracy alone."""
     said = []
     for row in rows:
         d = row.final_difference
@@ -519,25 +705,52 @@ def verdict(rows: Sequence[Row]) -> str:
             what = f"not told apart from {BASELINE}"
         if d.interval.count < CLAIM_SEEDS and d.interval.low * d.interval.high > 0:
             what += " here, on too few seeds for a claim"
-        said.append(f"{row.method}: {what} ({_points(d.interval)} points, {d.interval.count} seeds)")
-    return "; ".join(said) + "." if said else f"No method shares two seeds with {BASELINE}: nothing can be said."
+        name = f"{row.method} at horizon {row.horizon}" if _several(rows) else row.method
+        said.append(f"{name}: {what} ({_points(d)} points, {d.interval.count} seeds)")
+    return said or [f"No method shares two seeds with {BASELINE}: nothing can be said"]
 
 
-def _table(rows: Sequence[Row], threshold: float) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers(threshold))
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(row)) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def verdict(rows: Sequence[Row]) -> str:
+    return "; ".join(verdicts(rows)) + "."
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column], threshold: float) -> str:
+    """A horizon is a <tbody>."""
+    head, *lines = tabulate(rows, columns, threshold)
+    parts: dict[int | None, str] = defaultdict(str)
+    for row, line in zip(rows, lines, strict=True):
+        parts[row.horizon] += _line("td", line, head)
+    body = "".join(f"<tbody>{part}</tbody>" for part in parts.values())
+    return f'<div class="wide"><table><thead>{_line("th", head, head)}</thead>{body}</table></div>'
+
+
+def _line(tag: str, texts: Sequence[str], head: Sequence[str]) -> str:
+    kinds = (' class="name"' if name == "method" else "" for name in head)
+    return "<tr>" + "".join(f"<{tag}{k}>{html.escape(t)}</{tag}>" for t, k in zip(texts, kinds, strict=True)) + "</tr>"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    title: str
+    figures: Sequence[Figure]
 
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; max-width: 1060px; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; display: block }
-table { overflow-x: auto }
+h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: .3rem }
+h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .7rem; border-top: 1px solid #d5d8dc }
+h3 { font-size: 1.05rem; margin: 1.8rem 0 .5rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #e3e5e8; text-align: right; white-space: nowrap }
-th { vertical-align: bottom; white-space: normal; color: #5a6068; font-weight: 600 }
-th:first-child, td:first-child { text-align: left; font-weight: 600 }
-figure { margin: 0 0 1.2rem } img { max-width: 100% } figcaption, .quiet { color: #5a6068; font-size: 13px }
+th { vertical-align: bottom; white-space: normal; color: #5a6068; font-weight: 600; max-width: 9rem }
+.name { text-align: left; font-weight: 600; position: sticky; left: 0; background: #fff }
+tbody + tbody { border-top: 2px solid #aab0b8 }
+figure { margin: 0 0 1.2rem } img { max-width: 100%; height: auto }
+figcaption, .quiet { color: #5a6068; font-size: 13px; max-width: 52rem }
+ul { padding-left: 1.2rem } nav a { margin-right: .9rem }
 pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; font-size: 12px } summary { cursor: pointer }
 """
 
@@ -545,39 +758,50 @@ pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; font-size: 12px } s
 def _figure(figure: Figure, out: Path) -> str:
     image = base64.b64encode((out / figure.file).read_bytes()).decode()
     return (
-        f"<h2>{html.escape(figure.title)}</h2><figure>"
-        f'<img alt="{html.escape(figure.title)}" src="data:image/png;base64,{image}">'
+        f"<h3>{html.escape(figure.title)}</h3><figure>"
+        f'<img alt="{html.escape(figure.title)}" width="{figure.width}" src="data:image/png;base64,{image}">'
         f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
     )
 
 
-def page(runs: Sequence[Run], rows: Sequence[Row], figures: Sequence[Figure], out: Path, threshold: float) -> str:
+def page(runs: Sequence[Run], rows: Sequence[Row], sections: Sequence[Section], out: Path, threshold: float) -> str:
     """The self-contained HTML page."""
     first = runs[0]
     commits = ", ".join(sorted({str(run.start.get("commit")) for run in runs}))
     machines = "; ".join(sorted({f"{r.start.get('machine')}, {r.start.get('cores')} cores" for r in runs}))
     commands = "\n".join(sorted(command_of(run) for run in runs))
-    costs = "; ".join(
-        f"{row.method}: step {row.step_cost:.3f}x, advantage phase {100 * row.adv_cost:+.2f}% of a step"
-        for row in rows
-        if row.step_cost is not None and row.adv_cost is not None and row.method != BASELINE
+    methods, seeds = {run.method for run in runs}, {run.seed for run in runs}
+    horizons = [str(horizon) for horizon in by_horizon(runs) if horizon is not None]
+    at = f", horizon{'s' * (len(horizons) > 1)} {', '.join(horizons)}" if horizons else ""
+    title = f"{first.task}: {len(methods)} methods{at}"
+    within = " within a horizon" if len(horizons) > 1 else ""
+    intervals = 2 * sum(row.final_difference is not None for row in rows)
+    links = "".join(f'<a href="#s{i}">{html.escape(part.title)}</a>' for i, part in enumerate(sections))
+    body = "".join(
+        f'<h2 id="s{i}">{html.escape(part.title)}</h2>' + "".join(_figure(figure, out) for figure in part.figures)
+        for i, part in enumerate(sections)
     )
-    body = "".join(_figure(figure, out) for figure in figures)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>{html.escape(first.task)}: {len(rows)} methods</title><style>{_STYLE}</style>
-<h1>{html.escape(first.task)}: {len(rows)} methods, {len(runs)} runs</h1>
-<p class="quiet">engine {html.escape(first.engine)}, {max(first.curve)} steps, commit {html.escape(commits)};
-{html.escape(machines)}</p>
-<p>{html.escape(verdict(rows))}</p>
-<h2>Table</h2>{_table(rows, threshold)}
+<title>{html.escape(title)}</title><style>{_STYLE}</style>
+<h1>{html.escape(title)}</h1>
+<p class="quiet">{len(runs)} runs, {len(seeds)} seeds, {max(first.curve)} steps, engine {html.escape(first.engine)},
+commit {html.escape(commits)}; {html.escape(machines)}</p>
+<p><b>How to read this.</b> Accuracy is the share of held-out problems that a sampled trajectory solves. A method is
+compared with {BASELINE} seed by seed{within}. It differs where the 95% interval of that difference leaves 0 out; a
+claim also takes {CLAIM_SEEDS} seeds. By chance alone about one such interval in twenty leaves 0 out, and this page
+has {intervals}.</p>
+<ul>{"".join(f"<li>{html.escape(said)}</li>" for said in verdicts(rows))}</ul>
+<nav>{links if len(sections) > 1 else ""}</nav>
+<h2>Accuracy</h2>{_table(rows, _ACCURACY, threshold)}
 <p class="quiet">Mean over seeds ± half of the 95% t interval. Area: mean height of the learning curve. Differences
-are paired by seed, with a 95% bootstrap interval and a two-sided sign test. Rows are in the order of final accuracy and
-area together.</p>
+are paired by seed, with a 95% bootstrap interval of the mean; wins, losses and the two-sided sign test are of the final
+accuracy. Rows{within} are in the order of final accuracy and area together.</p>
+<h2>Behaviour and cost</h2>{_table(rows, _BEHAVIOUR, threshold)}
+<p class="quiet">Turns, share with a tool error and share whose first turn calls the tool: at the last validation. Times
+are medians over steps, their ratios medians over common seeds. The step time holds the rollout's own noise (other
+samples, other lengths) and whatever else ran on the machine; the advantage phase is what the method itself costs.</p>
 {body}
-<h2>Cost of a step</h2><p>{html.escape(costs) or "No seed in common with the baseline."}</p>
-<p class="quiet">Median over steps and common seeds, everything else equal. The step time holds the rollout's own noise
-(other samples, other lengths); the advantage phase is what the method itself costs.</p>
 <h2>Commands</h2><p class="quiet">OUT is the folder of all runs.</p>
 <details><summary>{len(runs)} runs</summary><pre>{html.escape(commands)}</pre></details>
 </html>
@@ -596,7 +820,13 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
     runs = load_runs(paths)
     rows = make_rows(runs, threshold)
     out.mkdir(parents=True, exist_ok=True)
-    figures = draw(runs, rows, out)
+    methods = [row.method for row in rows]
+    groups = by_horizon(runs)
+    sections = [Section("Across horizons", draw_overview(rows, Sheet(out, methods)))] if len(groups) > 1 else []
+    for horizon, members in groups.items():
+        title, prefix = (f"Horizon {horizon}", f"h{horizon}_") if len(groups) > 1 else ("Figures", "")
+        theirs = [row for row in rows if row.horizon == horizon]
+        sections.append(Section(title, draw(members, theirs, Sheet(out, methods, prefix))))
     (out / "table.md").write_text(markdown(rows, threshold))
     facts = {
         "task": runs[0].task,
@@ -607,6 +837,7 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
         "runs": [
             {
                 "method": r.method,
+                "horizon": r.horizon,
                 "seed": r.seed,
                 "curve": r.curve,
                 "classes": r.classes,
@@ -617,7 +848,7 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
         ],
     }
     (out / "report.json").write_text(json.dumps(facts, indent=1, default=lambda o: o.__dict__))
-    (out / "index.html").write_text(page(runs, rows, figures, out, threshold))
+    (out / "index.html").write_text(page(runs, rows, sections, out, threshold))
     return rows
 
 

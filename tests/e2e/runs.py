@@ -18,9 +18,9 @@ from recipe.gtpo.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: The embedded default, as small as it gets: a policy after three steps of warm start, two prompts x two rollouts.
+#: The embedded default, as small as it gets: a policy after four steps of warm start, two prompts x two rollouts.
 TOY = (
-    "+task.prepare.warm_start={steps: 3, batch_size: 8}",
+    "+task.prepare.warm_start={steps: 1, base: {skill: 0.0, check_every: 3}}",
     "task.prepare.train_problems=64",
     "task.prepare.validation_problems=4",
     "data.train_batch_size=2",

@@ -1,4 +1,6 @@
-"""The comparison of methods, end to end at toy size: two methods x one seed x two steps under verl, then the report."""
+"""The comparison of methods, end to end at toy size: two methods x one seed x one horizon x two steps under verl, then
+the report.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ def test_two_methods_become_one_report_whose_numbers_are_the_runs_own(tmp_path):
         "examples/compare_baselines.sh",
         "methods=gtpo,grpo",
         "seeds=1",
+        "horizons=1",
         "steps=2",
         f"out={out}",
         *TOY,
@@ -32,9 +35,9 @@ def test_two_methods_become_one_report_whose_numbers_are_the_runs_own(tmp_path):
     assert "2 complete, 0 were, 0 failed" in text
 
     facts = json.loads((out / "report" / "report.json").read_text())
-    assert [(r["method"], r["seed"]) for r in facts["runs"]] == [("grpo", 1), ("gtpo", 1)]
+    assert [(r["method"], r["seed"], r["horizon"]) for r in facts["runs"]] == [("grpo", 1, 1), ("gtpo", 1, 1)]
     for one in facts["runs"]:
-        lines = RunRecord(out / f"{one['method']}-seed1").read_metrics()
+        lines = RunRecord(out / f"{one['method']}-h1-seed1").read_metrics()
         recorded = {str(x["step"]): x["metrics"].get("val-core/arithmetic/acc/mean@1") for x in lines}
         assert one["curve"] == {step: value for step, value in recorded.items() if value is not None}
         assert set(one["curve"]) == {"0", "2"}

@@ -49,17 +49,20 @@ def run_stock(tmp_path, *overrides: str) -> subprocess.CompletedProcess:
     """Two steps of verl's main_ppo; the tool server it needs runs for as long."""
     made = prepare(
         seed=1,
+        horizon=2,
+        success=0.2,
         train_problems=64,
         validation_problems=4,
         cache=str(tmp_path.parent),
-        warm_start={"steps": 3, "batch_size": 8},
+        warm_start={"steps": 1, "base": {"skill": 0.0, "check_every": 3}},
     )
     command = [
         *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=gtpo", *CPU),
         f"actor_rollout_ref.model.path={made['actor_rollout_ref.model.path']}",
         f"data.train_files={made['data.train_files']}",
         f"data.val_files={made['data.val_files']}",
-        *("data.train_batch_size=2", "data.max_prompt_length=96", "data.max_response_length=32"),
+        f"data.max_prompt_length={made['data.max_prompt_length']}",
+        *("data.train_batch_size=2", "data.max_response_length=32"),
         *("actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.actor.use_dynamic_bsz=true"),
         *("actor_rollout_ref.rollout.n=2", "actor_rollout_ref.rollout.multi_turn.enable=true"),
         f"actor_rollout_ref.rollout.multi_turn.tool_config_path={CONFIG_DIR / 'tools' / 'calculator.yaml'}",

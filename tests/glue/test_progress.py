@@ -46,6 +46,7 @@ def test_the_summary_compares_the_first_and_the_last_validation(record, capsys):
     assert summary == {
         "method": "gtpo",
         "task": "arithmetic",
+        "horizon": None,
         "seed": 3,
         "steps": [0, 2],
         "accuracy": [0.25, 0.5],
@@ -61,6 +62,11 @@ def test_the_summary_compares_the_first_and_the_last_validation(record, capsys):
     assert "first turn calls the tool        0.500     0.750" in lines
     assert not any("malformed" in line for line in lines)  # one of its two numbers is missing
     assert lines[-1] == f"outputs: {record.dir}"
+
+
+def test_the_summary_names_the_horizon_of_a_task_that_has_one(record):
+    record.write_metrics(0, validation(0.25))
+    assert summarize(record, OmegaConf.merge(CONFIG, {"task": {"horizon": 4}}))["horizon"] == 4
 
 
 def test_a_run_without_validation_says_so_and_writes_no_summary(record, capsys):

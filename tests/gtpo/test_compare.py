@@ -1,4 +1,4 @@
-"""The matrix: which cells there are, what is skipped, tried again, reported, and ended.
+"""The matrix: which cells there are, how many run at once, what is skipped, tried again, reported, and ended.
 
 Cells are small Python programs in place of trainings; processes are real.
 """
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from recipe.gtpo import compare
-from recipe.gtpo.compare import Cell, LocalJob, matrix, parse, parse_seeds, run_matrix
+from recipe.gtpo.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
 
 pytestmark = pytest.mark.unit
 
@@ -78,8 +78,12 @@ def test_the_twin_takes_the_same_cells(tmp_path):
         (["engine=slime"], "unknown engine 'slime'"),
         (["seeds=1,1"], "each once"),
         (["seeds=4..2"], "at least one"),
+        (["seeds=one"], "seeds=one: no integers"),
+        (["horizons=2,2"], "horizons=2,2: .*each once"),
+        (["horizons=1..x"], "horizons=1..x: no integers"),
         (["trainer.total_training_steps=5"], "a cell sets this itself"),
         (["seed=5"], "a cell sets this itself"),
+        (["engine=twin", "--seed", "5"], "a cell sets this itself"),
     ],
 )
 def test_a_wrong_matrix_is_refused(arguments, message):
@@ -88,8 +92,53 @@ def test_a_wrong_matrix_is_refused(arguments, message):
 
 
 def test_seeds_are_a_list_or_a_range_with_both_ends():
-    assert parse_seeds("0..3") == [0, 1, 2, 3]
-    assert parse_seeds("7,2") == [7, 2]
+    assert parse_integers("seeds", "0..3") == [0, 1, 2, 3]
+    assert parse_integers("seeds", "7,2") == [7, 2]
+
+
+def test_horizons_are_a_third_axis_and_pairs_stay_together(tmp_path):
+    own, rest = parse(["methods=gtpo,grpo", "seeds=3..4", "horizons=1,6", f"out={tmp_path}", "steps=7", "a=1"])
+    cells = matrix(own, rest)
+    assert [c.name for c in cells] == [
+        "gtpo-h1-seed3", "grpo-h1-seed3", "gtpo-h6-seed3", "grpo-h6-seed3",
+        "gtpo-h1-seed4", "grpo-h1-seed4", "gtpo-h6-seed4", "grpo-h6-seed4",
+    ]  # fmt: skip
+    assert [(c.seed, c.horizon) for c in cells[1:3]] == [(3, 1), (3, 6)]
+    assert cells[3].command[3:] == (
+        "method=grpo", "seed=3", f"run_dir={cells[3].dir}", "trainer.total_training_steps=7", "task.horizon=6", "a=1",
+    )  # fmt: skip
+    # the same chain in two methods: nothing else differs
+    assert [a for a, b in zip(cells[2].command, cells[3].command, strict=True) if a != b] == [
+        "method=gtpo",
+        f"run_dir={cells[2].dir}",
+    ]
+
+
+def test_the_twin_gets_the_horizon_in_its_own_words(tmp_path):
+    cells = matrix(*parse(["methods=gtpo", "seeds=5", "horizons=2..3", "engine=twin", f"out={tmp_path}"]))
+    assert [c.command[-2:] for c in cells] == [("--horizon", "2"), ("--horizon", "3")]
+
+
+@pytest.mark.parametrize("override", ["task.horizon=3", "+task.horizon=3", "--horizon", "--horizon=3"])
+def test_a_horizon_by_hand_is_an_override_like_others_until_it_is_an_axis(override, tmp_path):
+    (one,) = matrix(*parse(["methods=gtpo", "seeds=1", f"out={tmp_path}", override]))
+    assert one.name == "gtpo-seed1" and one.horizon is None and one.command[-1] == override
+    with pytest.raises(ValueError, match="a cell sets this itself"):
+        matrix(*parse(["horizons=1..3", override]))
+
+
+def test_one_cell_at_a_time_here_and_as_many_as_the_user_says_on_a_cluster():
+    assert at_once(parse([])[0]) == 1
+    assert at_once(parse(["parallel=3"])[0]) == 3
+    assert at_once(parse(["ray=http://head:8265", "parallel=4"])[0]) == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        at_once(parse(["parallel=0"])[0])
+
+
+def test_a_cluster_without_a_number_of_cells_is_refused_before_anything_starts(tmp_path, capsys):
+    assert compare.main(["ray=http://head:8265", "methods=gtpo", "seeds=1", f"out={tmp_path}"]) == 1
+    assert "ray=http://head:8265 needs parallel=" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_complete_is_skipped_and_what_is_short_is_not(tmp_path):

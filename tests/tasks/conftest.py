@@ -10,14 +10,12 @@ from transformers import AutoTokenizer
 
 from recipe.gtpo.tasks.arithmetic import tool_schema
 from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import train
+from recipe.gtpo.tasks.warm_start import ensure_warm_start
 
 
 @pytest.fixture(scope="session")
 def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("toy_policy")
-    train(TOY, directory, progress=False)
-    return directory
+    return ensure_warm_start(TOY, tmp_path_factory.mktemp("toy_policies"), progress=False)
 
 
 @pytest.fixture(scope="session")

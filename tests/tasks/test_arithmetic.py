@@ -7,12 +7,15 @@ import itertools
 import pytest
 
 from recipe.gtpo.tasks.arithmetic import (
+    HORIZON,
     MAX_CODE_LENGTH,
     MAX_STEPS,
     SYMBOLS,
     VALUE_RANGE,
+    Limits,
     compute_score,
     sample_problems,
+    step_mix,
     take,
     tool_schema,
     write_splits,
@@ -45,16 +48,26 @@ def test_a_stream_does_not_repeat_itself():
     assert len({(p.start, p.steps) for p in problems}) == len(problems)
 
 
-def test_horizon_is_the_distribution_of_step_counts():
+def test_mix_is_the_distribution_of_step_counts():
     counts = [len(p.steps) for p in take(sample_problems("train", 1, {1: 1, 3: 3}), 2000)]
     assert set(counts) == {1, 3}
     assert counts.count(3) / len(counts) == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize("horizon", [{}, {0: 1.0}, {MAX_STEPS + 1: 1.0}, {1: -1.0, 2: 2.0}, {1: 0.0}])
-def test_malformed_horizon_raises(horizon):
-    with pytest.raises(ValueError, match="horizon must map step counts"):
-        next(sample_problems("train", 1, horizon))
+@pytest.mark.parametrize("mix", [{}, {0: 1.0}, {MAX_STEPS + 1: 1.0}, {1: -1.0, 2: 2.0}, {1: 0.0}])
+def test_malformed_mix_raises(mix):
+    with pytest.raises(ValueError, match="the mix must map step counts"):
+        next(sample_problems("train", 1, mix))
+
+
+def test_the_horizon_is_the_longest_chain_and_sets_the_limits():
+    assert step_mix(1) == {1: 1.0}
+    assert step_mix(4) == {3: 0.4, 4: 0.6}
+    assert take(sample_problems("train", 1), 20) == take(sample_problems("train", 1, step_mix(HORIZON)), 20)
+    assert Limits.of(4) == Limits(prompt=128, response=320, turns=7)
+    for horizon in (0, MAX_STEPS + 1):
+        with pytest.raises(ValueError, match=f"horizon={horizon}: the task has 1 to {MAX_STEPS}"):
+            step_mix(horizon)
 
 
 def test_unknown_split_raises_with_the_valid_names():

@@ -8,9 +8,19 @@ from collections import Counter
 import pytest
 
 from recipe.gtpo.parsing import extract_answer, judge_format
-from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, compute_score, sample_problems, take, tool_schema
+from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, compute_score, sample_problems, step_mix, take, tool_schema
 from recipe.gtpo.tasks.calculator import respond
-from recipe.gtpo.tasks.experts import FAULT_MIX, FAULTS, STAGES, demonstrate, scale_faults, write_turn
+from recipe.gtpo.tasks.experts import (
+    FAULT_MIX,
+    FAULTS,
+    MODE,
+    STAGES,
+    demonstrate,
+    faults_for,
+    scale_faults,
+    write_answer,
+    write_turn,
+)
 from recipe.gtpo.turns import FormatReason
 
 pytestmark = pytest.mark.unit
@@ -108,8 +118,33 @@ def test_faults_come_at_the_rates_of_the_table():
 
 def test_default_mix_has_faults_that_are_the_mode_and_faults_that_are_not():
     rows = [row for stage in ("first", "later") for row in FAULT_MIX[stage].values()]
-    assert any(max(row.values()) >= 0.8 for row in rows)
+    assert any(max(row.values()) >= MODE for row in rows)
     assert any(0 < max(row.values()) <= 0.25 for row in rows)
+
+
+@pytest.mark.parametrize("horizon", [3, 4, 6])
+def test_minor_faults_get_rarer_until_the_expert_succeeds_as_often_as_asked(horizon):
+    mix = faults_for(0.2, step_mix(horizon))
+    rng = random.Random(5)
+    shown = [demonstrate(problem, mix, rng) for problem in take(sample_problems("train", 7, step_mix(horizon)), 2000)]
+    solved = sum(d.turns[-1] == write_answer(d.problem.answer) for d in shown) / len(shown)
+    assert solved == pytest.approx(0.2, abs=0.03)
+    # the modal faults are untouched, the others have shrunk by one factor
+    factors = set()
+    for stage, rows in FAULT_MIX.items():
+        for operation, row in rows.items():
+            for fault, p in row.items():
+                if max(row.values()) >= MODE:
+                    assert mix[stage][operation][fault] == p
+                else:
+                    factors.add(round(mix[stage][operation][fault] / p, 9))
+    assert len(factors) == 1 and factors.pop() < 1
+
+
+def test_faults_never_get_more_frequent_than_the_table_and_modal_ones_bound_the_success():
+    assert faults_for(0.2, step_mix(1)) == FAULT_MIX
+    with pytest.raises(ValueError, match="success=0.9 is out of reach"):
+        faults_for(0.9, step_mix(2))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from recipe.gtpo.tasks.arithmetic import sample_problems, take, tool_schema
 from recipe.gtpo.tasks.experts import FAULT_MIX, demonstrate, scale_faults, write_answer, write_call
 from recipe.gtpo.tasks.policy import train_tokenizer
-from recipe.gtpo.tasks.warm_start import IGNORE, WarmStartOptions, encode
+from recipe.gtpo.tasks.warm_start import IGNORE, BaseOptions, encode
 
 pytestmark = pytest.mark.unit
 
@@ -105,7 +105,7 @@ def test_every_digit_is_a_token(stream):
 def test_vocabulary_model_and_tokenizer_agree(toy_policy, stream):
     config = AutoConfig.from_pretrained(toy_policy)
     assert config.model_type == "qwen2"
-    assert config.vocab_size == len(stream.tokenizer) == WarmStartOptions.vocab_size
+    assert config.vocab_size == len(stream.tokenizer) == BaseOptions.vocab_size
     assert config.eos_token_id == stream.eos_id
     assert config.tie_word_embeddings
 
@@ -113,7 +113,7 @@ def test_vocabulary_model_and_tokenizer_agree(toy_policy, stream):
 def test_default_policy_is_tiny(tmp_path, stream):
     from recipe.gtpo.tasks.policy import build_model
 
-    options = WarmStartOptions()
+    options = BaseOptions()
     model = build_model(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.report import Run
-from recipe.gtpo.tasks.arithmetic import HORIZON, Problem, Step, sample_problems, take
+from recipe.gtpo.tasks.arithmetic import Problem, Step, sample_problems, take
 from recipe.gtpo.tasks.experts import write_answer, write_call
 from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome
 
@@ -64,7 +64,7 @@ def test_an_answer_that_only_the_tool_said_does_not_score(stream):
 
 
 def test_limits_end_a_conversation_and_are_not_the_policys_fault(stream):
-    trajectory = converse(stream, *[write_call("1+1")] * twin.Limits().turns).trajectory()
+    trajectory = converse(stream, *[write_call("1+1")] * twin.LIMITS.turns).trajectory()
     assert trajectory.finish is Finish.TURN_LIMIT
     assert trajectory.turns[-1].outcomes == () and trajectory.turns[-1].broken is None
 
@@ -154,7 +154,7 @@ def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp
         seed=1,
         steps=2,
         learning_rate=1e-3,
-        horizon={1: 1.0},
+        horizon=1,
         eval_problems=4,
         eval_every=1,
         run_dir=tmp_path,
@@ -165,11 +165,4 @@ def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp
     assert set(run.classes) <= {"add", "sub", "mul"} and run.classes
     assert {"gtpo/acc/mean", "gtpo/by_turn/advantage/mean/t0", "actor/grad_norm"} <= run.lines[1]["metrics"].keys()
     assert "val-aux/arithmetic/greedy_acc/mean@1" in run.lines[-1]["metrics"]
-
-
-def test_the_limits_are_those_of_the_embedded_task_and_grow_with_the_horizon():
-    task = OmegaConf.load(ROOT / "recipe/gtpo/config/task/arithmetic.yaml")
-    turns = task.actor_rollout_ref.rollout.multi_turn.max_assistant_turns
-    limits = twin.Limits.of(HORIZON)
-    assert limits == twin.Limits(turns, task.data.max_response_length) == twin.Limits()
-    assert twin.Limits.of({4: 1.0}) == twin.Limits(turns=7, response=320)
+    assert json.loads((tmp_path / "summary.json").read_text())["horizon"] == 1

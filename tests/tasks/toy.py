@@ -1,7 +1,8 @@
 """Options of a warm start that takes a second and teaches nothing."""
 
-from recipe.gtpo.tasks.warm_start import WarmStartOptions
+from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions
 
-TOY = WarmStartOptions(
-    seed=3, hidden_size=16, layers=1, intermediate_size=16, steps=3, drill_steps=1, clean_steps=2, batch_size=2
+TOY_BASE = BaseOptions(
+    hidden_size=16, layers=1, intermediate_size=16, skill=0.0, check_every=3, drill_steps=1, batch_size=2
 )
+TOY = WarmStartOptions(seed=3, steps=2, batch_size=2, base=TOY_BASE)

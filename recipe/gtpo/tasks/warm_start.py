@@ -89,6 +89,9 @@ class WarmStartOptions:
     learning_rate: float = 1.3e-3  # at the first step, falling to almost 0
     base: BaseOptions = BaseOptions()
 
+    def __post_init__(self) -> None:
+        _ = self.faults  # refused before any work
+
     @property
     def key(self) -> str:
         return _key(asdict(self))

@@ -8,7 +8,16 @@ from collections import Counter
 import pytest
 
 from recipe.gtpo.parsing import extract_answer, judge_format
-from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, compute_score, sample_problems, step_mix, take, tool_schema
+from recipe.gtpo.tasks.arithmetic import (
+    SYMBOLS,
+    Problem,
+    Step,
+    compute_score,
+    sample_problems,
+    step_mix,
+    take,
+    tool_schema,
+)
 from recipe.gtpo.tasks.calculator import respond
 from recipe.gtpo.tasks.experts import (
     FAULT_MIX,
@@ -143,7 +152,7 @@ def test_minor_faults_get_rarer_until_the_expert_succeeds_as_often_as_asked(hori
 
 def test_faults_never_get_more_frequent_than_the_table_and_modal_ones_bound_the_success():
     assert faults_for(0.2, step_mix(1)) == FAULT_MIX
-    with pytest.raises(ValueError, match="success=0.9 is out of reach"):
+    with pytest.raises(ValueError, match=r"success=0\.9 is out of reach"):
         faults_for(0.9, step_mix(2))
 
 

@@ -70,13 +70,13 @@ def test_limits_end_a_conversation_and_are_not_the_policys_fault(stream):
 
 
 def test_shared_cache_gives_the_log_probs_of_a_fresh_forward_pass(stream, toy_policy, monkeypatch):
-    """Also after tool messages were fed and after finished rows left the batch."""
+    """Also for prompts that rows share, after tool messages were fed, and after finished rows left the batch."""
     outcome = ToolOutcome("ok", "42", 0.0)
     monkeypatch.setattr(twin, "respond", lambda text, schemas: ((ToolCall("python", {"code": "42"}),), (outcome,)))
     torch.manual_seed(1)
     # The toy policy is close to uniform: a turn ends with probability 1/512 a token, somewhere in most conversations.
     model = AutoModelForCausalLM.from_pretrained(toy_policy).eval()
-    problems = take(sample_problems("train", 1, {1: 1, 6: 1}), 24)
+    problems = [p for p in take(sample_problems("train", 1, {1: 1, 6: 1}), 12) for _ in range(2)]  # of a group
     conversations = twin.roll_out(model, stream, problems)
     assert sum(len(c.turns) > 1 for c in conversations) >= 3
     assert len({len(c.ids) for c in conversations}) > 1

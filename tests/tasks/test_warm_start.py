@@ -140,9 +140,9 @@ def test_options_are_the_key():
 def test_malformed_options_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="horizon=9: the task has 1 to 6"):
         BaseOptions(horizon=9)
-    with pytest.raises(ValueError, match="success=0.99 is out of reach"):
+    with pytest.raises(ValueError, match=r"success=0\.99 is out of reach"):
         WarmStartOptions(success=0.99)
-    with pytest.raises(ValueError, match="success=0.99 is out of reach"):
+    with pytest.raises(ValueError, match=r"success=0\.99 is out of reach"):
         prepare(seed=1, horizon=2, success=0.99, train_problems=8, validation_problems=8, cache=str(tmp_path))
 
 

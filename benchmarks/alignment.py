@@ -1,6 +1,6 @@
 """How far a method's gradient points where the outcome's does: cosines on the embedded policy, method by method.
 
-    python benchmarks/alignment.py --seeds 301,302,306 --after 0 20
+    python benchmarks/alignment.py --seeds 501,502 --horizon 4 --after 0 15
 
 The outcome's gradient is that of the success rate alone: raw outcome minus the mean of its group, no scale, no format
 penalty, no shaping, averaged over `--reference` batches. A method's gradient is that of one other batch; the row
@@ -27,9 +27,9 @@ import twin
 
 from recipe.gtpo.options import GTPOOptions, ShapingOptions
 from recipe.gtpo.similarity import make_similarity
-from recipe.gtpo.tasks.arithmetic import Problem, sample_problems, take, tool_schema
+from recipe.gtpo.tasks.arithmetic import HORIZON, Limits, Problem, sample_problems, step_mix, take, tool_schema
 from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import WarmStartOptions, ensure_warm_start
+from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
 
 METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_no_return", "gtpo_no_turn_reward", "gtpo_turn", "gtpo_batch",
            "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip
@@ -39,9 +39,11 @@ OUTCOME = twin.Method(
 GROUPS = [str(i // twin.ROLLOUTS) for i in range(twin.PROMPTS * twin.ROLLOUTS)]
 
 
-def batch(model: PreTrainedModel, stream: TokenStream, source: Iterator[Problem]) -> list[twin.Conversation]:
+def batch(
+    model: PreTrainedModel, stream: TokenStream, source: Iterator[Problem], limits: Limits
+) -> list[twin.Conversation]:
     problems = [problem for problem in take(source, twin.PROMPTS) for _ in range(twin.ROLLOUTS)]
-    return twin.roll_out(model, stream, problems)
+    return twin.roll_out(model, stream, problems, limits=limits)
 
 
 def gradient(
@@ -63,7 +65,8 @@ def gradient(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="301,302,306", help="of the warm starts and the problems")
+    parser.add_argument("--seeds", default="501,502", help="of the warm starts and the problems")
+    parser.add_argument("--horizon", type=int, default=HORIZON, help="the longest number of dependent calls, 1 to 6")
     parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of GRPO, ascending")
     parser.add_argument("--lr", type=float, default=5e-4, help="of those steps")
     parser.add_argument("--batches", type=int, default=6, help="measured, one cosine each")
@@ -71,29 +74,30 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    limits = Limits.of(args.horizon)
     methods = {"outcome": OUTCOME} | {name: twin.Method.load(name, []) for name in METHODS}
     cosines: dict[tuple[str, int], list[float]] = defaultdict(list)
     for seed in map(int, args.seeds.split(",")):
         torch.manual_seed(seed)
-        policy = ensure_warm_start(WarmStartOptions(seed=seed), args.cache)
+        policy = ensure_warm_start(WarmStartOptions(seed=seed, base=BaseOptions(horizon=args.horizon)), args.cache)
         stream = TokenStream(AutoTokenizer.from_pretrained(policy), [tool_schema()])
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         still = torch.optim.SGD(model.parameters(), lr=0.0)
         adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-        source = sample_problems("train", seed)
+        source = sample_problems("train", seed, step_mix(args.horizon))
         trained = 0
         for after in args.after:
             for _ in range(after - trained):
-                gradient(model, adam, batch(model, stream, source), methods["grpo"], stream.pad_id)
+                gradient(model, adam, batch(model, stream, source, limits), methods["grpo"], stream.pad_id)
             trained = after
             reference = torch.stack(
                 [
-                    gradient(model, still, batch(model, stream, source), OUTCOME, stream.pad_id)
+                    gradient(model, still, batch(model, stream, source, limits), OUTCOME, stream.pad_id)
                     for _ in range(args.reference)
                 ]
             ).mean(dim=0)
             for _ in range(args.batches):
-                conversations = batch(model, stream, source)
+                conversations = batch(model, stream, source, limits)
                 for name, method in methods.items():
                     found = gradient(model, still, conversations, method, stream.pad_id)
                     cosines[name, after].append(float(torch.cosine_similarity(found, reference, dim=0)))

@@ -487,7 +487,7 @@ def main() -> None:
     parser.add_argument("--method", default="gtpo", help="a file of recipe/gtpo/config/method")
     parser.add_argument("--seed", type=int, default=1, help="of the problems and the sampling")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--horizon", type=int, default=HORIZON, help="the longest number of dependent calls, 1 to 6")
     parser.add_argument("--warm-start-seed", type=int, help="default: --seed, as under verl")
     parser.add_argument("--success", type=float, default=WarmStartOptions.success, help="of the warm start's expert")

@@ -99,6 +99,7 @@ def test_the_estimator_runs_in_verls_own_recipe(tmp_path):
 
 @pytest.mark.slow  # the check itself is a unit test (tests/gtpo); here: that it reaches the user of a stock command
 def test_rollout_correction_that_rewrites_the_mask_is_refused(tmp_path):
-    done = run_stock(tmp_path, "algorithm.rollout_correction.rollout_rs=token_k1")
+    rejection = "algorithm.rollout_correction.rollout_rs"
+    done = run_stock(tmp_path, f"{rejection}=token_k1", f"{rejection}_threshold='0.5_2.0'")
     assert done.returncode != 0
     assert "rewrites response_mask" in done.stdout + done.stderr

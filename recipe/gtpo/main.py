@@ -38,6 +38,7 @@ os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
 import hydra  # noqa: E402
 import ray  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import InstantiationException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf, open_dict  # noqa: E402
 
 from recipe.gtpo.compose import ConfigError, check, check_paths, register  # noqa: E402
@@ -119,7 +120,10 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
 def prepare(config: DictConfig) -> None:
     """Run the task's own preparation, fill what the config leaves open, and settle every interpolation."""
     if config.task.prepare is not None:
-        made = hydra.utils.call(config.task.prepare)
+        try:
+            made = hydra.utils.call(config.task.prepare)
+        except InstantiationException as e:  # hydra's wrapper, whose first line does not say what is wrong
+            raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
         for key, value in made.items():
             if OmegaConf.select(config, key) is None:
                 OmegaConf.update(config, key, value)

@@ -25,7 +25,7 @@ from verl.tools.tool_registry import load_all_tools
 
 from recipe.gtpo.agent_loop import GTPOAgentLoop
 from recipe.gtpo.compose import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
-from recipe.gtpo.main import validate
+from recipe.gtpo.main import prepare, validate
 from recipe.gtpo.options import GTPOOptions
 from recipe.gtpo.tasks.arithmetic import MAX_CODE_LENGTH
 
@@ -281,3 +281,16 @@ def test_a_missing_data_file_is_named_with_its_key(paths, tmp_path, key):
     assert message.startswith(f"data.{key}: {tmp_path / 'absent.parquet'} does not exist") and "README" in message
     paths.data[key] = None
     assert path_refusal(paths).startswith(f"data.{key} is not set")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.horizon=7", "task=arithmetic: horizon=7: the task has 1 to 6 dependent calls"),
+        ("task.success=0.9", "task=arithmetic: success=0.9 is out of reach"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_refused_with_its_own_reason(override, message):
+    with pytest.raises(ConfigError) as refused:
+        prepare(compose(override))
+    assert str(refused.value).startswith(message)

@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import twin
 
 from recipe.gtpo.options import GTPOOptions, ShapingOptions
 from recipe.gtpo.similarity import make_similarity
-from recipe.gtpo.tasks.arithmetic import HORIZON, Limits, Problem, sample_problems, step_mix, take, tool_schema
+from recipe.gtpo.tasks.arithmetic import HORIZON, Limits, sample_problems, step_mix, tool_schema
 from recipe.gtpo.tasks.policy import TokenStream
 from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
 
@@ -36,28 +35,21 @@ METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_no_return", "gtpo_no_turn_re
 OUTCOME = twin.Method(
     "grpo", replace(GTPOOptions(), format_penalty=0.0, shaping=ShapingOptions(enable=False)), scale_by_std=False
 )
-GROUPS = [str(i // twin.ROLLOUTS) for i in range(twin.PROMPTS * twin.ROLLOUTS)]
-
-
-def batch(
-    model: PreTrainedModel, stream: TokenStream, source: Iterator[Problem], limits: Limits
-) -> list[twin.Conversation]:
-    problems = [problem for problem in take(source, twin.PROMPTS) for _ in range(twin.ROLLOUTS)]
-    return twin.roll_out(model, stream, problems, limits=limits)
 
 
 def gradient(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    conversations: list[twin.Conversation],
+    drawn: tuple[list[twin.Conversation], list[str]],
     method: twin.Method,
     pad_id: int,
 ) -> torch.Tensor:
-    """(parameters,) the gradient that `optimizer` was given for its step on one batch."""
+    """(parameters,) the gradient that `optimizer` was given for its step on one batch (of `twin.draw`)."""
+    conversations, groups = drawn
     shaping = method.options.shaping
     similarity = make_similarity(shaping.similarity) if shaping.enable else None
     trajectories = [c.trajectory() for c in conversations]
-    _, advantages, credit = twin.turn_advantages(trajectories, GROUPS, method, similarity)
+    _, advantages, credit = twin.turn_advantages(trajectories, groups, method, similarity)
     twin.update(model, optimizer, conversations, *twin.spread(conversations, advantages, credit), pad_id)
     # A parameter that got no gradient (no advantage anywhere) counts as 0.
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
@@ -88,18 +80,18 @@ def main() -> None:
         trained = 0
         for after in args.after:
             for _ in range(after - trained):
-                gradient(model, adam, batch(model, stream, source, limits), methods["grpo"], stream.pad_id)
+                gradient(model, adam, twin.draw(model, stream, source, limits), methods["grpo"], stream.pad_id)
             trained = after
             reference = torch.stack(
                 [
-                    gradient(model, still, batch(model, stream, source, limits), OUTCOME, stream.pad_id)
+                    gradient(model, still, twin.draw(model, stream, source, limits), OUTCOME, stream.pad_id)
                     for _ in range(args.reference)
                 ]
             ).mean(dim=0)
             for _ in range(args.batches):
-                conversations = batch(model, stream, source, limits)
+                drawn = twin.draw(model, stream, source, limits)
                 for name, method in methods.items():
-                    found = gradient(model, still, conversations, method, stream.pad_id)
+                    found = gradient(model, still, drawn, method, stream.pad_id)
                     cosines[name, after].append(float(torch.cosine_similarity(found, reference, dim=0)))
             print(f"seed {seed}, after {after} steps: done", file=sys.stderr, flush=True)
     print("| method | " + " | ".join(f"cosine after {n} steps" for n in args.after) + " |")

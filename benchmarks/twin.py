@@ -22,7 +22,7 @@ import argparse
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,16 +189,14 @@ class Decoder:
         self._prompt = [(layer.keys, layer.values) for layer in cache.layers]  # (G, H, P, D)
         padding = torch.arange(ids.shape[1]) >= lengths[:, None]
         self._bias = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))[:, None, None]
-        self._first = model.lm_head(hidden[torch.arange(len(places)), lengths - 1])[torch.tensor(group)]
+        self.first = model.lm_head(hidden[torch.arange(len(places)), lengths - 1])[
+            torch.tensor(group)
+        ]  # (B, vocabulary) logits of the first response token
         shape = (len(prompts), self._heads, room, hidden.shape[-1] // self._heads)
         self._response = [(torch.empty(shape), torch.empty(shape)) for _ in self._layers]
         self._length = 0
         positions = torch.arange(ids.shape[1] + room)[None]
         self._cos, self._sin = (table[0] for table in model.model.rotary_emb(hidden, positions))
-
-    def first(self) -> torch.Tensor:
-        """(B, vocabulary) logits of the first response token."""
-        return self._first
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
@@ -268,7 +266,7 @@ def roll_out(
         conversations.append(Conversation(problem, prompt, len(prompt), limits))
     running = conversations
     decoder = Decoder(model, [c.ids for c in conversations], limits.response, stream.pad_id)
-    logits = decoder.first()
+    logits = decoder.first
     while True:
         log_probs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
         tokens = _sample(log_probs) if temperature > 0 else log_probs.argmax(-1, keepdim=True)
@@ -284,6 +282,14 @@ def roll_out(
             running = [running[row] for row in keep]
             decoder.keep(torch.tensor(keep))
         logits = decoder.step(torch.tensor([c.ids[-1] for c in running]))
+
+
+def draw(
+    model: PreTrainedModel, stream: TokenStream, source: Iterator[Problem], limits: Limits
+) -> tuple[list[Conversation], list[str]]:
+    """One training batch: `ROLLOUTS` conversations for each of the next `PROMPTS` problems, and their group labels."""
+    problems = [problem for problem in take(source, PROMPTS) for _ in range(ROLLOUTS)]
+    return roll_out(model, stream, problems, limits=limits), [str(i // ROLLOUTS) for i in range(len(problems))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,9 +450,7 @@ def train(
     bar = tqdm(range(1, steps + 1), desc=f"{name} seed {seed}", unit="step")
     for step in bar:
         began = time.perf_counter()
-        problems = [problem for problem in take(source, PROMPTS) for _ in range(ROLLOUTS)]
-        groups = [str(i // ROLLOUTS) for i in range(len(problems))]
-        conversations = roll_out(model, stream, problems, limits=limits)
+        conversations, groups = draw(model, stream, source, limits)
         sampled = time.perf_counter()
         trajectories = [c.trajectory() for c in conversations]
         returns, advantages, credit = turn_advantages(trajectories, groups, method, similarity)

@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class WarmStartOptions:
     def key(self) -> str:
         return _key(asdict(self))
 
-    @property
+    @cached_property
     def faults(self) -> FaultMix:
         """Raises ValueError where `success` is out of reach."""
         return faults_for(self.success, step_mix(self.base.horizon))

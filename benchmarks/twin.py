@@ -54,6 +54,7 @@ from recipe.gtpo.tasks.arithmetic import (
     tool_schema,
 )
 from recipe.gtpo.tasks.calculator import respond
+from recipe.gtpo.tasks.experts import problem_class
 from recipe.gtpo.tasks.policy import TokenStream
 from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start, pad
 from recipe.gtpo.turns import TRUNCATED, Finish, Trajectory, Turn
@@ -404,7 +405,7 @@ def evaluate(
         metrics[f"{section}/{DATA_SOURCE}/{key}/mean@1"] = sum(float(info[key]) for info in infos) / len(infos)
     by_class: dict[str, list[float]] = defaultdict(list)
     for problem, info in zip(problems, infos, strict=True):
-        by_class[problem.problem_class].append(float(info["acc"]))
+        by_class[problem_class(problem)].append(float(info["acc"]))
     return metrics | {f"val-class/{name}/acc": sum(v) / len(v) for name, v in sorted(by_class.items())}
 
 

@@ -303,7 +303,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 # Figures
 
 _MEASURES = {"final": "final accuracy", "area": "area"}
-_MANY_CLASSES = 12
 _BASELINE_COLOUR = "#3b4048"
 _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b4fa3", "#8c564b", "#6b8e23", "#c2185b",
@@ -505,14 +504,7 @@ def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> 
     classes = list(dict.fromkeys(name for table in tables.values() for name in table))
     if not classes:
         return None
-    caption = "Final held-out accuracy in percent by problem class"
-    if len(classes) > _MANY_CLASSES:
-        tables = {method: _by_length(table) for method, table in tables.items()}
-        caption = (
-            f"Final held-out accuracy in percent by number of steps; each of the {len(classes)} classes counts alike"
-        )
-        classes = list(dict.fromkeys(name for table in tables.values() for name in table))
-    classes.sort(key=lambda name: (name.count("-"), name))
+    classes.sort()
     values = np.array([[100 * tables[row.method].get(name, np.nan) for name in classes] for row in rows])
     base = tables.get(BASELINE, {})
     gains = values - [100 * base.get(name, np.nan) for name in classes]
@@ -533,8 +525,9 @@ def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> 
         figure,
         "problem_classes",
         "Problem classes",
-        f"{caption}, mean over seeds. Blue: above {BASELINE}, red: below; the colour stops at 15 points. A class has "
-        "few problems, so its numbers are noisier than the whole: no intervals are given and none of them is a claim.",
+        f"Final held-out accuracy in percent by problem class, mean over seeds. Blue: above {BASELINE}, red: below; "
+        "the colour stops at 15 points. A class has fewer problems than the whole, so its numbers are noisier: no "
+        "intervals are given and none of them is a claim.",
     )
 
 
@@ -542,14 +535,6 @@ def _class_means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Over the runs that have the class."""
     names = dict.fromkeys(name for one in found for name in one)
     return {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
-
-
-def _by_length(table: Mapping[str, float]) -> dict[str, float]:
-    """Classes such as `add-mul` by their number of steps."""
-    lengths: dict[int, list[float]] = defaultdict(list)
-    for name, value in table.items():
-        lengths[name.count("-") + 1].append(value)
-    return {f"{k} step{'s' * (k > 1)}": statistics.fmean(values) for k, values in sorted(lengths.items())}
 
 
 def _horizons(rows: Sequence[Row]) -> list[int]:

@@ -153,7 +153,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
 def test_a_report_is_whole_and_its_numbers_read_back(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path, "grpo", seed, {0: 0.2, 2: 0.5 + 0.01 * seed})
-        classes = {"val-class/add-mul/acc": 0.25, "gtpo/groups/unsolved_signal/mean": 0.5}
+        classes = {"val-class/later turn/acc": 0.25, "gtpo/groups/unsolved_signal/mean": 0.5}
         make_run(tmp_path, "gtpo", seed, {0: 0.2, 2: 0.6}, **classes)
     out = tmp_path / "report"
     report.write_report([tmp_path], out, threshold=0.5)
@@ -187,11 +187,6 @@ def test_the_table_has_the_paired_difference_of_the_area_too(tmp_path):
     assert found["wins-losses, p"] == "2-0, 0.5"
     assert grpo.split("|")[columns.index("area over grpo, points")].strip() == ""
     assert "horizon" not in columns
-
-
-def test_many_problem_classes_are_grouped_by_their_number_of_steps():
-    table = {"add": 0.5, "sub": 0.7, "add-mul": 0.2, "add-add-sub": 0.1}
-    assert report._by_length(table) == pytest.approx({"1 step": 0.6, "2 steps": 0.2, "3 steps": 0.1})
 
 
 def test_several_horizons_are_an_overview_and_a_section_each(tmp_path):

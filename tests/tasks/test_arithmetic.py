@@ -146,5 +146,5 @@ def test_files_are_what_verls_dataset_reads(tmp_path):
             assert row["agent_name"] == "gtpo_agent"
             assert row["index"] == index
             info = row["extra_info"]
-            assert (info["split"], info["class"], info["steps"]) == (split, problem.problem_class, len(problem.steps))
+            assert (info["split"], info["operations"], info["steps"]) == (split, problem.operations, len(problem.steps))
     assert not list(tmp_path.glob(".*.parquet*")), "a partial file was left behind"

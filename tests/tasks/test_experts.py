@@ -26,6 +26,7 @@ from recipe.gtpo.tasks.experts import (
     STAGES,
     demonstrate,
     faults_for,
+    problem_class,
     scale_faults,
     write_answer,
     write_turn,
@@ -129,6 +130,24 @@ def test_default_mix_has_faults_that_are_the_mode_and_faults_that_are_not():
     rows = [row for stage in ("first", "later") for row in FAULT_MIX[stage].values()]
     assert any(max(row.values()) >= MODE for row in rows)
     assert any(0 < max(row.values()) <= 0.25 for row in rows)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 6])
+def test_a_problem_class_says_where_the_most_likely_expert_fails(horizon):
+    likeliest = {
+        stage: {operation: {f: 1.0 for f, p in row.items() if p >= MODE} for operation, row in rows.items()}
+        for stage, rows in FAULT_MIX.items()
+    }
+    seen = set()
+    for problem in take(sample_problems("train", 3, step_mix(horizon)), 500):
+        shown = demonstrate(problem, likeliest, random.Random(0))
+        name = problem_class(problem)
+        seen.add(name)
+        assert (shown.turns[-1] == write_answer(problem.answer)) == (name == "no modal fault")
+        assert (shown.faults[0] is not None) == name.startswith("first")
+        if name == "later turn":
+            assert shown.faults[-1] is not None and len(shown.turns) > 1
+    assert len(seen) == (2 if horizon == 1 else 4)
 
 
 @pytest.mark.parametrize("horizon", [3, 4, 6])

@@ -162,7 +162,7 @@ def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp
     run = Run.load(tmp_path)
     assert list(run.curve) == [0, 1, 2] and run.engine == "twin"
     assert run.median("timing_s/step") > 0 and run.last("turns") >= 1
-    assert set(run.classes) <= {"add", "sub", "mul"} and run.classes
+    assert set(run.classes) <= {"no modal fault", "first turn"} and run.classes  # of one call a problem
     assert {"gtpo/acc/mean", "gtpo/by_turn/advantage/mean/t0", "actor/grad_norm"} <= run.lines[1]["metrics"].keys()
     assert "val-aux/arithmetic/greedy_acc/mean@1" in run.lines[-1]["metrics"]
     assert json.loads((tmp_path / "summary.json").read_text())["horizon"] == 1

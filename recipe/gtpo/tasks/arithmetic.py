@@ -113,8 +113,8 @@ class Problem:
         return self.values[-1]
 
     @property
-    def problem_class(self) -> str:
-        """The operations in order, such as `add-mul`."""
+    def operations(self) -> str:
+        """In order, such as `add-mul`."""
         return "-".join(step.operation for step in self.steps)
 
     @property
@@ -223,7 +223,7 @@ def to_row(problem: Problem, index: int) -> dict[str, Any]:
         "extra_info": {
             "index": index,
             "split": problem.split,
-            "class": problem.problem_class,
+            "operations": problem.operations,
             "steps": len(problem.steps),
         },
         "agent_name": AGENT_NAME,

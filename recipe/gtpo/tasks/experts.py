@@ -49,6 +49,19 @@ FAULT_MIX: FaultMix = {
 }
 
 
+def problem_class(problem: Problem, table: FaultMix = FAULT_MIX) -> str:
+    """Where the expert's most likely turn is a fault, so that greedy decoding of its pupil fails: 4 classes.
+
+    The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`.
+    """
+    first, *later = (step.operation for step in problem.steps)
+    in_first = max(table["first"][first].values()) >= MODE
+    in_later = any(max(table["later"][operation].values()) >= MODE for operation in later)
+    if in_first:
+        return "first and later turn" if in_later else "first turn"
+    return "later turn" if in_later else "no modal fault"
+
+
 def scale_faults(mix: FaultMix, factor: float) -> dict[str, dict[str, dict[str, float]]]:
     """`mix`, checked, with every probability times `factor` (0: a perfect expert).
 

@@ -190,9 +190,8 @@ class Decoder:
         self._prompt = [(layer.keys, layer.values) for layer in cache.layers]  # (G, H, P, D)
         padding = torch.arange(ids.shape[1]) >= lengths[:, None]
         self._bias = torch.zeros(padding.shape).masked_fill(padding, float("-inf"))[:, None, None]
-        self.first = model.lm_head(hidden[torch.arange(len(places)), lengths - 1])[
-            torch.tensor(group)
-        ]  # (B, vocabulary) logits of the first response token
+        # (B, vocabulary) logits of the first response token
+        self.first = model.lm_head(hidden[torch.arange(len(places)), lengths - 1])[torch.tensor(group)]
         shape = (len(prompts), self._heads, room, hidden.shape[-1] // self._heads)
         self._response = [(torch.empty(shape), torch.empty(shape)) for _ in self._layers]
         self._length = 0

@@ -501,10 +501,9 @@ def _group_signal(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Fig
 def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure | None:
     """A table of accuracies, shaded by the difference from the baseline."""
     tables = {row.method: _class_means([run.classes for run in runs if run.method == row.method]) for row in rows}
-    classes = list(dict.fromkeys(name for table in tables.values() for name in table))
+    classes = sorted({name for table in tables.values() for name in table})
     if not classes:
         return None
-    classes.sort()
     values = np.array([[100 * tables[row.method].get(name, np.nan) for name in classes] for row in rows])
     base = tables.get(BASELINE, {})
     gains = values - [100 * base.get(name, np.nan) for name in classes]

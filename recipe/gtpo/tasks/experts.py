@@ -49,14 +49,19 @@ FAULT_MIX: FaultMix = {
 }
 
 
-def problem_class(problem: Problem, table: FaultMix = FAULT_MIX) -> str:
+def is_modal(row: Mapping[str, float]) -> bool:
+    """Whether the likeliest turn of a situation is a fault."""
+    return max(row.values()) >= MODE
+
+
+def problem_class(problem: Problem) -> str:
     """Where the expert's most likely turn is a fault, so that greedy decoding of its pupil fails: 4 classes.
 
     The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`.
     """
     first, *later = (step.operation for step in problem.steps)
-    in_first = max(table["first"][first].values()) >= MODE
-    in_later = any(max(table["later"][operation].values()) >= MODE for operation in later)
+    in_first = is_modal(FAULT_MIX["first"][first])
+    in_later = any(is_modal(FAULT_MIX["later"][operation]) for operation in later)
     if in_first:
         return "first and later turn" if in_later else "first turn"
     return "later turn" if in_later else "no modal fault"
@@ -100,7 +105,7 @@ def faults_for(success: float, mix: Mapping[int, float], table: FaultMix = FAULT
     def soften(factor: float) -> FaultMix:
         return {
             stage: {
-                operation: row if max(row.values()) >= MODE else {fault: p * factor for fault, p in row.items()}
+                operation: row if is_modal(row) else {fault: p * factor for fault, p in row.items()}
                 for operation, row in rows.items()
             }
             for stage, rows in table.items()

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import twin
 
-from recipe.gtpo.options import GTPOOptions, ShapingOptions
-from recipe.gtpo.similarity import make_similarity
+from recipe.gtpo.method.options import GTPOOptions, ShapingOptions
+from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.tasks.arithmetic import HORIZON, Limits, sample_problems, step_mix, tool_schema
 from recipe.gtpo.tasks.policy import TokenStream
 from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start

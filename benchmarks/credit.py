@@ -19,14 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
-from recipe.gtpo.advantage import compute_gtpo_advantage
-from recipe.gtpo.credit import assign_credit
-from recipe.gtpo.metrics import credit_metrics
-from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.method.advantage import compute_gtpo_advantage
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.metrics import credit_metrics
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.shaping import shape_outcomes
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run_record import RunRecord
-from recipe.gtpo.shaping import shape_outcomes
-from recipe.gtpo.similarity import make_similarity
-from recipe.gtpo.turns import Trajectory
 
 ROUNDS = 7
 

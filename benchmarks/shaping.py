@@ -18,9 +18,9 @@ import time
 
 import torch
 
-from recipe.gtpo.options import SimilarityOptions
-from recipe.gtpo.shaping import shape_outcomes
-from recipe.gtpo.similarity import make_similarity
+from recipe.gtpo.method.options import SimilarityOptions
+from recipe.gtpo.method.shaping import shape_outcomes
+from recipe.gtpo.method.similarity import make_similarity
 
 GROUPS, SIZE, TOKENS = 64, 16, 600
 #: Groups timed, where all of them would take minutes on a CPU.

@@ -34,14 +34,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
-from recipe.gtpo.advantage import discounted_returns, normalize_returns
 from recipe.gtpo.compose import method_file
-from recipe.gtpo.credit import Credit, assign_credit
-from recipe.gtpo.metrics import credit_metrics, validation_info
-from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.metrics import credit_metrics, validation_info
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format
 from recipe.gtpo.run_record import RunRecord
-from recipe.gtpo.similarity import make_similarity
 from recipe.gtpo.tasks.arithmetic import (
     DATA_SOURCE,
     HORIZON,
@@ -57,7 +58,6 @@ from recipe.gtpo.tasks.calculator import respond
 from recipe.gtpo.tasks.experts import problem_class
 from recipe.gtpo.tasks.policy import TokenStream
 from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start, pad
-from recipe.gtpo.turns import TRUNCATED, Finish, Trajectory, Turn
 
 SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 

@@ -27,9 +27,9 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
-from recipe.gtpo.metrics import validation_info
+from recipe.gtpo.method.metrics import validation_info
+from recipe.gtpo.method.turns import TRUNCATED, Finish, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format, parse_calls
-from recipe.gtpo.turns import TRUNCATED, Finish, ToolCall, ToolOutcome, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 

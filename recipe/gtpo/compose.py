@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.method.options import GTPOOptions
 
 CONFIG_DIR = Path(__file__).parent / "config"
 

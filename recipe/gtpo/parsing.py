@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from recipe.gtpo.turns import FormatReason, ToolCall
+from recipe.gtpo.method.turns import FormatReason, ToolCall
 
 OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
 _TAGS = re.compile(f"{OPEN_TAG}|{CLOSE_TAG}")

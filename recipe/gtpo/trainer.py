@@ -22,14 +22,14 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.device import get_device_name
 
-from recipe.gtpo.advantage import recorded_turns
 from recipe.gtpo.agent_loop import TRAJECTORY
-from recipe.gtpo.credit import Credit, assign_credit
-from recipe.gtpo.metrics import credit_metrics, log_prob_gap_by_turn
-from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.method.advantage import recorded_turns
+from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run_record import RunRecord
-from recipe.gtpo.similarity import make_similarity
-from recipe.gtpo.turns import Trajectory
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
 POLL_SECONDS = 0.1

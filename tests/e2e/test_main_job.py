@@ -8,7 +8,7 @@ import signal
 import pytest
 from runs import start
 
-from recipe.gtpo.turns import Trajectory
+from recipe.gtpo.method.turns import Trajectory
 
 pytestmark = pytest.mark.e2e
 

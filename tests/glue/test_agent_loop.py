@@ -18,8 +18,8 @@ from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
+from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
 from recipe.gtpo.tasks.policy import TURN_END, train_tokenizer
-from recipe.gtpo.turns import Finish, FormatReason, Trajectory
 
 pytestmark = pytest.mark.unit
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipe.gtpo.method.turns import FormatReason, ToolCall
 from recipe.gtpo.parsing import count_reasons, extract_answer, judge_format, parse_calls
-from recipe.gtpo.turns import FormatReason, ToolCall
 
 pytestmark = pytest.mark.unit
 

@@ -30,9 +30,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
 from recipe.gtpo.agent_loop import TRAJECTORY
+from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run_record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
-from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from recipe.gtpo.turns import NOT_EXECUTED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,8 @@ from verl.trainer.config import AlgoConfig
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos
 
-from recipe.gtpo import advantage
-from recipe.gtpo.advantage import (
+from recipe.gtpo.method import advantage
+from recipe.gtpo.method.advantage import (
     compute_gtpo_advantage,
     discounted_returns,
     normalize_returns,

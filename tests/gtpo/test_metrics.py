@@ -9,10 +9,10 @@ import torch
 from trajectories import trajectory, turn
 from verl.trainer.ppo.v1.utils import MetricsAggregator
 
-from recipe.gtpo.credit import assign_credit
-from recipe.gtpo.metrics import credit_metrics, log_prob_gap_by_turn
-from recipe.gtpo.options import GTPOOptions
-from recipe.gtpo.turns import Finish, FormatReason
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.turns import Finish, FormatReason
 
 pytestmark = pytest.mark.unit
 

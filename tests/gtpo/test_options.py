@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.gtpo.options import GTPOOptions
+from recipe.gtpo.method.options import GTPOOptions
 
 pytestmark = pytest.mark.unit
 

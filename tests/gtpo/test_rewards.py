@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipe.gtpo.rewards import assign_turn_rewards, scatter_to_tokens
+from recipe.gtpo.method.rewards import assign_turn_rewards, scatter_to_tokens
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.gtpo.options import SimilarityOptions
-from recipe.gtpo.shaping import shape_outcomes
-from recipe.gtpo.similarity import TokenJaccard
+from recipe.gtpo.method.options import SimilarityOptions
+from recipe.gtpo.method.shaping import shape_outcomes
+from recipe.gtpo.method.similarity import TokenJaccard
 
 pytestmark = pytest.mark.unit
 

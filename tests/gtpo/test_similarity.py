@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from recipe.gtpo.options import SimilarityOptions
-from recipe.gtpo.similarity import (
+from recipe.gtpo.method.options import SimilarityOptions
+from recipe.gtpo.method.similarity import (
     EmbeddingSimilarity,
     HttpEmbedding,
     SimilarityError,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from trajectories import trajectory, turn
 
-from recipe.gtpo.advantage import compute_gtpo_advantage, recorded_turns
-from recipe.gtpo.credit import assign_credit
-from recipe.gtpo.options import GTPOOptions
-from recipe.gtpo.similarity import make_similarity
-from recipe.gtpo.turns import FormatReason
+from recipe.gtpo.method.advantage import compute_gtpo_advantage, recorded_turns
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import FormatReason
 
 pytestmark = pytest.mark.unit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipe.gtpo.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 
 
 def turn(start: int, end: int, code: str = "", broken: FormatReason | None = None, outcome: str = "ok") -> Turn:

@@ -9,10 +9,10 @@ import traceback
 
 import pytest
 
+from recipe.gtpo.method.turns import FormatReason
 from recipe.gtpo.tasks.arithmetic import tool_schema
 from recipe.gtpo.tasks.calculator import respond, run_code
 from recipe.gtpo.tasks.experts import write_call
-from recipe.gtpo.turns import FormatReason
 
 pytestmark = pytest.mark.unit
 

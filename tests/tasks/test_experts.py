@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from recipe.gtpo.method.turns import FormatReason
 from recipe.gtpo.parsing import extract_answer, judge_format
 from recipe.gtpo.tasks.arithmetic import (
     SYMBOLS,
@@ -31,7 +32,6 @@ from recipe.gtpo.tasks.experts import (
     write_answer,
     write_turn,
 )
-from recipe.gtpo.turns import FormatReason
 
 pytestmark = pytest.mark.unit
 

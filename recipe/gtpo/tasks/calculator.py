@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from recipe.gtpo.method.turns import ToolCall, ToolOutcome
 from recipe.gtpo.parsing import parse_calls
-from recipe.gtpo.turns import ToolCall, ToolOutcome
 
 _OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from recipe.gtpo.options import Baseline, GTPOOptions, Scale, SparseTurn, UnsolvedGroups
+from recipe.gtpo.method.options import Baseline, GTPOOptions, Scale, SparseTurn, UnsolvedGroups
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from recipe.gtpo.options import SimilarityOptions
+from recipe.gtpo.method.options import SimilarityOptions
 
 Codes = Sequence[str]
 

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
-from recipe.gtpo.similarity import Similarity
+from recipe.gtpo.method.similarity import Similarity
 
 
 def shape_outcomes(

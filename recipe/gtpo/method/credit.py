@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from recipe.gtpo.options import GTPOOptions
-from recipe.gtpo.rewards import TurnRewards, assign_turn_rewards, scatter_to_tokens
-from recipe.gtpo.shaping import shape_outcomes
-from recipe.gtpo.similarity import Similarity, make_similarity
-from recipe.gtpo.turns import Finish, FormatReason, Trajectory
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards, scatter_to_tokens
+from recipe.gtpo.method.shaping import shape_outcomes
+from recipe.gtpo.method.similarity import Similarity, make_similarity
+from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
 
 #: The order of `Credit.reasons`.
 REASONS = tuple(FormatReason)

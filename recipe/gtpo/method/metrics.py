@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from recipe.gtpo.advantage import zero_spread_share
-from recipe.gtpo.credit import REASONS, Credit
-from recipe.gtpo.options import Baseline
-from recipe.gtpo.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
+from recipe.gtpo.method.advantage import zero_spread_share
+from recipe.gtpo.method.credit import REASONS, Credit
+from recipe.gtpo.method.options import Baseline
+from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
 
 
 def credit_metrics(

@@ -1,0 +1,1 @@
+"""GTPO itself: pure functions and records, importing neither verl nor ray."""

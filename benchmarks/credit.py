@@ -26,7 +26,7 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Trajectory
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 ROUNDS = 7
 

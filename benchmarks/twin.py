@@ -12,7 +12,7 @@ run under verl:
 3. Decoding is written out (`Decoder`); a tool message is fed through it token by token like a sampled turn.
 4. Rows whose advantages are all 0 skip the backward pass. Their gradient is 0; the loss still divides by their tokens.
 
-Leaves metrics.jsonl and summary.json as a run under verl does, with the same names (recipe/gtpo/run_record.py), so that
+Leaves metrics.jsonl and summary.json as a run under verl does, with the same names (recipe/gtpo/run/record.py), so that
 `recipe.gtpo.report` reads both. Only here: `val-class/<problem class>/...`, and `val-aux/.../greedy_acc/...`.
 """
 
@@ -34,7 +34,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
-from recipe.gtpo.compose import method_file
 from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, validation_info
@@ -42,7 +41,8 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.checks import method_file
+from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.arithmetic import (
     DATA_SOURCE,
     HORIZON,

@@ -41,8 +41,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from recipe.gtpo.compose import method_file
-from recipe.gtpo.run_record import RunRecord, last_line
+from recipe.gtpo.run.checks import method_file
+from recipe.gtpo.run.record import RunRecord, last_line
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {

@@ -41,10 +41,10 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import InstantiationException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf, open_dict  # noqa: E402
 
-from recipe.gtpo.compose import ConfigError, check, check_paths, register  # noqa: E402
-from recipe.gtpo.progress import Progress, summarize  # noqa: E402
-from recipe.gtpo.run_record import RunRecord, last_line  # noqa: E402
-from recipe.gtpo.watchdog import CAUSE_FILE, read_cause, write_cause  # noqa: E402
+from recipe.gtpo.run.checks import ConfigError, check, check_paths, register  # noqa: E402
+from recipe.gtpo.run.progress import Progress, summarize  # noqa: E402
+from recipe.gtpo.run.record import RunRecord, last_line  # noqa: E402
+from recipe.gtpo.run.watchdog import CAUSE_FILE, read_cause, write_cause  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from scipy import integrate, stats
 
-from recipe.gtpo.progress import validation_accuracy, validation_mean
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.progress import validation_accuracy, validation_mean
+from recipe.gtpo.run.record import RunRecord
 
 BASELINE = "grpo"
 CONFIDENCE = 0.95

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1
 
 import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
-from recipe.gtpo.watchdog import ActorWatch, write_cause
+from recipe.gtpo.run.watchdog import ActorWatch, write_cause
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
 # tests/glue/test_plugin.py breaks when it moves.

@@ -29,7 +29,7 @@ from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Trajectory
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
 POLL_SECONDS = 0.1

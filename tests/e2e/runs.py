@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 from runs import ROOT, TOY
 
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from recipe.gtpo.compose import CONFIG_DIR
+from recipe.gtpo.run.checks import CONFIG_DIR
 from recipe.gtpo.tasks.embedded import prepare
 from verl_ext.tool_server.launch import start_server
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import ray
 
-from recipe.gtpo.watchdog import ActorWatch, read_cause, write_cause
+from recipe.gtpo.run.watchdog import ActorWatch, read_cause, write_cause
 
 pytestmark = pytest.mark.e2e
 

@@ -11,8 +11,8 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.utils.config import omega_conf_to_dataclass
 
-from recipe.gtpo.compose import CONFIG_DIR, ROLLOUTS, check, register
 from recipe.gtpo.main import validate
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, check, register
 
 
 def names(group: str) -> list[str]:

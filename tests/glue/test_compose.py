@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.tools.tool_registry import load_all_tools
 
 from recipe.gtpo.agent_loop import GTPOAgentLoop
-from recipe.gtpo.compose import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
 from recipe.gtpo.main import prepare, validate
 from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
 from recipe.gtpo.tasks.arithmetic import MAX_CODE_LENGTH
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.gtpo.progress import Progress, summarize, validation_accuracy
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 

@@ -31,7 +31,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from recipe.gtpo import trainer as glue
 from recipe.gtpo.agent_loop import TRAJECTORY
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
 
 pytestmark = pytest.mark.unit

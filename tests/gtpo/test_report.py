@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from recipe.gtpo import report
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from recipe.gtpo.run_record import RunRecord
+from recipe.gtpo.run.record import RunRecord
 
 #: Shown beside the bar: name -> metric of a training step.
 _SHOWN = {

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.method.options import GTPOOptions
 
-CONFIG_DIR = Path(__file__).parent / "config"
+CONFIG_DIR = Path(__file__).parents[1] / "config"
 
 #: hardware -> rollouts that make sense on it.
 ROLLOUTS = {

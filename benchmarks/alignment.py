@@ -26,9 +26,9 @@ import twin
 
 from recipe.gtpo.method.options import GTPOOptions, ShapingOptions
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.tasks.arithmetic import HORIZON, Limits, sample_problems, step_mix, tool_schema
-from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
+from recipe.gtpo.tasks.arithmetic.policy import TokenStream
+from recipe.gtpo.tasks.arithmetic.problems import HORIZON, Limits, sample_problems, step_mix, tool_schema
+from recipe.gtpo.tasks.arithmetic.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
 
 METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_no_return", "gtpo_no_turn_reward", "gtpo_turn", "gtpo_batch",
            "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip

@@ -8,7 +8,7 @@ verdicts, shaping, turn rewards, advantages, and the method files of `recipe/gtp
 run under verl:
 
 1. One process samples and trains, so there is no weight transfer and no rollout-vs-actor gap.
-2. The tool is `recipe.gtpo.tasks.calculator`; no code is executed.
+2. The tool is `recipe.gtpo.tasks.arithmetic.calculator`; no code is executed.
 3. Decoding is written out (`Decoder`); a tool message is fed through it token by token like a sampled turn.
 4. Rows whose advantages are all 0 skip the backward pass. Their gradient is 0; the loss still divides by their tokens.
 
@@ -43,7 +43,10 @@ from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format
 from recipe.gtpo.run.checks import method_file
 from recipe.gtpo.run.record import RunRecord
-from recipe.gtpo.tasks.arithmetic import (
+from recipe.gtpo.tasks.arithmetic.calculator import respond
+from recipe.gtpo.tasks.arithmetic.experts import problem_class
+from recipe.gtpo.tasks.arithmetic.policy import TokenStream
+from recipe.gtpo.tasks.arithmetic.problems import (
     DATA_SOURCE,
     HORIZON,
     Limits,
@@ -54,10 +57,7 @@ from recipe.gtpo.tasks.arithmetic import (
     take,
     tool_schema,
 )
-from recipe.gtpo.tasks.calculator import respond
-from recipe.gtpo.tasks.experts import problem_class
-from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start, pad
+from recipe.gtpo.tasks.arithmetic.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start, pad
 
 SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from verl.workers.config import RolloutConfig
 
-from recipe.gtpo.tasks.policy import train_tokenizer
+from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
 from verl_ext.cpu.generation import Request, generate
 from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from recipe.gtpo.run.checks import CONFIG_DIR
-from recipe.gtpo.tasks.embedded import prepare
+from recipe.gtpo.tasks.arithmetic.prepare import prepare
 from verl_ext.tool_server.launch import start_server
 
 SAID = "gtpo: no recorded turns: turns from the response mask, outcome on the last turn, no shaping"
@@ -67,7 +67,7 @@ def run_stock(tmp_path, *overrides: str) -> subprocess.CompletedProcess:
         *("actor_rollout_ref.rollout.n=2", "actor_rollout_ref.rollout.multi_turn.enable=true"),
         f"actor_rollout_ref.rollout.multi_turn.tool_config_path={CONFIG_DIR / 'tools' / 'calculator.yaml'}",
         "actor_rollout_ref.rollout.agent.agent_loop_config_path=" + str(tmp_path / "agent.yaml"),
-        *("reward.custom_reward_function.path=pkg://recipe.gtpo.tasks.arithmetic", "trainer.logger=[console]"),
+        *("reward.custom_reward_function.path=pkg://recipe.gtpo.tasks.arithmetic.problems", "trainer.logger=[console]"),
         *("trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.resume_mode=disable"),
         f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
         f"hydra.run.dir={tmp_path / 'hydra'}",

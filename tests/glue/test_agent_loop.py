@@ -19,7 +19,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
 from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
-from recipe.gtpo.tasks.policy import TURN_END, train_tokenizer
+from recipe.gtpo.tasks.arithmetic.policy import TURN_END, train_tokenizer
 
 pytestmark = pytest.mark.unit
 

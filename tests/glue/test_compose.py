@@ -27,7 +27,7 @@ from recipe.gtpo.agent_loop import GTPOAgentLoop
 from recipe.gtpo.main import prepare, validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
-from recipe.gtpo.tasks.arithmetic import MAX_CODE_LENGTH
+from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,9 @@ import pytest
 from toy import TOY
 from transformers import AutoTokenizer
 
-from recipe.gtpo.tasks.arithmetic import tool_schema
-from recipe.gtpo.tasks.policy import TokenStream
-from recipe.gtpo.tasks.warm_start import ensure_warm_start
+from recipe.gtpo.tasks.arithmetic.policy import TokenStream
+from recipe.gtpo.tasks.arithmetic.problems import tool_schema
+from recipe.gtpo.tasks.arithmetic.warm_start import ensure_warm_start
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from recipe.gtpo.tasks.arithmetic import (
+from recipe.gtpo.tasks.arithmetic.problems import (
     HORIZON,
     MAX_CODE_LENGTH,
     MAX_STEPS,

@@ -10,9 +10,9 @@ import traceback
 import pytest
 
 from recipe.gtpo.method.turns import FormatReason
-from recipe.gtpo.tasks.arithmetic import tool_schema
-from recipe.gtpo.tasks.calculator import respond, run_code
-from recipe.gtpo.tasks.experts import write_call
+from recipe.gtpo.tasks.arithmetic.calculator import respond, run_code
+from recipe.gtpo.tasks.arithmetic.experts import write_call
+from recipe.gtpo.tasks.arithmetic.problems import tool_schema
 
 pytestmark = pytest.mark.unit
 

@@ -9,18 +9,8 @@ import pytest
 
 from recipe.gtpo.method.turns import FormatReason
 from recipe.gtpo.parsing import extract_answer, judge_format
-from recipe.gtpo.tasks.arithmetic import (
-    SYMBOLS,
-    Problem,
-    Step,
-    compute_score,
-    sample_problems,
-    step_mix,
-    take,
-    tool_schema,
-)
-from recipe.gtpo.tasks.calculator import respond
-from recipe.gtpo.tasks.experts import (
+from recipe.gtpo.tasks.arithmetic.calculator import respond
+from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
     FAULTS,
     MODE,
@@ -31,6 +21,16 @@ from recipe.gtpo.tasks.experts import (
     scale_faults,
     write_answer,
     write_turn,
+)
+from recipe.gtpo.tasks.arithmetic.problems import (
+    SYMBOLS,
+    Problem,
+    Step,
+    compute_score,
+    sample_problems,
+    step_mix,
+    take,
+    tool_schema,
 )
 
 pytestmark = pytest.mark.unit

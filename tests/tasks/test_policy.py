@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2T
 from verl.utils.tokenizer.continuous_token import QwenContinuousTokenBuilder
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
-from recipe.gtpo.tasks.arithmetic import sample_problems, take, tool_schema
-from recipe.gtpo.tasks.experts import FAULT_MIX, demonstrate, scale_faults, write_answer, write_call
-from recipe.gtpo.tasks.policy import train_tokenizer
-from recipe.gtpo.tasks.warm_start import IGNORE, BaseOptions, encode
+from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, demonstrate, scale_faults, write_answer, write_call
+from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
+from recipe.gtpo.tasks.arithmetic.problems import sample_problems, take, tool_schema
+from recipe.gtpo.tasks.arithmetic.warm_start import IGNORE, BaseOptions, encode
 
 pytestmark = pytest.mark.unit
 
@@ -111,7 +111,7 @@ def test_vocabulary_model_and_tokenizer_agree(toy_policy, stream):
 
 
 def test_default_policy_is_tiny(tmp_path, stream):
-    from recipe.gtpo.tasks.policy import build_model
+    from recipe.gtpo.tasks.arithmetic.policy import build_model
 
     options = BaseOptions()
     model = build_model(

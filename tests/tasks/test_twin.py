@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome
 from recipe.gtpo.report import Run
-from recipe.gtpo.tasks.arithmetic import Problem, Step, sample_problems, take
-from recipe.gtpo.tasks.experts import write_answer, write_call
+from recipe.gtpo.tasks.arithmetic.experts import write_answer, write_call
+from recipe.gtpo.tasks.arithmetic.problems import Problem, Step, sample_problems, take
 
 pytestmark = pytest.mark.unit
 

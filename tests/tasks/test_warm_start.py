@@ -14,11 +14,11 @@ import torch
 from toy import TOY, TOY_BASE
 from transformers import AutoModelForCausalLM
 
-from recipe.gtpo.tasks import warm_start
-from recipe.gtpo.tasks.arithmetic import step_mix
-from recipe.gtpo.tasks.embedded import prepare
-from recipe.gtpo.tasks.experts import FAULT_MIX, faults_for
-from recipe.gtpo.tasks.warm_start import (
+from recipe.gtpo.tasks.arithmetic import warm_start
+from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, faults_for
+from recipe.gtpo.tasks.arithmetic.prepare import prepare
+from recipe.gtpo.tasks.arithmetic.problems import step_mix
+from recipe.gtpo.tasks.arithmetic.warm_start import (
     _FAULTLESS,
     IGNORE,
     BaseOptions,

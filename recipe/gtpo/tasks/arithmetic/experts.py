@@ -13,8 +13,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recipe.gtpo.tasks.arithmetic import SYMBOLS, Problem, Step, sample_problems, take, tool_schema
-from recipe.gtpo.tasks.calculator import respond
+from recipe.gtpo.tasks.arithmetic.calculator import respond
+from recipe.gtpo.tasks.arithmetic.problems import SYMBOLS, Problem, Step, sample_problems, take, tool_schema
 
 STAGES = ("first", "later", "repair")  # no call yet; the previous call ran; the previous call was refused or failed
 FAULTS = (

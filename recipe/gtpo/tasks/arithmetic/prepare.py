@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.tasks.arithmetic import Limits, step_mix, write_splits
-from recipe.gtpo.tasks.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
+from recipe.gtpo.tasks.arithmetic.problems import Limits, step_mix, write_splits
+from recipe.gtpo.tasks.arithmetic.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
 
 
 def prepare(

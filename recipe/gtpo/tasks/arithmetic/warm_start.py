@@ -1,6 +1,6 @@
 """The warm start of the embedded policy: supervised fine-tuning on an imperfect expert, once, then from a cache.
 
-    python -m recipe.gtpo.tasks.warm_start --out outputs/warm_start --seed 1
+    python -m recipe.gtpo.tasks.arithmetic.warm_start --out outputs/warm_start --seed 1
 
 A random model never emits a valid call, so reinforcement learning would have nothing to reinforce. Two parts:
 
@@ -31,7 +31,16 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from recipe.gtpo.tasks.arithmetic import (
+from recipe.gtpo.tasks.arithmetic.experts import (
+    FAULT_MIX,
+    Demonstration,
+    FaultMix,
+    demonstrate,
+    faults_for,
+    scale_faults,
+)
+from recipe.gtpo.tasks.arithmetic.policy import CHAT_TEMPLATE, TOOL_TAGS, TokenStream, build_model, train_tokenizer
+from recipe.gtpo.tasks.arithmetic.problems import (
     HORIZON,
     MAX_CODE_LENGTH,
     SYSTEM_MESSAGE,
@@ -39,8 +48,6 @@ from recipe.gtpo.tasks.arithmetic import (
     step_mix,
     tool_schema,
 )
-from recipe.gtpo.tasks.experts import FAULT_MIX, Demonstration, FaultMix, demonstrate, faults_for, scale_faults
-from recipe.gtpo.tasks.policy import CHAT_TEMPLATE, TOOL_TAGS, TokenStream, build_model, train_tokenizer
 
 IGNORE = -100  # label of a token that is not trained on
 _FAULTLESS = scale_faults(FAULT_MIX, 0.0)
@@ -106,7 +113,7 @@ class WarmStartOptions:
 def _key(options: dict) -> str:
     """Cache key: the options, the code that turns them into weights, and the libraries that run it."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for name in ("arithmetic.py", "calculator.py", "experts.py", "policy.py", "warm_start.py", "../parsing.py"):
+    for name in ("problems.py", "calculator.py", "experts.py", "policy.py", "warm_start.py", "../../parsing.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     digest.update(CHAT_TEMPLATE.read_bytes())
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())

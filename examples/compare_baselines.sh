@@ -8,7 +8,7 @@
 #   bash examples/compare_baselines.sh ray=http://HEAD:8265 parallel=4 hardware=multi_node trainer.nnodes=1 \
 #     tool_server.url=http://HEAD:PORT task=verl_data ...    # Ray jobs, four at once: 4 nodes of 8 GPUs, a node a cell
 #
-# All keys: recipe/gtpo/compare.py. Other arguments go to every run, as on run_gtpo_qwen.sh's command line.
+# All keys: recipe/gtpo/experiments/compare.py. Other arguments go to every run, as on run_gtpo_qwen.sh's command line.
 # The same command goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ done
 bash examples/setup_env.sh "$STACK"
 python=${VENV:-.venv}/bin/python
 status=0
-"$python" -m recipe.gtpo.compare "${ARGS[@]}" "$@" || status=$?
+"$python" -m recipe.gtpo.experiments.compare "${ARGS[@]}" "$@" || status=$?
 ((status <= 1)) || exit "$status" # interrupted: no report
-"$python" -m recipe.gtpo.report "$out" -o "$out/report"
+"$python" -m recipe.gtpo.experiments.report "$out" -o "$out/report"
 exit "$status"

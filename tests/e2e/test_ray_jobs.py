@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.gtpo.compare import Cell, RayJob, run_matrix
+from recipe.gtpo.experiments.compare import Cell, RayJob, run_matrix
 
 pytestmark = pytest.mark.e2e
 

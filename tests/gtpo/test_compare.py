@@ -14,8 +14,8 @@ import time
 import psutil
 import pytest
 
-from recipe.gtpo import compare
-from recipe.gtpo.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
+from recipe.gtpo.experiments import compare
+from recipe.gtpo.experiments.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
 
 pytestmark = pytest.mark.unit
 
@@ -67,7 +67,8 @@ def test_the_twin_takes_the_same_cells(tmp_path):
     own, rest = parse(["methods=gtpo_turn", "seeds=5", "engine=twin", f"out={tmp_path}", "gtpo.gamma=1.0"])
     (one,) = matrix(own, rest)
     assert one.command[1:] == (
-        "benchmarks/twin.py", "--method", "gtpo_turn", "--seed", "5", "--run-dir", str(one.dir), "gtpo.gamma=1.0",
+        "-m", "recipe.gtpo.experiments.twin",
+        "--method", "gtpo_turn", "--seed", "5", "--run-dir", str(one.dir), "gtpo.gamma=1.0",
     )  # fmt: skip
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import deque
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from recipe.gtpo.experiments import twin
+from recipe.gtpo.experiments.report import Run
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome
-from recipe.gtpo.report import Run
 from recipe.gtpo.tasks.arithmetic.experts import write_answer, write_call
 from recipe.gtpo.tasks.arithmetic.problems import Problem, Step, sample_problems, take
 
 pytestmark = pytest.mark.unit
-
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("twin", ROOT / "benchmarks/twin.py")
-assert _spec is not None and _spec.loader is not None
-twin = importlib.util.module_from_spec(_spec)
-sys.modules["twin"] = twin
-_spec.loader.exec_module(twin)
 
 PROBLEM = Problem(1234, (Step("add", 567), Step("mul", 89)), wording=0)
 

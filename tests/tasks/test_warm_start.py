@@ -1,4 +1,4 @@
-"""The cache and the training loop at toy size. What the full size learns is measured with benchmarks/twin.py."""
+"""The cache and the training loop at toy size. What the full size learns, an experiment measures."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@ r"""Multi-step arithmetic word problems that need the tool: generator, splits, s
 
 A problem is a chain: a start value, then k steps (add, subtract, multiply), told in one of several wordings. The
 numbers are too large for a tiny policy to compute, small enough to copy: every value on the way has 4 to 6 digits,
-addends have 3, factors have 2. These sizes carry a law that the whole task rests on (tests/gtpo/tasks/test_problems.py):
+addends have 3, factors have 2. These sizes carry a law that the whole task rests on (a test states it):
 
     one step, written without spaces, takes at most MAX_CODE_LENGTH characters; any two consecutive steps take more.
 

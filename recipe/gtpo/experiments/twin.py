@@ -1,7 +1,7 @@
 """A plain-PyTorch twin of the embedded training run: no verl, no Ray, a second a step on one core.
 
-    python benchmarks/twin.py --method gtpo --seed 1 --run-dir outputs/twin/gtpo-seed1
-    python benchmarks/twin.py --method gtpo --seed 1 --run-dir outputs/twin/other gtpo.scale=batch_std gtpo.gamma=1.0
+    python -m recipe.gtpo.experiments.twin --method gtpo --seed 1 --run-dir outputs/twin/gtpo-seed1
+    python -m recipe.gtpo.experiments.twin --method gtpo --seed 1 --run-dir outputs/twin/other gtpo.gamma=1.0
 
 For questions that take many seeds. What decides the result is the recipe's own: problems, warm start, parser, format
 verdicts, shaping, turn rewards, advantages, and the method files of `recipe/gtpo/config/method`. What differs from the
@@ -13,13 +13,12 @@ run under verl:
 4. Rows whose advantages are all 0 skip the backward pass. Their gradient is 0; the loss still divides by their tokens.
 
 Leaves metrics.jsonl and summary.json as a run under verl does, with the same names (recipe/gtpo/run/record.py), so that
-`recipe.gtpo.report` reads both. Only here: `val-class/<problem class>/...`, and `val-aux/.../greedy_acc/...`.
+the report reads both. Only here: `val-class/<problem class>/...`, and `val-aux/.../greedy_acc/...`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -32,12 +31,10 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
-
 from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, validation_info
-from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.options import GTPOOptions, Scale
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format
@@ -327,7 +324,7 @@ def turn_advantages(
     if method.estimator == "grpo":
         # One return a trajectory, compared within the group: tests/gtpo proves that this is verl's GRPO.
         one_turn = credit.turn_mask.any(dim=1, keepdim=True)
-        scale = "std" if method.scale_by_std else "none"
+        scale: Scale = "std" if method.scale_by_std else "none"
         total = rewards.sum(dim=1, keepdim=True)
         advantage = normalize_returns(total, one_turn, groups, scale=scale)
         return total * credit.turn_mask, advantage * credit.turn_mask, credit

@@ -1,6 +1,6 @@
-"""Compare finished runs: `python -m recipe.gtpo.report RUNS... -o report/`.
+"""Compare finished runs: `python -m recipe.gtpo.experiments.report RUNS... -o report/`.
 
-RUNS are run folders, or folders of run folders (what `recipe.gtpo.compare` leaves). Writes `index.html`
+RUNS are run folders, or folders of run folders (what `recipe.gtpo.experiments.compare` leaves). Writes `index.html`
 (self-contained), the same figures as PNG, the table as `table.md`, and every number as `report.json`.
 
 Everything is read from the runs' own records. Accuracy is the raw outcome on held-out problems, sampled as the run's
@@ -795,8 +795,8 @@ samples, other lengths) and whatever else ran on the machine; the advantage phas
 def command_of(run: Run) -> str:
     """The command that made the run, to be given in the repository again; OUT is the folder that the run's is in."""
     program, *arguments = run.start["command"]
-    name = "python benchmarks/twin.py" if program.endswith("twin.py") else "python -m recipe.gtpo.main"
-    return f"{name} {shlex.join(arguments)}".replace(str(run.dir.resolve().parent), "OUT")
+    module = "recipe.gtpo.experiments.twin" if "twin" in Path(program).stem else "recipe.gtpo.main"
+    return f"python -m {module} {shlex.join(arguments)}".replace(str(run.dir.resolve().parent), "OUT")
 
 
 def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row]:

@@ -1,9 +1,12 @@
-"""Run a matrix of methods x seeds: `python -m recipe.gtpo.compare methods=gtpo,grpo seeds=0..4 [hydra overrides]`.
+"""Run a matrix of methods x seeds.
+
+    python -m recipe.gtpo.experiments.compare methods=gtpo,grpo seeds=0..4 [hydra overrides]
+
 
 A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`, or with horizons=
 `OUT/<method>-h<horizon>-seed<seed>`. Cells that are complete are skipped, so the same command goes on where it was
 stopped; a cell that fails is started once more and then reported. Then:
-`python -m recipe.gtpo.report OUT -o OUT/report`.
+`python -m recipe.gtpo.experiments.report OUT -o OUT/report`.
 
 Keys of this command; everything else goes to each run as it is:
     methods   comma-separated files of recipe/gtpo/config/method          (gtpo,grpo)
@@ -11,7 +14,7 @@ Keys of this command; everything else goes to each run as it is:
     horizons  the same, of the task's longest chain of dependent calls    (the task's own)
     steps     training steps of a cell                                    (the task's own)
     out       folder of all cells                                         (outputs/compare)
-    engine    verl: recipe.gtpo.main; twin: benchmarks/twin.py            (verl)
+    engine    verl: recipe.gtpo.main; twin: recipe.gtpo.experiments.twin  (verl)
     parallel  cells that run at once                                      (1; with ray= it has to be given)
     ray       job server of a Ray cluster (http://HOST:8265): cells become its jobs (none: processes on this machine)
     hours     limit of a cell, from its start                             (24)
@@ -44,7 +47,7 @@ from tqdm import tqdm
 from recipe.gtpo.run.checks import method_file
 from recipe.gtpo.run.record import RunRecord, last_line
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEFAULTS = {
     "methods": "gtpo,grpo",
     "seeds": "0..4",
@@ -146,7 +149,8 @@ def _command(engine: str, settings: Mapping[str, Any]) -> list[str]:
     """The engine's program with `settings` in its own words; what is None is left to the task."""
     given = {name: str(value) for name, value in settings.items() if value is not None}
     if engine == "twin":
-        return ["benchmarks/twin.py", *(w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v))]
+        arguments = (word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value))
+        return ["-m", "recipe.gtpo.experiments.twin", *arguments]
     names = {"steps": "trainer.total_training_steps", "horizon": "task.horizon"}
     return ["-m", "recipe.gtpo.main", *(f"{names.get(k, k)}={v}" for k, v in given.items())]
 
@@ -323,7 +327,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:
         print(f"compare: failed: {name}, see {out / name / 'terminal.log'}")
-    print(f"compare: now python -m recipe.gtpo.report {out} -o {out / 'report'}")
+    print(f"compare: now python -m recipe.gtpo.experiments.report {out} -o {out / 'report'}")
     return 1 if outcome.failed else 0
 
 

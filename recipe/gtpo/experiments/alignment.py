@@ -1,6 +1,6 @@
 """How far a method's gradient points where the outcome's does: cosines on the embedded policy, method by method.
 
-    python benchmarks/alignment.py --seeds 501,502 --horizon 4 --after 0 15
+    python -m recipe.gtpo.experiments.alignment --seeds 501,502 --horizon 4 --after 0 15
 
 The outcome's gradient is that of the success rate alone: raw outcome minus the mean of its group, no scale, no format
 penalty, no shaping, averaged over `--reference` batches. A method's gradient is that of one other batch; the row
@@ -20,10 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import twin
-
+from recipe.gtpo.experiments import twin
 from recipe.gtpo.method.options import GTPOOptions, ShapingOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.tasks.arithmetic.policy import TokenStream

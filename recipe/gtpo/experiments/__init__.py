@@ -1,0 +1,1 @@
+"""Methods against each other: a matrix of runs, a plain-PyTorch engine for many seeds, a report."""

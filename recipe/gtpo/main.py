@@ -182,7 +182,7 @@ def train(config: DictConfig) -> None:
 
 def _keep_logs(record: RunRecord) -> None:
     """Copy the workers' output out of Ray's temporary session folder."""
-    # Ray has no public name for the folder of the session it is in; tests/glue/test_plugin.py breaks when it moves.
+    # Ray has no public name for the folder of the session it is in; tests/gtpo/test_plugin.py breaks when it moves.
     node = ray._private.worker._global_node
     if node is not None:
         shutil.copytree(node.get_logs_dir_path(), record.logs, dirs_exist_ok=True, ignore_dangling_symlinks=True)

@@ -13,7 +13,7 @@ import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_asy
 from recipe.gtpo.run.watchdog import ActorWatch, write_cause
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
-# tests/glue/test_plugin.py breaks when it moves.
+# tests/gtpo/test_plugin.py breaks when it moves.
 _TaskRunner = TaskRunnerV1.__ray_metadata__.modified_class
 
 

@@ -281,5 +281,5 @@ async def _buckets(
 
 RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
 # verl has a public registry for replicas but none for the trainer-side adapter, only this dict.
-# tests/cpu/test_platform.py breaks when it moves.
+# tests/verl_ext/cpu/test_platform.py breaks when it moves.
 _ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.cpu.rollout.TransformersAdapter"

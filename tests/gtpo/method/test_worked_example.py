@@ -17,7 +17,7 @@ from recipe.gtpo.method.turns import FormatReason
 
 pytestmark = pytest.mark.unit
 
-PAGE = (Path(__file__).parents[2] / "recipe" / "gtpo" / "README.md").read_text()
+PAGE = (Path(__file__).parents[3] / "recipe" / "gtpo" / "README.md").read_text()
 SECTION = PAGE.split("## Worked example")[1].split("\n## ")[0]
 
 

@@ -13,35 +13,20 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DEFAULT_HARDWARE = "cpu"  # as in config/gtpo_trainer.yaml
+from recipe.gtpo.run.environment import settle
 
-
-def _hardware(arguments: Sequence[str]) -> str:
-    choices = [a.split("=", 1)[1] for a in arguments if a.startswith("hardware=")]
-    return choices[-1] if choices else DEFAULT_HARDWARE
-
-
-# verl settles its platform at its first import, and hydra imports verl to find its configs: too early for the config to
-# tell. This is the one choice that is read off the command line.
-if _hardware(sys.argv[1:]) == "cpu":
-    os.environ["VERL_PLATFORM"] = "cpu"
-# verl warns of every engine that is not installed, in every process.
-warnings.filterwarnings("ignore", message=r".* engine is not available", category=UserWarning)
-warnings.filterwarnings("ignore", message="Disabled critic", category=UserWarning)  # no method here has one
-os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
+settle(sys.argv[1:])  # before hydra and verl are imported
 
 import hydra  # noqa: E402
 import ray  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.errors import InstantiationException  # noqa: E402
-from omegaconf import DictConfig, OmegaConf, open_dict  # noqa: E402
+from omegaconf import DictConfig, open_dict  # noqa: E402
 
-from recipe.gtpo.run.checks import ConfigError, check, check_paths, register  # noqa: E402
+from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize  # noqa: E402
 from recipe.gtpo.run.record import RunRecord, last_line  # noqa: E402
 from recipe.gtpo.run.watchdog import CAUSE_FILE, read_cause, write_cause  # noqa: E402
@@ -115,23 +100,6 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
     finally:
         stop.set()
         thread.join(timeout=config.watchdog.poll_seconds + 5)
-
-
-def prepare(config: DictConfig) -> None:
-    """Run the task's own preparation, fill what the config leaves open, and settle every interpolation."""
-    if config.task.prepare is not None:
-        try:
-            made = hydra.utils.call(config.task.prepare)
-        except InstantiationException as e:  # hydra's wrapper, whose first line does not say what is wrong
-            raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
-        for key, value in made.items():
-            if OmegaConf.select(config, key) is None:
-                OmegaConf.update(config, key, value)
-    check_paths(config)
-    config.run_dir = str(Path(config.run_dir).resolve())
-    config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
-    os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
-    OmegaConf.resolve(config)
 
 
 def validate(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""Read one assistant turn: its tool calls, its answer, and whether it breaks the format.
+"""Read the tool calls of one assistant turn, malformed ones included.
 
 verl's `HermesToolParser` drops a malformed call silently, so a malformed call looks like a final answer. Here each call
 is classified, and the model can be told what was wrong. Pure functions: no verl, no tokenizer.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
@@ -94,45 +94,6 @@ def _check_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) ->
         if limit is not None and isinstance(value, str) and len(value) > limit:
             return FormatReason.BAD_ARGUMENT, f"{name} is longer than {limit} characters"
     return None, ""
-
-
-def extract_answer(text: str) -> str | None:
-    r"""The content of the last balanced `\boxed{...}` in `text`, or None. Nested braces are kept."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) != -1:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : i].strip()
-        end = start  # this one never closes: look further left
-    return None
-
-
-def judge_format(
-    *, is_first: bool, is_last: bool, truncated: bool, calls: Sequence[ToolCall], has_answer: bool
-) -> FormatReason | None:
-    """The one format verdict of a turn (algorithm, part 1), or None when it keeps the format.
-
-    Args:
-        is_first, is_last: position in the trajectory.
-        truncated: the turn was cut by a limit of ours; then what is missing at its end is not the model's fault, and
-            neither is a call that the limit left unclosed.
-        calls: what `parse_calls` found.
-        has_answer: whether `extract_answer` found one.
-    """
-    for call in calls:
-        if call.error is not None and not (truncated and call.error is FormatReason.UNBALANCED_TAG):
-            return call.error
-    if truncated:
-        return None
-    if is_first and not calls:
-        return FormatReason.FIRST_TURN_NO_CALL
-    if not is_last and not calls and not has_answer:
-        return FormatReason.NO_CALL_NO_ANSWER
-    if is_last and not has_answer:
-        return FormatReason.NO_ANSWER
-    return None
 
 
 def count_reasons(broken: Iterable[FormatReason | None]) -> dict[str, int]:

@@ -29,7 +29,7 @@ def test_two_methods_become_one_report_whose_numbers_are_the_runs_own(tmp_path):
         "steps=2",
         f"out={out}",
         *TOY,
-        f"task.prepare.cache={tmp_path / 'cache'}",
+        f"task.cache={tmp_path / 'cache'}",
     ]
     text = run(command, seconds=600)
     assert "2 complete, 0 were, 0 failed" in text

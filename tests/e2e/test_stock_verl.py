@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from recipe.gtpo.run.checks import CONFIG_DIR
-from recipe.gtpo.tasks.arithmetic.prepare import prepare
+from recipe.gtpo.tasks.arithmetic.task import Arithmetic
 from verl_ext.tool_server.launch import start_server
 
 SAID = "gtpo: no recorded turns: turns from the response mask, outcome on the last turn, no shaping"
@@ -47,15 +47,17 @@ CPU = [
 
 def run_stock(tmp_path, *overrides: str) -> subprocess.CompletedProcess:
     """Two steps of verl's main_ppo; the tool server it needs runs for as long."""
-    made = prepare(
+    made = Arithmetic(
+        name="arithmetic",
         seed=1,
         horizon=2,
         success=0.2,
         train_problems=64,
         validation_problems=4,
+        final_problems=4,
         cache=str(tmp_path.parent),
         warm_start={"steps": 1, "base": {"skill": 0.0, "check_every": 3}},
-    )
+    ).prepare()
     command = [
         *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=gtpo", *CPU),
         f"actor_rollout_ref.model.path={made['actor_rollout_ref.model.path']}",

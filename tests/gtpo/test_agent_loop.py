@@ -1,151 +1,25 @@
 """Protects the rollout: what is recorded of a trajectory is exactly what the policy sampled and what became of it.
 
-The real loop, verl's real Continuous Token builder, a real (tiny) Qwen2 tokenizer with its chat template. Only the two
-ends are fakes: a server that says what a test wrote down, and tools that answer what a test wrote down.
+What is real in these rollouts and what is a fake: tests/helpers/scripted.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from composition import compose
-from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
-from verl.tools.base_tool import BaseTool
-from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
-from verl.workers.rollout.replica import TokenOutput
+from scripted import CALL, MULTI_TURN, QUESTION, RIGHT, WRONG, FakePython, Rollout, make_loop
 
-from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
-from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
-from recipe.gtpo.tasks.arithmetic.policy import TURN_END, train_tokenizer
+from recipe.gtpo.method.turns import Finish, FormatReason
+from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
 
 pytestmark = pytest.mark.unit
-
-QUESTION = [{"role": "user", "content": "What is 2+3?"}]
-CALL = '<tool_call>{"name": "python", "arguments": {"code": "2+3"}}</tool_call>'
-RIGHT, WRONG = r"It is \boxed{5}.", r"It is \boxed{6}."
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return train_tokenizer([CALL, RIGHT], vocab_size=300, directory=tmp_path_factory.mktemp("tokenizer"))
-
-
-class ScriptedServer:
-    """Says `turns` one after the other: a text ends with the end-of-turn token, a list of ids is said as it is.
-
-    Like a real server it stops at `max_tokens`. Tokens of turn k have the log-probs -k-0.001, -k-0.002, ...
-    """
-
-    def __init__(self, tokenizer, turns):
-        end = tokenizer.convert_tokens_to_ids(TURN_END)
-        encode = tokenizer.encode
-        self.script = [[*encode(t, add_special_tokens=False), end] if isinstance(t, str) else t for t in turns]
-        self.said: list[list[int]] = []
-        self.requests: list[dict[str, Any]] = []
-
-    async def generate(self, *, request_id, prompt_ids, sampling_params) -> TokenOutput:
-        turn = len(self.said)
-        self.requests.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
-        ids = self.script[turn][: sampling_params["max_tokens"]]
-        self.said.append(ids)
-        log_probs = [-turn - i / 1000 for i in range(1, len(ids) + 1)] if sampling_params["logprobs"] else None
-        steps = {"global_steps": turn + 3, "min_global_steps": turn + 3, "max_global_steps": turn + 3}
-        return TokenOutput(token_ids=ids, log_probs=log_probs, stop_reason="completed", extra_fields=steps)
-
-
-class FakePython(BaseTool):
-    """The tool `python`: hands back the next of `answers`, which may be a text, (text, outcome) or an exception."""
-
-    def __init__(self, *answers: Any):
-        parameters = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
-        function = {"name": "python", "description": "Run Python code.", "parameters": parameters}
-        super().__init__({}, OpenAIFunctionToolSchema(type="function", function=function))
-        self.answers = list(answers)
-        self.ran: list[str] = []
-        self.open = 0
-
-    async def create(self, instance_id=None, **kwargs):
-        self.open += 1
-        return await super().create(instance_id, **kwargs)
-
-    async def execute(self, instance_id, parameters, **kwargs):
-        self.ran.append(parameters["code"])
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        text, metrics = (answer, {}) if isinstance(answer, str) else (answer[0], {"outcome": answer[1]})
-        return ToolResponse(text=text), 0.0, metrics
-
-    async def release(self, instance_id, **kwargs):
-        self.open -= 1
-
-
-class Rollout:
-    """One trajectory and everything that went in and out of it."""
-
-    def __init__(self, tokenizer, turns, tool=None, changes=None, sampling=None, **row):
-        self.tokenizer = tokenizer
-        self.tool = tool or FakePython()
-        self.server = ScriptedServer(tokenizer, turns)
-        config = compose("data.max_prompt_length=256", "data.max_response_length=256")
-        for key, value in (changes or {}).items():
-            OmegaConf.update(config, key, value)
-        row = {
-            "raw_prompt": QUESTION,
-            "data_source": "arithmetic",
-            "reward_model": {"ground_truth": "5"},
-            "index": 4,
-            "session_id": 1,
-            "global_steps": 9,
-        } | row
-        sampling = {"temperature": 1.0, "logprobs": config.actor_rollout_ref.rollout.calculate_log_probs}
-
-        async def run():
-            # inside a running event loop, as in verl's worker: the base class takes the current one
-            loop = make_loop(config, tokenizer, self.server, [self.tool])
-            return await loop.run(sampling, **row)
-
-        self.output = asyncio.run(run())
-        # as the trainer reads it
-        self.trajectory = Trajectory.from_dict(self.output.extra_fields[TRAJECTORY])
-        self.info = self.output.extra_fields["reward_extra_info"]
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids)
-
-    @property
-    def broken(self):
-        return [turn.broken for turn in self.trajectory.turns]
-
-    @property
-    def outcomes(self):
-        return [[outcome.outcome for outcome in turn.outcomes] for turn in self.trajectory.turns]
-
-    @property
-    def context(self):
-        """What stands in the response between the turns: one text a gap."""
-        ends = [turn.end for turn in self.trajectory.turns]
-        starts = [turn.start for turn in self.trajectory.turns[1:]] + [len(self.output.response_ids)]
-        return [self.decode(self.output.response_ids[a:b]) for a, b in zip(ends, starts, strict=True)]
-
-
-def make_loop(config, tokenizer, server, tools):
-    return GTPOAgentLoop(
-        trainer_config=DictConfigWrap(config),
-        server_manager=server,
-        tokenizer=tokenizer,
-        processor=None,
-        dataset_cls=None,
-        data_config=DictConfigWrap(config.data),
-        hf_model_type="qwen2",
-        tools=ToolListWrap(tools) if tools is not None else None,
-    )
-
-
-MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -404,7 +278,7 @@ def test_validation_keys_are_the_same_however_a_trajectory_ends(tokenizer):
 def test_an_outcome_between_zero_and_one_is_refused(tokenizer, tmp_path):
     (tmp_path / "half.py").write_text("def score(**kwargs):\n    return {'acc': 0.5}\n")
     changes = {"reward.custom_reward_function": {"path": str(tmp_path / "half.py"), "name": "score"}}
-    with pytest.raises(ValueError, match=r"acc=0\.5: GTPO's outcome is 0 or 1"):
+    with pytest.raises(ValueError, match=r"acc=0\.5: the outcome of a trajectory is 0 or 1"):
         Rollout(tokenizer, [RIGHT], changes=changes)
 
 
@@ -413,6 +287,17 @@ def test_a_reward_function_may_be_async_or_return_a_bare_number(tokenizer, tmp_p
     changes = {"reward.custom_reward_function": {"path": str(tmp_path / "one.py"), "name": "score"}}
     rollout = Rollout(tokenizer, [WRONG], changes=changes)
     assert (rollout.trajectory.acc, rollout.trajectory.pred) == (1.0, "")
+
+
+def test_the_tasks_answer_format_decides_whether_the_last_turn_answers(tokenizer, tmp_path):
+    """A task whose answers look like `#### 42` is not fined for having no box."""
+    (tmp_path / "hashes.py").write_text("def score(solution_str, **kwargs):\n    return '#### 5' in solution_str\n")
+    reward = {"reward.custom_reward_function": {"path": str(tmp_path / "hashes.py"), "name": "score"}}
+    own = {"task": {"_target_": "recipe.gtpo.tasks.task.OwnData", "name": "mine", "answer": "#### (.+)"}}
+    rollout = Rollout(tokenizer, [CALL, "#### 5"], FakePython("5\n"), reward | own)
+    assert rollout.broken == [None, None] and rollout.trajectory.acc == 1.0
+    boxed = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), reward | own)
+    assert boxed.broken == [None, FormatReason.NO_ANSWER]
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
@@ -448,8 +333,7 @@ def test_no_tool_is_refused_by_the_key_that_sets_one(tokenizer, tools):
 
 
 def test_no_reward_function_is_refused_by_the_key_that_sets_one(tokenizer):
-    config = compose()
-    config.reward.custom_reward_function.path = None
+    config = compose("task=verl_data")
     with pytest.raises(ValueError, match=r"needs reward.custom_reward_function.path"):
         asyncio.run(started(config, tokenizer, [FakePython()]))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
-from recipe.gtpo.parsing import count_reasons, extract_answer, judge_format, parse_calls
+from recipe.gtpo.parsing import count_reasons, parse_calls
 
 pytestmark = pytest.mark.unit
 
@@ -110,8 +110,6 @@ def test_no_text_raises(text):
     calls = parse_calls(text, SCHEMAS)
     assert all(c.error is None or c.detail for c in calls)
     assert bool(calls) == ("<tool_call>" in text or "</tool_call>" in text)
-    answer = extract_answer(text)
-    assert answer is None or answer in text
 
 
 @given(
@@ -123,62 +121,6 @@ def test_no_text_raises(text):
 def test_a_well_formed_call_round_trips(query, limit, exact, said):
     arguments = {"query": query, "limit": limit, "exact": exact}
     assert parse_calls(said + call("search", **arguments) + said, SCHEMAS) == (ToolCall("search", arguments),)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{42}.", "42"),
-        (r"\boxed{ 42 }", "42"),
-        (r"\boxed{}", ""),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{1}, no: \boxed{2}", "2"),
-        (r"\boxed{1} or \boxed{2", "1"),  # the last one that closes
-        (r"\boxed{a \boxed{b}", "b"),
-        (r"\boxed{1", None),
-        ("boxed{1}", None),
-        ("", None),
-    ],
-)
-def test_the_answer_is_the_last_balanced_box(text, answer):
-    assert extract_answer(text) == answer
-
-
-GOOD = ToolCall("python", {"code": "1"})
-BAD = ToolCall("python", {}, FormatReason.MISSING_ARGUMENT, "missing argument 'code'")
-UNCLOSED = ToolCall("", {}, FormatReason.UNBALANCED_TAG, "not closed")
-
-
-def judge(calls=(), *, first=False, last=False, truncated=False, answer=False):
-    return judge_format(is_first=first, is_last=last, truncated=truncated, calls=calls, has_answer=answer)
-
-
-def test_the_first_turn_must_call_even_when_it_answers():
-    assert judge(first=True, last=True, answer=True) is FormatReason.FIRST_TURN_NO_CALL
-    assert judge([GOOD], first=True) is None
-
-
-def test_a_turn_in_the_middle_calls_or_answers():
-    assert judge() is FormatReason.NO_CALL_NO_ANSWER
-    assert judge([GOOD]) is None and judge(answer=True) is None
-
-
-def test_the_last_turn_answers():
-    assert judge(last=True) is FormatReason.NO_ANSWER
-    assert judge(last=True, answer=True) is None
-
-
-def test_a_malformed_call_comes_before_every_other_reason():
-    assert judge([GOOD, BAD], first=True, last=True) is FormatReason.MISSING_ARGUMENT
-    assert judge([BAD, UNCLOSED], last=True, answer=True) is FormatReason.MISSING_ARGUMENT  # the first fault written
-
-
-def test_a_limit_of_ours_excuses_what_is_missing_at_the_end_and_nothing_else():
-    assert judge(first=True, last=True, truncated=True) is None
-    assert judge(last=True, truncated=True) is None
-    assert judge([UNCLOSED], last=True, truncated=True) is None
-    assert judge([UNCLOSED], last=True) is FormatReason.UNBALANCED_TAG
-    assert judge([BAD, UNCLOSED], last=True, truncated=True) is FormatReason.MISSING_ARGUMENT
 
 
 def test_counts_name_every_reason_on_every_step():

@@ -6,13 +6,12 @@ import copy
 import functools
 import itertools
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.utils.config import omega_conf_to_dataclass
 
 from recipe.gtpo.main import validate
-from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, check, register
+from recipe.gtpo.run import checks
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, check
 
 
 def names(group: str) -> list[str]:
@@ -40,13 +39,7 @@ def compose_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 
 @functools.cache  # about a second each
 def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    register()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = hydra_compose("gtpo_trainer", overrides=list(overrides), return_hydra_config=True)
-    choices = dict(config.hydra.runtime.choices)
-    with open_dict(config):
-        del config["hydra"]
-    return config, choices
+    return checks.compose(*overrides)
 
 
 def composed(method: str, task: str, hardware: str, rollout: str) -> tuple[DictConfig, dict[str, str]]:

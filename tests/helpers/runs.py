@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: The embedded default, as small as it gets: a policy after four steps of warm start, two prompts x two rollouts.
 TOY = (
-    "+task.prepare.warm_start={steps: 1, base: {skill: 0.0, check_every: 3}}",
-    "task.prepare.train_problems=64",
-    "task.prepare.validation_problems=4",
+    "task.warm_start={steps: 1, base: {skill: 0.0, check_every: 3}}",
+    "task.train_problems=64",
+    "task.validation_problems=4",
     "data.train_batch_size=2",
     "data.max_response_length=32",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
@@ -109,7 +109,7 @@ def start(tmp_path: Path, *overrides: str) -> Iterator[Run]:
     """Run the example script with TOY and `overrides`, outputs under `tmp_path`; all of it is gone after the block."""
     run_dir = tmp_path / "run"
     output = tmp_path / f"{time.monotonic_ns()}.log"
-    paths = [f"run_dir={run_dir}", f"task.prepare.cache={tmp_path.parent}"]  # the toy policy serves all tests
+    paths = [f"run_dir={run_dir}", f"task.cache={tmp_path.parent}"]  # the toy policy serves all tests
     command = ["bash", str(ROOT / "examples" / "run_gtpo_qwen.sh"), *TOY, *paths, *overrides]
     environment = {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HARDWARE": "cpu"}
     with output.open("wb") as out:

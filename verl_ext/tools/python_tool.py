@@ -17,6 +17,7 @@ from verl.tools.schemas import (
 )
 
 from verl_ext.tool_server import ToolClient
+from verl_ext.tools.schema import python_schema
 
 
 class LimitedString(OpenAIFunctionPropertySchema):
@@ -56,17 +57,16 @@ class PythonTool(BaseTool):
 
     @staticmethod
     def _schema(max_code_chars: int | None) -> OpenAIFunctionToolSchema:
+        function = python_schema(max_code_chars)["function"]
+        parameters = function["parameters"]
+        properties = {name: LimitedString(**rule) for name, rule in parameters["properties"].items()}
         return OpenAIFunctionToolSchema(
             type="function",
             function=OpenAIFunctionSchema(
-                name="python",
-                description="Run Python code and see what it prints; the value of a last expression is shown too.",
+                name=function["name"],
+                description=function["description"],
                 parameters=OpenAIFunctionParametersSchema(
-                    type="object",
-                    properties={
-                        "code": LimitedString(type="string", description="Python code", maxLength=max_code_chars)
-                    },
-                    required=["code"],
+                    type="object", properties=properties, required=parameters["required"]
                 ),
             ),
         )

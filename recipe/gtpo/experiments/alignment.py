@@ -1,6 +1,6 @@
 """How far a method's gradient points where the outcome's does: cosines on the embedded policy, method by method.
 
-    python -m recipe.gtpo.experiments.alignment --seeds 501,502 --horizon 4 --after 0 15
+    python -m recipe.gtpo.experiments.alignment --seeds 501,502 --after 0 15 task.horizon=4 [hydra overrides]
 
 The outcome's gradient is that of the success rate alone: raw outcome minus the mean of its group, no scale, no format
 penalty, no shaping, averaged over `--reference` batches. A method's gradient is that of one other batch; the row
@@ -14,89 +14,100 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from recipe.gtpo.experiments import twin
-from recipe.gtpo.method.options import GTPOOptions, ShapingOptions
+from recipe.gtpo.experiments.twin import training
+from recipe.gtpo.experiments.twin.rollout import Row, draw
+from recipe.gtpo.experiments.twin.settings import Settings, refuse_unread
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.tasks.arithmetic.policy import TokenStream
-from recipe.gtpo.tasks.arithmetic.problems import HORIZON, Limits, sample_problems, step_mix, tool_schema
-from recipe.gtpo.tasks.arithmetic.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
+from recipe.gtpo.run.checks import ConfigError, compose, prepare
+from recipe.gtpo.run.environment import settle
+from recipe.gtpo.tasks.arithmetic.problems import sample_problems, step_mix
 
-METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_no_return", "gtpo_no_turn_reward", "gtpo_turn", "gtpo_batch",
+METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_undiscounted", "gtpo_no_turn_reward", "gtpo_turn", "gtpo_batch",
            "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip
-OUTCOME = twin.Method(
-    "grpo", replace(GTPOOptions(), format_penalty=0.0, shaping=ShapingOptions(enable=False)), scale_by_std=False
-)
+#: The success rate's own gradient, in overrides.
+OUTCOME = ("method=dr_grpo", "algorithm.gtpo.format_penalty=0.0")
 
 
 def gradient(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    drawn: tuple[list[twin.Conversation], list[str]],
-    method: twin.Method,
+    drawn: tuple[list[Row], list[str]],
+    settings: Settings,
     pad_id: int,
 ) -> torch.Tensor:
-    """(parameters,) the gradient that `optimizer` was given for its step on one batch (of `twin.draw`)."""
-    conversations, groups = drawn
-    shaping = method.options.shaping
+    """(parameters,) the gradient that `optimizer` was given for its step on one batch (of `rollout.draw`)."""
+    rows, groups = drawn
+    shaping = settings.options.shaping
     similarity = make_similarity(shaping.similarity) if shaping.enable else None
-    trajectories = [c.trajectory() for c in conversations]
-    _, advantages, credit = twin.turn_advantages(trajectories, groups, method, similarity)
-    twin.update(model, optimizer, conversations, *twin.spread(conversations, advantages, credit), pad_id)
+    _, advantages, credit = training.turn_advantages([r.trajectory() for r in rows], groups, settings, similarity)
+    training.update(model, optimizer, rows, *training.spread(rows, advantages, credit), pad_id, settings)
     # A parameter that got no gradient (no advantage anywhere) counts as 0.
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
 
 
-def main() -> None:
+def load(seed: int, overrides: Sequence[str]) -> dict[str, Settings]:
+    """The settings of every method and of the outcome, on one seed. Raises ConfigError."""
+    settings = {}
+    for name, own in [("outcome", OUTCOME), *((name, (f"method={name}",)) for name in METHODS)]:
+        config, _ = compose(f"seed={seed}", *overrides, *own)
+        settings[name] = Settings.of(config, prepare(config))
+    return settings
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="501,502", help="of the warm starts and the problems")
-    parser.add_argument("--horizon", type=int, default=HORIZON, help="the longest number of dependent calls, 1 to 6")
     parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of GRPO, ascending")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of those steps")
     parser.add_argument("--batches", type=int, default=6, help="measured, one cosine each")
     parser.add_argument("--reference", type=int, default=24, help="batches behind the outcome's gradient")
-    parser.add_argument("--cache", type=Path, default=Path("outputs/embedded/policies"), help="of warm starts")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()
+    settle(overrides)
     torch.set_num_threads(1)
-    limits = Limits.of(args.horizon)
-    methods = {"outcome": OUTCOME} | {name: twin.Method.load(name, []) for name in METHODS}
     cosines: dict[tuple[str, int], list[float]] = defaultdict(list)
     for seed in map(int, args.seeds.split(",")):
+        try:
+            refuse_unread(overrides)
+            methods = load(seed, overrides)
+        except ConfigError as e:
+            print(f"alignment: error: {e}", file=sys.stderr)
+            return 1
         torch.manual_seed(seed)
-        policy = ensure_warm_start(WarmStartOptions(seed=seed, base=BaseOptions(horizon=args.horizon)), args.cache)
-        stream = TokenStream(AutoTokenizer.from_pretrained(policy), [tool_schema()])
-        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+        grpo = methods["grpo"]
+        model, stream = training.load_policy(grpo)
         still = torch.optim.SGD(model.parameters(), lr=0.0)
-        adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-        source = sample_problems("train", seed, step_mix(args.horizon))
+        adam = training.make_optimizer(model, grpo)
+        source = sample_problems("train", seed, step_mix(grpo.task.horizon))
+
+        def batch() -> tuple[list[Row], list[str]]:
+            return draw(model, stream, source, grpo.rules, prompts=grpo.prompts, rollouts=grpo.rollouts)  # noqa: B023
+
         trained = 0
         for after in args.after:
             for _ in range(after - trained):
-                gradient(model, adam, twin.draw(model, stream, source, limits), methods["grpo"], stream.pad_id)
+                gradient(model, adam, batch(), grpo, stream.pad_id)
             trained = after
-            reference = torch.stack(
-                [
-                    gradient(model, still, twin.draw(model, stream, source, limits), OUTCOME, stream.pad_id)
-                    for _ in range(args.reference)
-                ]
-            ).mean(dim=0)
+            references = (
+                gradient(model, still, batch(), methods["outcome"], stream.pad_id) for _ in range(args.reference)
+            )
+            reference = torch.stack(list(references)).mean(dim=0)
             for _ in range(args.batches):
-                drawn = twin.draw(model, stream, source, limits)
-                for name, method in methods.items():
-                    found = gradient(model, still, drawn, method, stream.pad_id)
+                drawn = batch()
+                for name, settings in methods.items():
+                    found = gradient(model, still, drawn, settings, stream.pad_id)
                     cosines[name, after].append(float(torch.cosine_similarity(found, reference, dim=0)))
             print(f"seed {seed}, after {after} steps: done", file=sys.stderr, flush=True)
     print("| method | " + " | ".join(f"cosine after {n} steps" for n in args.after) + " |")
     print("| --- |" + " --- |" * len(args.after))
-    for name in methods:
+    for name in ("outcome", *METHODS):
         shown = [f"{statistics.fmean(cosines[name, n]):.2f}" for n in args.after]
         print(f"| {name} | " + " | ".join(shown) + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

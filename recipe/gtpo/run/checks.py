@@ -7,12 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
-
-CONFIG_DIR = Path(__file__).parents[1] / "config"
+from recipe.gtpo.run.environment import CONFIG_DIR
+from recipe.gtpo.tasks.task import Task, load_task
 
 #: hardware -> rollouts that make sense on it.
 ROLLOUTS = {
@@ -36,6 +39,20 @@ def register() -> None:
     """Make the options (`gtpo_options`) and the resolver `gtpo_config` known; call before hydra composes."""
     ConfigStore.instance().store(name="gtpo_options", node=asdict(GTPOOptions()))
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
+
+
+def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """The config that `recipe.gtpo.main` composes of these overrides, and hydra's choice of each group.
+
+    For programs that need a config without being a hydra application. Call `environment.settle` before.
+    """
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        config = hydra_compose("gtpo_trainer", overrides=list(overrides), return_hydra_config=True)
+    choices = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return config, choices
 
 
 class ConfigError(Exception):
@@ -80,12 +97,35 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
 _UNUSED_MANDATORY = {"reward.reward_model.rollout.name"}
 
 
-def check_paths(config: DictConfig) -> None:
+def prepare(config: DictConfig) -> Task:
+    """Have the task prepare itself, fill what the config leaves open, and settle every interpolation.
+
+    Raises ConfigError with the task's own reason, and for a model, data or reward file that is not there.
+    """
+    try:
+        task = load_task(config)
+        made = task.prepare()
+    except InstantiationException as e:  # hydra's wrapper, whose first line does not say what is wrong
+        raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
+    except ValueError as e:
+        raise ConfigError(f"task={config.task.name}: {e}") from e
+    for key, value in made.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, value)
+    check_paths(config, task)
+    config.run_dir = str(Path(config.run_dir).resolve())
+    config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
+    os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
+    OmegaConf.resolve(config)
+    return task
+
+
+def check_paths(config: DictConfig, task: Task) -> None:
     """Raise ConfigError for a model, data or reward file that is not there."""
     reward = config.reward.custom_reward_function.path
-    if reward is None:
+    if reward is None and not task.scores:
         raise ConfigError("reward.custom_reward_function.path is not set: a Python file with compute_score(...)")
-    if not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
+    if reward is not None and not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
         raise ConfigError(f"reward.custom_reward_function.path={reward} does not exist")
     model = config.actor_rollout_ref.model.path
     if model is None:
@@ -102,4 +142,6 @@ def check_paths(config: DictConfig) -> None:
             raise ConfigError(f"data.{key} is not set: a parquet or jsonl file in verl's format")
         for file in [files] if isinstance(files, str) else files:
             if not Path(os.path.expanduser(file)).is_file():
-                raise ConfigError(f"data.{key}: {file} does not exist; see the README on how to make it")
+                raise ConfigError(
+                    f"data.{key}: {file} does not exist; its columns: README.md, section 'Your own data and reward'"
+                )

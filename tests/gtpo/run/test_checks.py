@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.tools.tool_registry import load_all_tools
 
 from recipe.gtpo.agent_loop import GTPOAgentLoop
-from recipe.gtpo.main import prepare, validate
+from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths, prepare
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
+from recipe.gtpo.tasks.task import load_task
 
 pytestmark = pytest.mark.unit
 
@@ -78,7 +79,7 @@ METHOD_KEYS = {
     "gtpo": set(),
     "gtpo_batch": {"algorithm.gtpo.baseline"},
     "gtpo_batch_std": {"algorithm.gtpo.scale"},
-    "gtpo_no_return": {"algorithm.gtpo.gamma"},
+    "gtpo_undiscounted": {"algorithm.gtpo.gamma"},
     "gtpo_no_turn_reward": {"algorithm.gtpo.turn_rewards"},
     "gtpo_no_shaping": {"algorithm.gtpo.shaping.enable"},
     "gtpo_turn": {"algorithm.gtpo.baseline"},
@@ -109,7 +110,7 @@ def test_any_key_of_verl_stays_overridable():
     config = compose("actor_rollout_ref.actor.clip_ratio_high=0.3", "algorithm.gtpo.gamma=0.5", "seed=9")
     assert config.actor_rollout_ref.actor.clip_ratio_high == 0.3 and config.algorithm.gtpo.gamma == 0.5
     # one number reaches all that draws
-    assert config.data.seed == config.actor_rollout_ref.rollout.seed == config.task.prepare.seed == 9
+    assert config.data.seed == config.actor_rollout_ref.rollout.seed == config.task.seed == 9
     assert config.actor_rollout_ref.actor.data_loader_seed == config.actor_rollout_ref.actor.fsdp_config.seed == 9
 
 
@@ -246,16 +247,16 @@ def paths(default, tmp_path):
 
 def path_refusal(config: DictConfig) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_paths(config)
+        check_paths(config, load_task(config))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_paths_that_exist_pass_and_so_does_a_hub_name(paths):
-    check_paths(paths)
+    check_paths(paths, load_task(paths))
     paths.actor_rollout_ref.model.path = "Qwen/Qwen2.5-7B-Instruct"
     paths.data.train_files = [paths.data.train_files, paths.data.val_files]
-    check_paths(paths)
+    check_paths(paths, load_task(paths))
 
 
 def test_a_missing_model_folder_is_named_with_the_remedy(paths, tmp_path):
@@ -265,7 +266,8 @@ def test_a_missing_model_folder_is_named_with_the_remedy(paths, tmp_path):
 
 
 def test_no_reward_function_is_named_by_its_key(paths):
-    paths.reward.custom_reward_function.path = None
+    check_paths(paths, load_task(paths))  # task=arithmetic scores itself
+    paths.task = {"_target_": "recipe.gtpo.tasks.task.OwnData", "name": "verl_data", "answer": "boxed"}
     assert path_refusal(paths).startswith("reward.custom_reward_function.path is not set")
 
 

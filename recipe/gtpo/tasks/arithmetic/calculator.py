@@ -12,10 +12,8 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from recipe.gtpo.method.turns import ToolCall, ToolOutcome
-from recipe.gtpo.parsing import parse_calls
 
 _OPERATORS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -55,21 +53,10 @@ def _evaluate(node: ast.expr) -> int:
     raise ValueError(f"the calculator has no {type(node).__name__}")
 
 
-def answer_call(call: ToolCall) -> ToolOutcome:
-    """What a rollout would do with one call; `output` is the tool message. The one place that knows its text here.
+def run_call(call: ToolCall) -> ToolOutcome:
+    """What the tool answers to one well-formed call: what its program shows, of a failed one the traceback's last line.
 
-    Refused calls: "Error: " and the parser's reason. Programs: what they show, which for a failed one is the last line
-    of its traceback.
+    `config/tools/calculator.yaml` (`error_lines: 1`) makes the real tool answer in the same text.
     """
-    if call.error is not None:
-        return ToolOutcome("malformed", f"Error: {call.detail}", 0.0)
     result = run_code(str(call.arguments["code"]))
     return result if result.outcome == "ok" else replace(result, output=result.output.splitlines()[-1])
-
-
-def respond(
-    text: str, schemas: Mapping[str, Mapping[str, Any]]
-) -> tuple[tuple[ToolCall, ...], tuple[ToolOutcome, ...]]:
-    """The calls of one assistant turn and what answers them, one outcome a call. Both empty: a final turn."""
-    calls = parse_calls(text, schemas)
-    return calls, tuple(map(answer_call, calls))

@@ -13,9 +13,13 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recipe.gtpo.tasks.arithmetic.calculator import respond
+from recipe.gtpo.conversation import Conversation, Rules
+from recipe.gtpo.tasks.arithmetic.calculator import run_call
 from recipe.gtpo.tasks.arithmetic.problems import SYMBOLS, Problem, Step, sample_problems, take, tool_schema
+from recipe.gtpo.tasks.task import boxed
 
+#: A rollout's rules without its limits: an expert's turns have no tokens yet.
+RULES = Rules({"python": tool_schema()["function"]["parameters"]}, extract_answer=boxed)
 STAGES = ("first", "later", "repair")  # no call yet; the previous call ran; the previous call was refused or failed
 FAULTS = (
     "early_answer",  # answers with the value it has instead of making the next call
@@ -167,7 +171,7 @@ def write_turn(fault: str | None, value: int, steps: tuple[Step, ...]) -> str:
 
 def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstration:
     """Solve one problem with the faults of `mix` (as `scale_faults` returns it)."""
-    schemas = {"python": tool_schema()["function"]["parameters"]}
+    conversation = Conversation(RULES)
     turns: list[str] = []
     replies: list[tuple[str, ...]] = []
     faults: list[str | None] = []
@@ -177,12 +181,13 @@ def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstr
         fault = rng.choices([*row, None], [*row.values(), max(0.0, 1 - sum(row.values()))])[0]
         turns.append(write_turn(fault, value, remaining))
         faults.append(fault)
-        calls, outcomes = respond(turns[-1], schemas)
-        replies.append(tuple(o.output for o in outcomes))
-        if not calls:
-            return Demonstration(problem, tuple(turns), tuple(replies), tuple(faults))
-        if outcomes[0].outcome == "ok":
-            value, remaining, stage = int(outcomes[0].output), remaining[1:], "later"
+        calls = conversation.end_turn(len(turns) - 1, len(turns), turns[-1], cut=False)
+        if conversation.finish is not None:
+            return Demonstration(problem, tuple(turns), (*replies, ()), tuple(faults))
+        replies.append(conversation.hear(tuple(map(run_call, calls))))
+        outcome = conversation.turns[-1].outcomes[0]
+        if outcome.outcome == "ok":
+            value, remaining, stage = int(outcome.output), remaining[1:], "later"
         else:
             stage = "repair"
     turns.append(write_answer(value))

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.parsing import extract_answer
+from recipe.gtpo.tasks.task import boxed
+from verl_ext.tools.schema import python_schema
 
 DATA_SOURCE = "arithmetic"
 AGENT_NAME = "gtpo_agent"
@@ -198,19 +199,8 @@ def take(stream: Iterator[Problem], count: int) -> list[Problem]:
 
 
 def tool_schema(max_code_length: int = MAX_CODE_LENGTH) -> dict[str, Any]:
-    """OpenAI function schema of the tool, with the length limit that makes each call one step."""
-    return {
-        "type": "function",
-        "function": {
-            "name": "python",
-            "description": "Run Python code and show the value of its last expression.",
-            "parameters": {
-                "type": "object",
-                "properties": {"code": {"type": "string", "description": "Python code.", "maxLength": max_code_length}},
-                "required": ["code"],
-            },
-        },
-    }
+    """The schema of the tool `python` as a rollout shows it, with the length limit that makes each call one step."""
+    return python_schema(max_code_length)
 
 
 def to_row(problem: Problem, index: int) -> dict[str, Any]:
@@ -280,7 +270,7 @@ def compute_score(
         `score` and `acc` in {0.0, 1.0}, and `pred`, the answer in canonical form ("" when there is none): the same keys
         on every call, because verl averages a missing one as null.
     """
-    answer = extract_answer(solution_str)
+    answer = boxed(solution_str)
     value = None if answer is None else parse_integer(answer)
     correct = float(value is not None and value == int(ground_truth))
     return {"score": correct, "acc": correct, "pred": (answer or "") if value is None else str(value)}

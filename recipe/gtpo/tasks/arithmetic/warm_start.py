@@ -31,6 +31,8 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from recipe.gtpo import conversation, parsing
+from recipe.gtpo.tasks.arithmetic import calculator, experts, policy, problems
 from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
     Demonstration,
@@ -113,8 +115,9 @@ class WarmStartOptions:
 def _key(options: dict) -> str:
     """Cache key: the options, the code that turns them into weights, and the libraries that run it."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for name in ("problems.py", "calculator.py", "experts.py", "policy.py", "warm_start.py", "../../parsing.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for module in (problems, calculator, experts, policy, parsing, conversation):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     digest.update(CHAT_TEMPLATE.read_bytes())
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()[:16]
@@ -201,7 +204,7 @@ def train_base(options: BaseOptions, start: Path | None, directory: Path, *, pro
                     return
     raise SkillNotReachedError(
         f"the base policy solves {reached:.2f} of its problems after {options.max_steps} steps, not {options.skill}: "
-        "give it more (task.prepare.warm_start.base.max_steps)"
+        "give it more (task.warm_start={base: {max_steps: ...}})"
     )
 
 

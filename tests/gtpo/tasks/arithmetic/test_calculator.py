@@ -6,17 +6,16 @@ import contextlib
 import io
 import random
 import traceback
+from dataclasses import replace
 
 import pytest
 
+from recipe.gtpo.conversation import Conversation
 from recipe.gtpo.method.turns import FormatReason
-from recipe.gtpo.tasks.arithmetic.calculator import respond, run_code
-from recipe.gtpo.tasks.arithmetic.experts import write_call
-from recipe.gtpo.tasks.arithmetic.problems import tool_schema
+from recipe.gtpo.tasks.arithmetic.calculator import run_call, run_code
+from recipe.gtpo.tasks.arithmetic.experts import RULES, write_call
 
 pytestmark = pytest.mark.unit
-
-SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 
 
 def python_says(code: str) -> str:
@@ -67,17 +66,19 @@ def test_empty_program_shows_nothing(code):
     assert (run_code(code).outcome, run_code(code).output) == ("ok", "")
 
 
-def test_respond_answers_every_call_in_order():
+def test_a_conversation_answers_every_call_in_order():
     text = write_call("1+2") + write_call("3+") + write_call("1234567+1234567") + "<tool_call>{}"
-    calls, outcomes = respond(text, SCHEMAS)
-    assert [o.output for o in outcomes] == [
+    conversation = Conversation(replace(RULES, max_parallel_calls=2))
+    calls = conversation.end_turn(0, 1, text, cut=False)
+    assert conversation.hear(tuple(map(run_call, calls))) == (
         "3\n",
         "SyntaxError: invalid syntax",
         "Error: code is longer than 10 characters",
         "Error: <tool_call> is not closed by </tool_call>",
+    )
+    assert [c.error for c in conversation.turns[0].calls] == [
+        None,
+        None,
+        FormatReason.BAD_ARGUMENT,
+        FormatReason.UNBALANCED_TAG,
     ]
-    assert [c.error for c in calls] == [None, None, FormatReason.BAD_ARGUMENT, FormatReason.UNBALANCED_TAG]
-
-
-def test_a_turn_without_a_call_gets_no_answer():
-    assert respond(r"The answer is \boxed{3}.", SCHEMAS) == ((), ())

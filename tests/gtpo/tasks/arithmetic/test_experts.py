@@ -7,13 +7,14 @@ from collections import Counter
 
 import pytest
 
-from recipe.gtpo.method.turns import FormatReason
-from recipe.gtpo.parsing import extract_answer, judge_format
-from recipe.gtpo.tasks.arithmetic.calculator import respond
+from recipe.gtpo.conversation import Conversation, judge_format
+from recipe.gtpo.method.turns import FormatReason, ToolCall, ToolOutcome
+from recipe.gtpo.tasks.arithmetic.calculator import run_call
 from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
     FAULTS,
     MODE,
+    RULES,
     STAGES,
     demonstrate,
     faults_for,
@@ -30,12 +31,11 @@ from recipe.gtpo.tasks.arithmetic.problems import (
     sample_problems,
     step_mix,
     take,
-    tool_schema,
 )
+from recipe.gtpo.tasks.task import boxed
 
 pytestmark = pytest.mark.unit
 
-SCHEMAS = {"python": tool_schema()["function"]["parameters"]}
 STEPS = (Step("add", 6789), Step("mul", 321))
 PROBLEM = Problem(12345, STEPS, wording=0)
 
@@ -44,9 +44,18 @@ def mix_of(**faults: float):
     return {stage: {operation: dict(faults) for operation in SYMBOLS} for stage in STAGES}
 
 
+def answered(text: str) -> tuple[tuple[ToolCall, ...], tuple[ToolOutcome, ...]]:
+    """The calls of one turn and what a rollout answers."""
+    conversation = Conversation(RULES)
+    calls = conversation.end_turn(0, 1, text, cut=False)
+    if conversation.finish is None:
+        conversation.hear(tuple(map(run_call, calls)))
+    return conversation.turns[0].calls, conversation.turns[0].outcomes
+
+
 def verdict(text: str, *, is_first: bool, is_last: bool) -> FormatReason | None:
-    calls, _ = respond(text, SCHEMAS)
-    has_answer = extract_answer(text) is not None
+    calls, _ = answered(text)
+    has_answer = boxed(text) is not None
     return judge_format(is_first=is_first, is_last=is_last, truncated=False, calls=calls, has_answer=has_answer)
 
 
@@ -64,7 +73,7 @@ def verdict(text: str, *, is_first: bool, is_last: bool) -> FormatReason | None:
 def test_fault_gets_its_verdict_and_its_outcome(fault, reason, outcome):
     text = write_turn(fault, 12345, STEPS)
     assert verdict(text, is_first=True, is_last=False) is reason
-    _, outcomes = respond(text, SCHEMAS)
+    _, outcomes = answered(text)
     assert [o.outcome for o in outcomes] == [outcome]
     right = outcomes[0].output.strip() == str(PROBLEM.values[1])
     assert right == (fault is None)
@@ -85,7 +94,7 @@ def test_one_call_needs_two_steps():
 def test_wrong_operator_is_wrong_for_every_operation(operation):
     steps = (Step(operation, 456),)
     assert write_turn("wrong_operator", 12345, steps) != write_turn(None, 12345, steps)
-    _, outcomes = respond(write_turn("wrong_operator", 12345, steps), SCHEMAS)
+    _, outcomes = answered(write_turn("wrong_operator", 12345, steps))
     assert outcomes[0].outcome == "ok"
 
 
@@ -111,7 +120,7 @@ def test_an_early_answer_ends_the_conversation_with_the_value_at_hand():
     mix = mix_of() | {"later": {operation: {"early_answer": 1.0} for operation in SYMBOLS}}
     shown = demonstrate(PROBLEM, mix, random.Random(1))
     assert shown.faults == (None, "early_answer")
-    assert extract_answer(shown.turns[-1]) == "19134"
+    assert boxed(shown.turns[-1]) == "19134"
 
 
 def test_faults_come_at_the_rates_of_the_table():

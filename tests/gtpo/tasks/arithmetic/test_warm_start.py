@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.tasks.arithmetic import warm_start
 from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, faults_for
-from recipe.gtpo.tasks.arithmetic.prepare import prepare
 from recipe.gtpo.tasks.arithmetic.problems import step_mix
+from recipe.gtpo.tasks.arithmetic.task import Arithmetic
 from recipe.gtpo.tasks.arithmetic.warm_start import (
     _FAULTLESS,
     IGNORE,
@@ -143,7 +143,7 @@ def test_malformed_options_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"success=0\.99 is out of reach"):
         WarmStartOptions(success=0.99)
     with pytest.raises(ValueError, match=r"success=0\.99 is out of reach"):
-        prepare(seed=1, horizon=2, success=0.99, train_problems=8, validation_problems=8, cache=str(tmp_path))
+        arithmetic(tmp_path, horizon=2, success=0.99).prepare()
 
 
 def test_a_failed_run_leaves_no_entry_behind(tmp_path, monkeypatch):
@@ -183,8 +183,11 @@ def test_of_concurrent_runs_one_trains_and_the_other_waits(tmp_path, monkeypatch
 
 def test_the_task_sets_the_limits_that_its_horizon_needs(tmp_path):
     toy = {"steps": 1, "batch_size": 2, "base": {"skill": 0.0, "check_every": 1, "batch_size": 2, "hidden_size": 16}}
-    made = prepare(
-        seed=1, horizon=3, success=0.2, train_problems=8, validation_problems=8, cache=str(tmp_path), warm_start=toy
-    )
+    made = arithmetic(tmp_path, horizon=3, success=0.2, warm_start=toy).prepare()
     assert made["data.max_response_length"] == 256 and made["data.max_prompt_length"] == 112
     assert made["actor_rollout_ref.rollout.multi_turn.max_assistant_turns"] == 6
+
+
+def arithmetic(tmp_path, **fields):
+    sizes = {"train_problems": 8, "validation_problems": 8, "final_problems": 8}
+    return Arithmetic(name="arithmetic", seed=1, cache=str(tmp_path), **sizes, **fields)

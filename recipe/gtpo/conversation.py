@@ -1,0 +1,202 @@
+"""The decisions of a rollout: how a turn ends, which calls run, what a refused call is told, how turns are judged.
+
+Whoever generates the tokens and runs the tools asks here, so that two engines cannot drift apart: the agent loop under
+verl (`agent_loop.py`) and the plain-PyTorch engine (`experiments/twin`). No tokens, no tools, no verl.
+
+    turn = what the policy said  -> `end_turn` -> the calls to run
+    their outcomes               -> `hear`     -> the tool messages
+    all of it, once finished     -> `trajectory`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from recipe.gtpo.method.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.parsing import parse_calls
+
+ExtractAnswer = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a conversation is held to. One object serves all trajectories of a run."""
+
+    argument_schemas: Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
+    extract_answer: ExtractAnswer  # the final answer that a turn states, or None (`tasks/task.py`)
+    response_length: float = float("inf")  # tokens of all turns and tool messages together
+    max_turns: float = float("inf")  # assistant turns
+    max_parallel_calls: int = 1  # calls that one turn may run
+    max_tool_response_length: float = float("inf")  # characters of a tool message
+    truncate_side: str = "middle"  # which side of a longer one goes: left, right, middle
+
+    @classmethod
+    def of(
+        cls, rollout: Any, argument_schemas: Mapping[str, Mapping[str, Any]], extract_answer: ExtractAnswer
+    ) -> Rules:
+        """From verl's `actor_rollout_ref.rollout`, as OmegaConf or as verl's dataclass; a limit of None is none."""
+        limits = rollout.multi_turn
+        return cls(
+            argument_schemas=argument_schemas,
+            extract_answer=extract_answer,
+            response_length=rollout.response_length,
+            max_turns=limits.max_assistant_turns or float("inf"),
+            max_parallel_calls=limits.max_parallel_calls,
+            max_tool_response_length=limits.max_tool_response_length,
+            truncate_side=limits.tool_response_truncate_side,
+        )
+
+    def shorten(self, text: str) -> str:
+        """At most `max_tool_response_length` characters of `text`, the cut marked, on the side that verl's key says."""
+        if len(text) <= self.max_tool_response_length:
+            return text
+        limit = int(self.max_tool_response_length)
+        if self.truncate_side == "left":
+            return "(truncated)..." + text[len(text) - limit :]
+        if self.truncate_side == "right":
+            return text[:limit] + "...(truncated)"
+        return text[: limit // 2] + "...(truncated)..." + text[len(text) - limit // 2 :]
+
+
+class Conversation:
+    """One trajectory while it happens. `finish` is None until it has ended."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.turns: list[Turn] = []
+        self.finish: Finish | None = None
+        self._refused: tuple[ToolOutcome | None, ...] = ()  # of the last turn, one a call
+
+    def end_turn(self, start: int, end: int, text: str, *, cut: bool) -> tuple[ToolCall, ...]:
+        """Record an assistant turn.
+
+        Args:
+            start, end: the response tokens `[start, end)` that the policy generated in it.
+            text: what these tokens say.
+            cut: the turn ran out of tokens, it did not end by itself.
+
+        Returns:
+            The calls to run, in order; `hear` wants one outcome for each. Also empty when all calls are refused, so ask
+            `finish` whether the conversation goes on.
+        """
+        calls = parse_calls(text, self.rules.argument_schemas)
+        self.turns.append(Turn(start, end, text, calls))
+        if cut:
+            self.finish = Finish.LENGTH
+        elif not calls:
+            self.finish = Finish.ANSWER
+        elif len(self.turns) >= self.rules.max_turns:
+            self.finish = Finish.TURN_LIMIT
+        if self.finish is not None:
+            return ()
+        self._refused = refusals(calls, self.rules.max_parallel_calls)
+        return tuple(call for call, refused in zip(calls, self._refused, strict=True) if refused is None)
+
+    def hear(self, outcomes: Sequence[ToolOutcome]) -> tuple[str, ...]:
+        """Record what became of the calls that `end_turn` returned; the tool messages of the turn, one a call.
+
+        A tool that failed on our side ends the conversation.
+        """
+        ran = iter(replace(outcome, output=self.rules.shorten(outcome.output)) for outcome in outcomes)
+        answered = tuple(refused or next(ran) for refused in self._refused)
+        self.turns[-1] = replace(self.turns[-1], outcomes=answered)
+        if any(outcome.outcome == "infra" for outcome in answered):
+            self.finish = Finish.INFRA
+        return tuple(outcome.output for outcome in answered)
+
+    def check_room(self, response_length: int) -> None:
+        """End the conversation where its tool messages, included in `response_length`, leave no room for a token."""
+        if response_length >= self.rules.response_length:
+            self.finish = Finish.LENGTH
+
+    def trajectory(self, scored: Mapping[str, Any] | float | None) -> Trajectory:
+        """The finished conversation as the record that credit assignment reads.
+
+        Args:
+            scored: what the reward function said of the *final assistant turn's* text (`read_score`): an answer that
+                only a tool printed is not the model's. None where the tool server failed: it counts as unsolved.
+
+        Raises ValueError for an outcome that is neither 0 nor 1.
+        """
+        assert self.finish is not None, "the conversation goes on"
+        judged = judge_turns(self.turns, self.finish, self.rules.extract_answer)
+        acc, pred = (0.0, "") if scored is None else read_score(scored)
+        return Trajectory(judged, self.finish, acc=acc, pred=pred)
+
+
+def refusals(calls: Sequence[ToolCall], max_parallel_calls: int) -> tuple[ToolOutcome | None, ...]:
+    """What a call is told that is not run, None for one that is. At most `max_parallel_calls` of a turn are."""
+    allowed = max_parallel_calls
+    answers: list[ToolOutcome | None] = []
+    for call in calls:
+        if call.error is not None:
+            answers.append(ToolOutcome("malformed", f"Error: {call.detail}", 0.0))
+        elif allowed == 0:
+            text = f"Error: not run: at most {max_parallel_calls} tool call(s) a turn"
+            answers.append(ToolOutcome("over_limit", text, 0.0))
+        else:
+            allowed -= 1
+            answers.append(None)
+    return tuple(answers)
+
+
+def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAnswer) -> tuple[Turn, ...]:
+    """The turns with their format verdicts. What a limit or a failing tool server ended is not cut by the model."""
+    last = len(turns) - 1
+    return tuple(
+        replace(
+            turn,
+            broken=judge_format(
+                is_first=k == 0,
+                is_last=k == last,
+                truncated=k == last and (finish in TRUNCATED or finish is Finish.INFRA),
+                calls=turn.calls,
+                has_answer=extract_answer(turn.text) is not None,
+            ),
+        )
+        for k, turn in enumerate(turns)
+    )
+
+
+def judge_format(
+    *, is_first: bool, is_last: bool, truncated: bool, calls: Sequence[ToolCall], has_answer: bool
+) -> FormatReason | None:
+    """The one format verdict of a turn (the penalty of equation (1)), or None when it keeps the format.
+
+    Args:
+        is_first, is_last: position in the trajectory.
+        truncated: the turn was cut by a limit of ours; then what is missing at its end is not the model's fault, and
+            neither is a call that the limit left unclosed.
+        calls: what `parse_calls` found.
+        has_answer: whether the task's `extract_answer` found one.
+    """
+    for call in calls:
+        if call.error is not None and not (truncated and call.error is FormatReason.UNBALANCED_TAG):
+            return call.error
+    if truncated:
+        return None
+    if is_first and not calls:
+        return FormatReason.FIRST_TURN_NO_CALL
+    if not is_last and not calls and not has_answer:
+        return FormatReason.NO_CALL_NO_ANSWER
+    if is_last and not has_answer:
+        return FormatReason.NO_ANSWER
+    return None
+
+
+def read_score(scored: Mapping[str, Any] | float) -> tuple[float, str]:
+    """Outcome and stated answer of what a reward function returned: a number, or a mapping with `acc` and maybe `pred`.
+
+    Raises ValueError for an outcome that is neither 0 nor 1.
+    """
+    if not isinstance(scored, Mapping):
+        scored = {"acc": scored}
+    acc = float(scored["acc"])
+    if acc not in (0.0, 1.0):
+        raise ValueError(
+            f"the reward function returned acc={acc}: the outcome of a trajectory is 0 or 1, failed or solved "
+            "(recipe/gtpo/README.md, equation 1)"
+        )
+    return acc, str(scored.get("pred", ""))

@@ -1,0 +1,121 @@
+r"""What a task brings: data, answer format, score. The example to copy is `tasks/arithmetic/task.py`.
+
+A task of your own is two files: a class that extends `Task`, and a file of `config/task` whose `task` section names it.
+Every other key of that section is a field of the class:
+
+    task: {_target_: my_task.MyTask, name: my_task, level: 3}
+
+The rest of that file is verl's own keys: limits (`data.max_response_length`, `multi_turn.max_assistant_turns`), the
+tool set (`multi_turn.tool_config_path`), batch, steps. The prompt, with its system message, is in the rows that
+`prepare` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    r"""Base of all tasks: nothing to prepare, answers in `\boxed{}`, scored by the config's own reward function."""
+
+    name: str
+
+    def prepare(self) -> dict[str, Any]:
+        """Make or find what a run needs, before anything starts: data, maybe a policy.
+
+        Returns:
+            verl key -> value, for the keys that the config leaves open (null). What the user sets stays.
+
+        Raises ValueError, which ends the run with its message.
+        """
+        return {}
+
+    def extract_answer(self, text: str) -> str | None:
+        """The final answer that an assistant turn states, or None. A last turn without one breaks the format."""
+        return boxed(text)
+
+    def score(
+        self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any] | float:
+        """The outcome of a trajectory, 0 or 1, or a mapping with `acc` and `pred` (the answer as a string, for maj@k).
+
+        Args:
+            solution_str: text of the *final assistant turn*, never what a tool printed.
+            data_source, ground_truth, extra_info: the row's, as verl hands them to a reward function.
+
+        `reward.custom_reward_function`, where the config sets one, is asked instead.
+        """
+        raise NotImplementedError
+
+    @property
+    def scores(self) -> bool:
+        """Whether the class brings a score of its own."""
+        return type(self).score is not Task.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData(Task):
+    r"""task=verl_data: your parquet files and your reward function (`reward.custom_reward_function`).
+
+    Args:
+        answer: how a final answer looks: `boxed` for `\boxed{...}`, `any` for any text, else a regular expression with
+            one group, whose last match counts, such as `#### (.+)`. It decides the format verdict of the last turn.
+    """
+
+    answer: str = "boxed"
+
+    def __post_init__(self) -> None:
+        if self.answer in ("boxed", "any"):
+            return
+        try:
+            groups = re.compile(self.answer).groups
+        except re.error as e:
+            raise ValueError(f"task.answer={self.answer!r} is no regular expression ({e}); or use boxed, or any") from e
+        if groups != 1:
+            raise ValueError(f"task.answer={self.answer!r} needs one group, the answer; it has {groups}")
+
+    def extract_answer(self, text: str) -> str | None:
+        if self.answer == "boxed":
+            return boxed(text)
+        if self.answer == "any":
+            return text.strip() or None
+        found = re.findall(self.answer, text)
+        return found[-1].strip() if found else None
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last balanced `\boxed{...}` in `text`, or None. Nested braces are kept. One pass."""
+    opener = "\\boxed{"
+    starts: list[int | None] = []  # of the open braces: where the content begins, None for a plain brace
+    answer: tuple[int, int] | None = None
+    for at in (match.start() for match in re.finditer("[{}]", text)):
+        if text[at] == "{":
+            starts.append(at + 1 if text.startswith(opener, at + 1 - len(opener)) else None)
+        elif starts and (start := starts.pop()) is not None and (answer is None or start > answer[0]):
+            answer = (start, at)
+    return None if answer is None else text[answer[0] : answer[1]].strip()
+
+
+def load_task(config: DictConfig) -> Task:
+    """The task that the config's `task` section names; `OwnData` where a recipe of somebody else's has no such section.
+
+    Raises hydra's InstantiationException, whose cause says what is wrong with the section.
+    """
+    section = OmegaConf.select(config, "task")
+    if section is None:
+        return OwnData(name="own data")
+    return _make(json.dumps(OmegaConf.to_container(section, resolve=True), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)  # an agent loop is made for every trajectory
+def _make(section: str) -> Task:
+    return instantiate(json.loads(section), _convert_="all")

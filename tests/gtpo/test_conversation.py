@@ -1,0 +1,98 @@
+"""The rollout's decisions by themselves: verdicts, refusals, outcomes. In a real rollout: test_agent_loop.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe.gtpo.conversation import Conversation, Rules, judge_format, read_score, refusals
+from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome
+from recipe.gtpo.tasks.task import boxed
+
+pytestmark = pytest.mark.unit
+
+GOOD = ToolCall("python", {"code": "1"})
+BAD = ToolCall("python", {}, FormatReason.MISSING_ARGUMENT, "missing argument 'code'")
+UNCLOSED = ToolCall("", {}, FormatReason.UNBALANCED_TAG, "not closed")
+
+
+def judge(calls=(), *, first=False, last=False, truncated=False, answer=False):
+    return judge_format(is_first=first, is_last=last, truncated=truncated, calls=calls, has_answer=answer)
+
+
+def test_the_first_turn_must_call_even_when_it_answers():
+    assert judge(first=True, last=True, answer=True) is FormatReason.FIRST_TURN_NO_CALL
+    assert judge([GOOD], first=True) is None
+
+
+def test_a_turn_in_the_middle_calls_or_answers():
+    assert judge() is FormatReason.NO_CALL_NO_ANSWER
+    assert judge([GOOD]) is None and judge(answer=True) is None
+
+
+def test_the_last_turn_answers():
+    assert judge(last=True) is FormatReason.NO_ANSWER
+    assert judge(last=True, answer=True) is None
+
+
+def test_a_malformed_call_comes_before_every_other_reason():
+    assert judge([GOOD, BAD], first=True, last=True) is FormatReason.MISSING_ARGUMENT
+    assert judge([BAD, UNCLOSED], last=True, answer=True) is FormatReason.MISSING_ARGUMENT  # the first fault written
+
+
+def test_a_limit_of_ours_excuses_what_is_missing_at_the_end_and_nothing_else():
+    assert judge(first=True, last=True, truncated=True) is None
+    assert judge(last=True, truncated=True) is None
+    assert judge([UNCLOSED], last=True, truncated=True) is None
+    assert judge([UNCLOSED], last=True) is FormatReason.UNBALANCED_TAG
+    assert judge([BAD, UNCLOSED], last=True, truncated=True) is FormatReason.MISSING_ARGUMENT
+
+
+@given(calls=st.lists(st.sampled_from([GOOD, BAD])), limit=st.integers(0, 4))
+def test_the_first_well_formed_calls_run_up_to_the_limit_and_every_other_one_is_answered(calls, limit):
+    answers = refusals(calls, limit)
+    assert len(answers) == len(calls)
+    ran = [call for call, answer in zip(calls, answers, strict=True) if answer is None]
+    assert ran == [call for call in calls if call.error is None][:limit]
+    for call, answer in zip(calls, answers, strict=True):
+        if answer is not None:
+            assert answer.outcome == ("malformed" if call.error else "over_limit")
+
+
+SCHEMAS = {"python": {"properties": {"code": {"type": "string"}}, "required": ["code"]}}
+CALL = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>'
+
+
+def test_a_conversation_takes_one_outcome_a_call_that_it_asked_for():
+    conversation = Conversation(Rules(SCHEMAS, boxed, max_parallel_calls=2))
+    asked = conversation.end_turn(0, 5, "<tool_call>{}</tool_call>" + 3 * CALL, cut=False)
+    assert [call.arguments["code"] for call in asked] == ["1", "1"]
+    said = conversation.hear([ToolOutcome("ok", "one", 0.1), ToolOutcome("error", "two", 0.1)])
+    assert [text[:10] for text in said] == ["Error: the", "one", "two", "Error: not"]
+    assert [o.outcome for o in conversation.turns[0].outcomes] == ["malformed", "ok", "error", "over_limit"]
+    assert conversation.finish is None
+
+
+def test_no_room_for_another_token_ends_it():
+    conversation = Conversation(Rules(SCHEMAS, boxed, response_length=9))
+    conversation.end_turn(0, 5, CALL, cut=False)
+    conversation.hear([ToolOutcome("ok", "1", 0.1)])
+    conversation.check_room(8)
+    assert conversation.finish is None
+    conversation.check_room(9)
+    assert conversation.finish is Finish.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("scored", "acc", "pred"),
+    [(1, 1.0, ""), (0.0, 0.0, ""), (True, 1.0, ""), ({"acc": 1.0, "pred": 7}, 1.0, "7"), ({"acc": False}, 0.0, "")],
+)
+def test_an_outcome_is_read_off_a_number_or_a_mapping(scored, acc, pred):
+    assert read_score(scored) == (acc, pred)
+
+
+@pytest.mark.parametrize("scored", [0.5, -1, 2, float("nan"), {"acc": 0.5}])
+def test_an_outcome_that_is_neither_0_nor_1_is_refused(scored):
+    with pytest.raises(ValueError, match="the outcome of a trajectory is 0 or 1"):
+        read_score(scored)

@@ -13,15 +13,14 @@ turns that exist. `turn_ids` is (B, L) integer: the turn a token was generated i
 ids are all -1 (padding, a dropped trajectory) takes part in nothing.
 
 Degenerate cases: a pool below `min_pool` and a pool without spread give exactly 0; nothing is ever NaN or infinite.
-Statistics use the same float32 torch operations in the same order as verl's GRPO, so that with one turn and gamma = 1
-the two agree bit for bit.
+With one turn and gamma = 1 the result is that of verl's GRPO, bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
@@ -30,20 +29,16 @@ import numpy as np
 import torch
 
 from recipe.gtpo.method.options import Baseline, GTPOOptions, Scale, SparseTurn, UnsolvedGroups
+from recipe.gtpo.method.pools import GroupIds, PoolStatistics, group_index, pool_of, pool_statistics
 
 logger = logging.getLogger(__name__)
 
 #: Added to the std before dividing; verl's GRPO uses the same.
 EPSILON = 1e-6
 
-#: A pool has no spread when its largest and smallest return differ by no more than this, relative to the larger.
-RELATIVE_SPREAD = 1e-6
-
 #: Elements of a (rows, length) block worked on at once: it stays in the cache, so that a pass over a gigabyte of tokens
 #: allocates no second gigabyte.
 _BLOCK = 1 << 18
-
-GroupIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,12 +94,12 @@ def normalize_returns(
     values = returns[rows, turns].float()
     if len(group_ids) != len(turn_mask):
         raise ValueError(f"{len(group_ids)} group ids for {len(turn_mask)} rows")
-    group = _group_index(group_ids, returns.device)[rows]
-    stats = _pool_statistics(values, _pool(baseline, group, turns), rows, leave_one_out)
+    group = group_index(group_ids, returns.device)[rows]
+    stats = pool_statistics(values, pool_of(baseline, group, turns), rows, leave_one_out)
     usable = (stats.count >= min_pool) & (stats.others > 0)
     if baseline == "turn" and sparse_turn == "group":
-        fallback = _pool_statistics(values, group, rows, leave_one_out)
-        stats = _PoolStatistics(*(torch.where(usable, a, b) for a, b in zip(stats, fallback, strict=True)))
+        fallback = pool_statistics(values, group, rows, leave_one_out)
+        stats = PoolStatistics(*(torch.where(usable, a, b) for a, b in zip(stats, fallback, strict=True)))
         usable = (stats.count >= min_pool) & (stats.others > 0)
 
     centred = torch.where(usable & ~stats.flat, values - stats.mean, 0.0)
@@ -123,78 +118,6 @@ def normalize_returns(
     out = torch.zeros(turn_mask.shape, dtype=torch.float32, device=returns.device)
     out[rows, turns] = advantage
     return out
-
-
-def zero_spread_share(
-    returns: torch.Tensor, turn_mask: torch.Tensor, group_ids: GroupIds, baseline: Baseline = "group"
-) -> float:
-    """The share of pools whose returns do not differ (one-return pools too): they teach nothing. 0.0 without a pool."""
-    rows, turns = turn_mask.nonzero(as_tuple=True)
-    if not len(rows):
-        return 0.0
-    pool = _pool(baseline, _group_index(group_ids, returns.device)[rows], turns)
-    stats = _pool_statistics(returns[rows, turns].float(), pool, rows, leave_one_out=False)
-    return float((stats.flat / stats.count).sum() / (1 / stats.count).sum())  # every pool weighs one
-
-
-class _PoolStatistics(NamedTuple):
-    """Of the pool each return is in: all fields are (N,), one entry a return."""
-
-    count: torch.Tensor  # returns in the pool
-    others: torch.Tensor  # returns the mean is taken over: `count`, or those of other trajectories
-    mean: torch.Tensor
-    std: torch.Tensor
-    flat: torch.Tensor  # bool: the returns do not differ
-
-
-def _pool(baseline: Baseline, group: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """(N,) the pool of each return, as any integer label."""
-    if baseline == "group":
-        return group
-    if baseline == "turn":
-        return group * (int(turns.max()) + 1 if len(turns) else 1) + turns
-    return torch.zeros_like(group)
-
-
-def _pool_statistics(
-    values: torch.Tensor, pool: torch.Tensor, rows: torch.Tensor, leave_one_out: bool
-) -> _PoolStatistics:
-    """Statistics of ragged pools: pools of one size form a dense (pools, size) block, reduced along its rows.
-
-    That is the reduction verl applies to each group, so the results are the same to the last bit; padding the pools to
-    one size and dividing masked sums would not give that. One iteration a distinct size, of which there are few.
-    """
-    _, pool, counts = torch.unique(pool, return_inverse=True, return_counts=True)
-    order = torch.argsort(pool, stable=True)
-    first = torch.cumsum(counts, 0) - counts
-    mean = torch.zeros(len(counts), dtype=torch.float32, device=values.device)
-    std, low, high = mean.clone(), mean.clone(), mean.clone()
-    for size in torch.unique(counts).tolist():
-        pools = (counts == size).nonzero().squeeze(1)
-        block = values[order[first[pools, None] + torch.arange(size, device=values.device)]]
-        mean[pools] = block.mean(dim=1)
-        low[pools], high[pools] = torch.aminmax(block, dim=1)
-        if size > 1:
-            std[pools] = block.std(dim=1)
-    flat = high - low <= RELATIVE_SPREAD * torch.maximum(high.abs(), low.abs())
-
-    count, others, mean_of = counts[pool], counts[pool], mean[pool]
-    if leave_one_out:
-        _, own, own_counts = torch.unique(torch.stack((pool, rows)), dim=1, return_inverse=True, return_counts=True)
-        wide = values.double()
-        sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device).index_add_(0, pool, wide)
-        own_sums = torch.zeros(len(own_counts), dtype=torch.float64, device=values.device).index_add_(0, own, wide)
-        others = count - own_counts[own]
-        mean_of = ((sums[pool] - own_sums[own]) / others.clamp_min(1)).float()
-    return _PoolStatistics(count, others, mean_of, std[pool], flat[pool])
-
-
-def _group_index(group_ids: GroupIds, device: torch.device) -> torch.Tensor:
-    """(B,) labels of any kind as (B,) integers from 0."""
-    if isinstance(group_ids, torch.Tensor):
-        return torch.unique(group_ids, return_inverse=True)[1].to(device)
-    labels = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(list(group_ids))
-    return torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from recipe.gtpo.method.advantage import zero_spread_share
 from recipe.gtpo.method.credit import REASONS, Credit
 from recipe.gtpo.method.options import Baseline
+from recipe.gtpo.method.pools import zero_spread_share
 from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
 
 

@@ -36,6 +36,7 @@ from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, validation_info
 from recipe.gtpo.method.options import GTPOOptions, Scale
 from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.tokens import find_runs, spread_to_tokens
 from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
 from recipe.gtpo.parsing import extract_answer, judge_format
 from recipe.gtpo.run.checks import method_file
@@ -348,8 +349,8 @@ def spread(
     conversations: Sequence[Conversation], advantages: torch.Tensor, credit: Credit
 ) -> tuple[list[torch.Tensor], int]:
     """The advantage of every response token, one tensor a conversation, and how many tokens were generated."""
-    turn_ids = credit.turn_ids(max(c.response_length for c in conversations)).long()
-    by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
+    turn_ids = credit.turn_ids(max(c.response_length for c in conversations))
+    by_token = spread_to_tokens(advantages, find_runs(turn_ids >= 0, turn_ids))
     return [by_token[i, : c.response_length] for i, c in enumerate(conversations)], int((turn_ids >= 0).sum())
 
 

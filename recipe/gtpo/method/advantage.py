@@ -23,22 +23,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from recipe.gtpo.method.options import Baseline, GTPOOptions, Scale, SparseTurn, UnsolvedGroups
 from recipe.gtpo.method.pools import GroupIds, PoolStatistics, group_index, pool_of, pool_statistics
+from recipe.gtpo.method.tokens import Runs, find_runs, spread_to_tokens, sum_rewards_by_turn, turn_starts
 
 logger = logging.getLogger(__name__)
 
 #: Added to the std before dividing; verl's GRPO uses the same.
 EPSILON = 1e-6
-
-#: Elements of a (rows, length) block worked on at once: it stays in the cache, so that a pass over a gigabyte of tokens
-#: allocates no second gigabyte.
-_BLOCK = 1 << 18
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,178 +117,6 @@ def normalize_returns(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Between turns and tokens
-
-
-class _Runs(NamedTuple):
-    """The maximal stretches of tokens of a row with one turn id and one mask value, in order. Fields are (N,)."""
-
-    row: torch.Tensor
-    column: torch.Tensor  # where in the row it starts
-    length: torch.Tensor
-    turn: torch.Tensor  # -1: not generated
-    mask: torch.Tensor  # bool
-
-
-def spread_to_tokens(turn_values: torch.Tensor, turn_ids: torch.Tensor) -> torch.Tensor:
-    """The value of a token is the value of its turn; exactly 0 where the id is -1. (B, T), (B, L) -> (B, L) float32."""
-    return _spread(turn_values, _find_runs(turn_ids >= 0, turn_ids), turn_ids.shape)
-
-
-def _spread(turn_values: torch.Tensor, runs: _Runs, shape: torch.Size) -> torch.Tensor:
-    live = (runs.turn >= 0) & runs.mask
-    padded = torch.nn.functional.pad(turn_values.float(), (0, 1))  # one column more, so that (B, 0) can be indexed too
-    values = torch.where(live, padded[runs.row, runs.turn.clamp_min(0)], 0.0)
-    return _repeat(values, runs.length, shape.numel()).view(shape)
-
-
-def _find_runs(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> _Runs:
-    """Runs of the mask and the turn ids together. Without ids, the k-th unmasked run of a row is its turn k."""
-    batch, length = response_mask.shape
-    start = _run_starts(response_mask, turn_ids)
-    row, column = start // max(1, length), start % max(1, length)
-    run_length = torch.diff(start, append=start.new_tensor([batch * length]))
-    masked = response_mask[row, column].bool()
-    if turn_ids is not None:
-        return _Runs(row, column, run_length, turn_ids[row, column].long(), masked)
-    seen = torch.cumsum(masked, 0)  # unmasked runs so far, this one included, over the whole batch
-    before_row = torch.zeros(batch, dtype=torch.long, device=row.device).index_add_(0, row, masked.long())
-    before_row = torch.cumsum(before_row, 0) - before_row
-    return _Runs(row, column, run_length, torch.where(masked, seen - 1 - before_row[row], -1), masked)
-
-
-def _turn_starts(runs: _Runs, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) the first token of each turn (0 where there is none) and (B, T) which turns exist.
-
-    Raises ValueError, naming the row, unless every row's turns are 0, 1, 2, ... in order.
-    """
-    of_turn = runs.turn >= 0
-    row, column, turn = runs.row[of_turn], runs.column[of_turn], runs.turn[of_turn]
-    same_row = torch.zeros_like(row, dtype=torch.bool)
-    same_row[1:] = row[1:] == row[:-1]
-    previous = torch.where(same_row, torch.roll(turn, 1), -1)
-    wrong = (turn != previous) & (turn != previous + 1)
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"row {int(row[at])}: turn {int(turn[at])} at token {int(column[at])} follows turn {int(previous[at])}; "
-            "the recorded turn ids of a row must be 0, 1, 2, ... in order, -1 outside generated turns"
-        )
-    new = turn != previous
-    starts = torch.zeros(batch, int(turn.max()) + 1 if len(turn) else 0, dtype=torch.long, device=row.device)
-    exists = torch.zeros_like(starts, dtype=torch.bool)
-    starts[row[new], turn[new]] = column[new]
-    exists[row[new], turn[new]] = True
-    return starts, exists
-
-
-def _sum_rewards_by_turn(
-    token_level_rewards: torch.Tensor, starts: torch.Tensor, turn_mask: torch.Tensor
-) -> torch.Tensor:
-    """(B, T) float64: a turn's reward is all that lies from its start to the next turn's start.
-
-    So a reward on a masked token is not lost (verl writes the score on the last response token, whatever its mask): it
-    belongs to the last turn that began at or before it, or to the first turn when none has.
-    """
-    begins = starts.clone()
-    begins[:, :1] = 0
-    rewards = torch.where(turn_mask, _segment_sums(token_level_rewards, begins, turn_mask), 0.0)
-    if not torch.isfinite(rewards).all():
-        row = int((~torch.isfinite(rewards)).any(dim=1).nonzero()[0])
-        raise ValueError(f"row {row}: a token-level reward is NaN or infinite")
-    return rewards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three passes over all tokens. On the CPU they run in numpy, on views of the same memory: its repeat and nonzero
-# are several times faster than torch's, and one thread without barriers keeps its pace when the host is busy.
-# Elsewhere they are torch's. The two give the same result; a test compares them.
-
-
-def _run_starts(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
-    """(N,) flat positions at which a row begins or its mask or turn id changes, in order."""
-    if response_mask.device.type == "cpu":
-        return _run_starts_numpy(response_mask, turn_ids)
-    return _run_starts_torch(response_mask, turn_ids)
-
-
-def _run_starts_torch(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
-    mask = response_mask.bool()
-    edge = torch.ones_like(mask)
-    edge[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    if turn_ids is not None:
-        edge[:, 1:] |= turn_ids[:, 1:] != turn_ids[:, :-1]
-    return edge.view(-1).nonzero().squeeze(1)
-
-
-def _run_starts_numpy(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
-    length = response_mask.shape[1]
-    starts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    for block in _row_blocks(response_mask.shape):
-        mask = response_mask[block].numpy() != 0
-        edge = np.ones(mask.shape, dtype=bool)
-        np.not_equal(mask[:, 1:], mask[:, :-1], out=edge[:, 1:])
-        if turn_ids is not None:
-            ids = turn_ids[block].numpy()
-            edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-        starts.append(np.flatnonzero(edge) + block.start * length)
-    return torch.from_numpy(np.concatenate(starts))
-
-
-def _segment_sums(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """(B, T) float64: the sum of `values` (B, L) from each existing begin to the row's next one or its end.
-
-    Begins ascend in a row and the first is 0. Unspecified where none exists.
-    """
-    if values.device.type == "cpu":
-        return _segment_sums_numpy(values, begins, exists)
-    return _segment_sums_torch(values, begins, exists)
-
-
-def _segment_sums_torch(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    length = values.shape[1]
-    ends = torch.nn.functional.pad(torch.where(exists, begins, length)[:, 1:], (0, 1), value=length)
-    prefix = torch.nn.functional.pad(torch.cumsum(values, dim=1, dtype=torch.float64), (1, 0))
-    return prefix.gather(1, ends) - prefix.gather(1, begins.clamp_max(length))
-
-
-def _segment_sums_numpy(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    length = values.shape[1]
-    sums = np.zeros(begins.shape)
-    scratch = np.empty(0)
-    for block in _row_blocks(values.shape):
-        have = exists[block].numpy()
-        rows, _ = have.nonzero()
-        if len(rows):
-            # A row without a begin must not be summed into the row before it: every row opens a segment.
-            opens = np.arange(len(have)) * length
-            flat = np.concatenate((rows * length + begins[block].numpy()[have], opens[~have.any(axis=1)]))
-            order = np.argsort(flat, kind="stable")
-            if scratch.size < len(have) * length:  # the first block is the largest
-                scratch = np.empty(len(have) * length)
-            wide = scratch[: len(have) * length]
-            np.copyto(wide.reshape(len(have), length), values[block].numpy())
-            parts = np.empty(len(flat))
-            parts[order] = np.add.reduceat(wide, flat[order])
-            sums[block][have] = parts[: len(rows)]
-    return torch.from_numpy(sums)
-
-
-def _repeat(values: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """`values[i]`, `counts[i]` times each: (size,). torch's builds an index of that size first."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
-    return torch.repeat_interleave(values, counts, output_size=size)
-
-
-def _row_blocks(shape: torch.Size) -> Iterator[slice]:
-    """The rows of a (B, L) tensor in blocks of about `_BLOCK` elements."""
-    batch, length = shape
-    step = max(1, _BLOCK // max(1, length))
-    return (slice(top, min(top + step, batch)) for top in range(0, batch, step))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The estimator, as verl's registry calls it
 
 
@@ -364,10 +188,10 @@ def compute_gtpo_advantage(
     else:
         turn_ids = _fit(turn_ids.to(response_mask.device), response_mask)
 
-    runs = _find_runs(response_mask, turn_ids)
-    starts, turn_mask = _turn_starts(runs, batch=len(response_mask))
+    runs = find_runs(response_mask, turn_ids)
+    starts, turn_mask = turn_starts(runs)
     _check_mask_inside_turns(runs)
-    turn_rewards = _sum_rewards_by_turn(token_level_rewards, starts, turn_mask)
+    turn_rewards = sum_rewards_by_turn(token_level_rewards, starts, turn_mask)
     returns = discounted_returns(turn_rewards, turn_mask, options.gamma)
     advantages = normalize_returns(
         returns,
@@ -381,7 +205,7 @@ def compute_gtpo_advantage(
         solved=None if solved is None else solved.to(returns.device),
         unsolved_groups=options.unsolved_groups,
     )
-    return _spread(advantages, runs, response_mask.shape), _spread(returns, runs, response_mask.shape)
+    return spread_to_tokens(advantages, runs), spread_to_tokens(returns, runs)
 
 
 def _fit(turn_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
@@ -397,7 +221,7 @@ def _fit(turn_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(turn_ids, (0, missing), value=-1) if missing > 0 else turn_ids[:, :length]
 
 
-def _check_mask_inside_turns(runs: _Runs) -> None:
+def _check_mask_inside_turns(runs: Runs) -> None:
     outside = runs.mask & (runs.turn < 0)
     if outside.any():
         at = int(outside.nonzero()[0])

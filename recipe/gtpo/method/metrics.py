@@ -16,6 +16,7 @@ import torch
 from recipe.gtpo.method.credit import REASONS, Credit
 from recipe.gtpo.method.options import Baseline
 from recipe.gtpo.method.pools import zero_spread_share
+from recipe.gtpo.method.tokens import dense, mean_by_turn
 from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
 
 
@@ -51,14 +52,12 @@ def log_prob_gap_by_turn(
         actor_log_probs, rollout_log_probs: (B, L), or nested tensors whose longest row is L.
         turn_ids: (B, L), -1 on tokens that were not generated.
     """
-    gap = (_dense(actor_log_probs) - _dense(rollout_log_probs)).abs()
-    generated = turn_ids >= 0
-    gaps, turns = gap[generated].double(), turn_ids[generated].long()
-    if not len(turns):
+    gap = (dense(actor_log_probs) - dense(rollout_log_probs)).abs()
+    by_turn, counts = mean_by_turn(gap, turn_ids)
+    if not len(counts):
         return {}
-    counts = torch.bincount(turns)
-    by_turn = torch.bincount(turns, weights=gaps) / counts.clamp_min(1)
-    return {"gtpo/log_prob_gap/mean": float(gaps.mean())} | _by_turn("log_prob_gap/mean", by_turn, counts)
+    mean = float(gap[turn_ids >= 0].double().mean())
+    return {"gtpo/log_prob_gap/mean": mean} | _by_turn("log_prob_gap/mean", by_turn, counts)
 
 
 def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
@@ -175,7 +174,3 @@ def _by_turn(name: str, values: torch.Tensor, counts: torch.Tensor) -> dict[str,
     """`values` (T,) as one metric a turn that exists."""
     pairs = zip(values.tolist(), counts.tolist(), strict=True)
     return {f"gtpo/by_turn/{name}/t{k}": float(value) for k, (value, count) in enumerate(pairs) if count}
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor

@@ -20,7 +20,6 @@ from recipe.gtpo.method.advantage import (
     discounted_returns,
     normalize_returns,
     recorded_turns,
-    spread_to_tokens,
 )
 
 pytestmark = pytest.mark.unit
@@ -132,12 +131,6 @@ def test_returns_discount_by_turn():
     expected = torch.tensor([[0.9 * -0.1 + 0.81, -0.1 + 0.9, 1.0], [1.0, 0.0, 0.0]])
     torch.testing.assert_close(discounted_returns(rewards, exists, 0.9), expected)
     torch.testing.assert_close(discounted_returns(rewards, exists, 0.0), torch.where(exists, rewards, 0.0))
-
-
-def test_spread_to_tokens():
-    ids = torch.tensor([[-1, 0, 0, -1, 1], [0, 1, 1, -1, -1], [-1, -1, -1, -1, -1]])
-    out = spread_to_tokens(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), ids)
-    assert out.tolist() == [[0, 1, 1, 0, 2], [3, 4, 4, 0, 0], [0, 0, 0, 0, 0]] and out.dtype == torch.float32
 
 
 # -- how turns get in -------------------------------------------------------------------------------------------------
@@ -290,30 +283,6 @@ def test_what_verl_rewrites_the_mask_with_is_what_is_refused():
 def test_unsolved_groups_zero_is_refused_without_recorded_outcomes():
     with pytest.raises(ValueError, match="unsolved_groups=zero needs recorded outcomes"):
         compute_gtpo_advantage(*BATCH.args, config={"gtpo": {"unsolved_groups": "zero"}})
-
-
-# -- the passes over all tokens ---------------------------------------------------------------------------------------
-
-
-@given(ragged_batches())
-def test_numpy_and_torch_passes_agree(batch):
-    for ids in (None, batch.turn_ids, batch.turn_ids.to(torch.int16)):
-        starts = advantage._run_starts_numpy(batch.mask, ids)
-        assert torch.equal(starts, advantage._run_starts_torch(batch.mask, ids))
-    runs = advantage._find_runs(batch.mask, batch.turn_ids)
-    begins, exists = advantage._turn_starts(runs, len(batch.mask))
-    begins[:, :1] = 0
-    rewards = batch.rewards + torch.linspace(0, 1, batch.rewards.numel()).view_as(batch.rewards)
-    sums = [f(rewards, begins, exists) for f in (advantage._segment_sums_numpy, advantage._segment_sums_torch)]
-    torch.testing.assert_close(sums[0][exists], sums[1][exists], rtol=0, atol=1e-12)
-
-
-def test_blocks_of_rows_join_without_a_seam(monkeypatch):
-    batch = make_batch([(f"u{i % 3}", [(1, 2, i / 7), (1, 1, i % 2)] if i % 4 else []) for i in range(11)], extra=2)
-    whole = compute_gtpo_advantage(*batch.args, turn_ids=batch.turn_ids)
-    monkeypatch.setattr(advantage, "_BLOCK", 1)  # one row a block
-    for a, b in zip(whole, compute_gtpo_advantage(*batch.args, turn_ids=batch.turn_ids), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from recipe.gtpo.method.advantage import compute_gtpo_advantage, discounted_returns, normalize_returns
-from recipe.gtpo.method.rewards import scatter_to_tokens
+from recipe.gtpo.method.tokens import scatter_to_tokens
 
 pytestmark = pytest.mark.unit
 

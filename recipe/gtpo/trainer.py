@@ -23,7 +23,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.device import get_device_name
 
 from recipe.gtpo.agent_loop import TRAJECTORY
-from recipe.gtpo.method.advantage import recorded_turns
+from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage, discounted_returns, normalize_returns
+from recipe.gtpo.estimator import compute_gtpo_advantage
+from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
 from recipe.gtpo.method.tokens import scatter_to_tokens
 
 pytestmark = pytest.mark.unit

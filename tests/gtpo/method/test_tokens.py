@@ -7,8 +7,8 @@ import torch
 from batches import make_batch, ragged_batches
 from hypothesis import given
 
+from recipe.gtpo.estimator import compute_gtpo_advantage
 from recipe.gtpo.method import tokens
-from recipe.gtpo.method.advantage import compute_gtpo_advantage
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trajectories import trajectory, turn
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage, recorded_turns
+from recipe.gtpo.estimator import compute_gtpo_advantage, recorded_turns
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.method.advantage import turn_advantages
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.pools import GroupIds
 from recipe.gtpo.method.tokens import Runs, find_runs, spread_to_tokens, sum_rewards_by_turn, turn_starts
@@ -99,18 +99,8 @@ def compute_gtpo_advantage(
     starts, turn_mask = turn_starts(runs)
     _check_mask_inside_turns(runs)
     turn_rewards = sum_rewards_by_turn(token_level_rewards, starts, turn_mask)
-    returns = discounted_returns(turn_rewards, turn_mask, options.gamma)
-    advantages = normalize_returns(
-        returns,
-        turn_mask,
-        index,
-        baseline=options.baseline,
-        scale=options.scale,
-        leave_one_out=options.leave_one_out,
-        min_pool=options.min_pool,
-        sparse_turn=options.sparse_turn,
-        solved=None if solved is None else solved.to(returns.device),
-        unsolved_groups=options.unsolved_groups,
+    returns, advantages = turn_advantages(
+        turn_rewards, turn_mask, index, options, None if solved is None else solved.to(turn_rewards.device)
     )
     return spread_to_tokens(advantages, runs), spread_to_tokens(returns, runs)
 

@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.method import advantage as equations
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, validation_info
 from recipe.gtpo.method.options import GTPOOptions, Scale
@@ -327,21 +327,9 @@ def turn_advantages(
         one_turn = credit.turn_mask.any(dim=1, keepdim=True)
         scale: Scale = "std" if method.scale_by_std else "none"
         total = rewards.sum(dim=1, keepdim=True)
-        advantage = normalize_returns(total, one_turn, groups, scale=scale)
+        advantage = equations.normalize_returns(total, one_turn, groups, scale=scale)
         return total * credit.turn_mask, advantage * credit.turn_mask, credit
-    returns = discounted_returns(rewards, credit.turn_mask, options.gamma)
-    advantage = normalize_returns(
-        returns,
-        credit.turn_mask,
-        groups,
-        baseline=options.baseline,
-        scale=options.scale,
-        leave_one_out=options.leave_one_out,
-        min_pool=options.min_pool,
-        sparse_turn=options.sparse_turn,
-        solved=credit.solved,
-        unsolved_groups=options.unsolved_groups,
-    )
+    returns, advantage = equations.turn_advantages(rewards, credit.turn_mask, groups, options, credit.solved)
     return returns, advantage, credit
 
 

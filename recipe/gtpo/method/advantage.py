@@ -3,6 +3,8 @@
     (4)  R[i,j] = sum over m >= j of gamma^(m-j) * r[i,m]       `discounted_returns`
     (5)  A[i,j] = (R[i,j] - mean) / (std + 1e-6)                `normalize_returns`: mean, std over a pool of returns
 
+`turn_advantages` is the two in a row, from the options.
+
 Shapes: B rows (trajectories), T turns (the longest row's). `turn_mask` is (B, T) bool, true for the turns that exist; a
 row without turns (padding, a dropped trajectory) takes part in nothing.
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from recipe.gtpo.method.options import Baseline, Scale, SparseTurn, UnsolvedGroups
+from recipe.gtpo.method.options import Baseline, GTPOOptions, Scale, SparseTurn, UnsolvedGroups
 from recipe.gtpo.method.pools import GroupIds, PoolStatistics, group_index, pool_of, pool_statistics
 
 #: Added to the std before dividing; verl's GRPO uses the same.
@@ -90,3 +92,32 @@ def normalize_returns(
     out = torch.zeros(turn_mask.shape, dtype=torch.float32, device=returns.device)
     out[rows, turns] = advantage
     return out
+
+
+def turn_advantages(
+    turn_rewards: torch.Tensor,
+    turn_mask: torch.Tensor,
+    group_ids: GroupIds,
+    options: GTPOOptions,
+    solved: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(4) and (5) as `options` has them: returns and advantages, both (B, T) float32, 0 where there is no turn.
+
+    Args:
+        turn_rewards: (B, T). turn_mask: (B, T) bool. group_ids: (B,), as for `normalize_returns`.
+        solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
+    """
+    returns = discounted_returns(turn_rewards, turn_mask, options.gamma)
+    advantages = normalize_returns(
+        returns,
+        turn_mask,
+        group_ids,
+        baseline=options.baseline,
+        scale=options.scale,
+        leave_one_out=options.leave_one_out,
+        min_pool=options.min_pool,
+        sparse_turn=options.sparse_turn,
+        solved=solved,
+        unsolved_groups=options.unsolved_groups,
+    )
+    return returns, advantages

@@ -87,22 +87,24 @@ def compute_gtpo_advantage(
     that is not there.
     """
     options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
+    # verl computes advantages on the CPU, and so do we: what lies on another device is moved here, the results back.
+    device = token_level_rewards.device
+    token_level_rewards, response_mask = token_level_rewards.cpu(), response_mask.cpu()
     record = _RECORDED.get()
     if turn_ids is None and record is not None:
         turn_ids, solved = record
     if turn_ids is None:
         _check_runs_on_the_mask(config, options, solved)
     else:
-        turn_ids = _fit(turn_ids.to(response_mask.device), response_mask)
+        turn_ids = _fit(turn_ids.cpu(), response_mask)
 
     runs = find_runs(response_mask, turn_ids)
     starts, turn_mask = turn_starts(runs)
     _check_mask_inside_turns(runs)
     turn_rewards = sum_rewards_by_turn(token_level_rewards, starts, turn_mask)
-    returns, advantages = turn_advantages(
-        turn_rewards, turn_mask, index, options, None if solved is None else solved.to(turn_rewards.device)
-    )
-    return spread_to_tokens(advantages, runs), spread_to_tokens(returns, runs)
+    solved = None if solved is None else solved.cpu()
+    returns, advantages = turn_advantages(turn_rewards, turn_mask, index, options, solved)
+    return spread_to_tokens(advantages, runs).to(device), spread_to_tokens(returns, runs).to(device)
 
 
 def _fit(turn_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

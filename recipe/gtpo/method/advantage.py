@@ -6,7 +6,7 @@
 `turn_advantages` is the two in a row, from the options.
 
 Shapes: B rows (trajectories), T turns (the longest row's). `turn_mask` is (B, T) bool, true for the turns that exist; a
-row without turns (padding, a dropped trajectory) takes part in nothing.
+row without turns (padding, a dropped trajectory) takes part in nothing. All tensors are on the CPU.
 
 Degenerate cases: a pool below `min_pool` and a pool without spread give exactly 0; nothing is ever NaN or infinite.
 With one turn and gamma = 1 the result is that of verl's GRPO, bit for bit.
@@ -29,10 +29,10 @@ def discounted_returns(turn_rewards: torch.Tensor, turn_mask: torch.Tensor, gamm
     Accumulated in float64. A reward at turn k reaches turns <= k only.
     """
     rewards = torch.where(turn_mask, turn_rewards.double(), 0.0)
-    turn = torch.arange(rewards.shape[1], device=rewards.device)
+    turn = torch.arange(rewards.shape[1])
     lag = turn[:, None] - turn[None, :]  # m - j
     discount = torch.where(lag >= 0, torch.as_tensor(gamma, dtype=torch.float64) ** lag.clamp_min(0), 0.0)
-    return torch.where(turn_mask, rewards @ discount.to(rewards), 0.0).float()
+    return torch.where(turn_mask, rewards @ discount, 0.0).float()
 
 
 def normalize_returns(
@@ -68,7 +68,7 @@ def normalize_returns(
     values = returns[rows, turns].float()
     if len(group_ids) != len(turn_mask):
         raise ValueError(f"{len(group_ids)} group ids for {len(turn_mask)} rows")
-    group = group_index(group_ids, returns.device)[rows]
+    group = group_index(group_ids)[rows]
     stats = pool_statistics(values, pool_of(baseline, group, turns), rows, leave_one_out)
     usable = (stats.count >= min_pool) & (stats.others > 0)
     if baseline == "turn" and sparse_turn == "group":
@@ -85,11 +85,9 @@ def normalize_returns(
         advantage = centred
     if unsolved_groups == "zero":
         assert solved is not None
-        solved_in = torch.zeros(int(group.max()) + 1 if len(group) else 0, device=returns.device)
-        solved_in.index_add_(0, group, solved.to(values)[rows])
-        advantage = torch.where(solved_in[group] > 0, advantage, 0.0)
+        advantage = torch.where(torch.isin(group, group[solved[rows].bool()]), advantage, 0.0)
 
-    out = torch.zeros(turn_mask.shape, dtype=torch.float32, device=returns.device)
+    out = torch.zeros(turn_mask.shape, dtype=torch.float32)
     out[rows, turns] = advantage
     return out
 

@@ -53,11 +53,11 @@ def pool_statistics(
     _, pool, counts = torch.unique(pool, return_inverse=True, return_counts=True)
     order = torch.argsort(pool, stable=True)
     first = torch.cumsum(counts, 0) - counts
-    mean = torch.zeros(len(counts), dtype=torch.float32, device=values.device)
+    mean = torch.zeros(len(counts), dtype=torch.float32)
     std, low, high = mean.clone(), mean.clone(), mean.clone()
     for size in torch.unique(counts).tolist():
         pools = (counts == size).nonzero().squeeze(1)
-        block = values[order[first[pools, None] + torch.arange(size, device=values.device)]]
+        block = values[order[first[pools, None] + torch.arange(size)]]
         mean[pools] = block.mean(dim=1)
         low[pools], high[pools] = torch.aminmax(block, dim=1)
         if size > 1:
@@ -68,19 +68,19 @@ def pool_statistics(
     if leave_one_out:
         _, own, own_counts = torch.unique(torch.stack((pool, rows)), dim=1, return_inverse=True, return_counts=True)
         wide = values.double()
-        sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device).index_add_(0, pool, wide)
-        own_sums = torch.zeros(len(own_counts), dtype=torch.float64, device=values.device).index_add_(0, own, wide)
+        sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, pool, wide)
+        own_sums = torch.zeros(len(own_counts), dtype=torch.float64).index_add_(0, own, wide)
         others = count - own_counts[own]
         mean_of = ((sums[pool] - own_sums[own]) / others.clamp_min(1)).float()
     return PoolStatistics(count, others, mean_of, std[pool], flat[pool])
 
 
-def group_index(group_ids: GroupIds, device: torch.device) -> torch.Tensor:
+def group_index(group_ids: GroupIds) -> torch.Tensor:
     """(B,) labels of any kind as (B,) integers from 0."""
     if isinstance(group_ids, torch.Tensor):
-        return torch.unique(group_ids, return_inverse=True)[1].to(device)
+        return torch.unique(group_ids, return_inverse=True)[1].cpu()
     labels = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(list(group_ids))
-    return torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(device)
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
 
 def zero_spread_share(
@@ -90,6 +90,6 @@ def zero_spread_share(
     rows, turns = turn_mask.nonzero(as_tuple=True)
     if not len(rows):
         return 0.0
-    pool = pool_of(baseline, group_index(group_ids, returns.device)[rows], turns)
+    pool = pool_of(baseline, group_index(group_ids)[rows], turns)
     stats = pool_statistics(returns[rows, turns].float(), pool, rows, leave_one_out=False)
     return float((stats.flat / stats.count).sum() / (1 / stats.count).sum())  # every pool weighs one

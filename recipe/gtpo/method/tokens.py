@@ -2,7 +2,8 @@
 
 Shapes: B rows (trajectories), T turns (the longest row's), L response tokens. `turn_mask` is (B, T) bool, true for the
 turns that exist. A turn's tokens are told in one of two ways: `spans` is (B, T, 2) integer, the tokens [start, end) of
-each turn, as recorded; `turn_ids` is (B, L) integer, the turn a token was generated in, -1 for every other token.
+each turn, as recorded; `turn_ids` is (B, L) integer, the turn a token was generated in, -1 for every other token. All
+tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ _BLOCK = 1 << 18
 
 
 def turn_ids_of_spans(turn_mask: torch.Tensor, spans: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, length) int16: the turn each token was generated in, -1 elsewhere. Raises ValueError on a turn beyond."""
+    """(B, length) int16: the turn each token was generated in, -1 elsewhere.
+
+    Raises ValueError, naming the row, when a turn ends after `length`.
+    """
     batch, turns = turn_mask.shape
     starts = torch.where(turn_mask, spans[..., 0], length)
     ends = torch.where(turn_mask, spans[..., 1], length)
-    if turns and int(torch.where(turn_mask, spans[..., 1], 0).max()) > length:
-        row = int((torch.where(turn_mask, ends, 0) > length).any(dim=1).nonzero()[0])
+    beyond = (ends > length).any(dim=1)
+    if beyond.any():
+        row = int(beyond.nonzero()[0])
         raise ValueError(f"row {row}: a recorded turn ends after the response's {length} tokens")
     # A row is: gap, turn 0, gap, turn 1, ..., rest. Turns that do not exist have length 0, at the end.
     edges = torch.zeros(batch, 2 * turns + 2, dtype=torch.long)
@@ -43,12 +48,12 @@ def scatter_to_tokens(
 ) -> list[torch.Tensor]:
     """One 1-D float32 tensor a row, `lengths[i]` long, with each turn's value on the turn's last token and 0 elsewhere.
 
-    Nothing is lost: a row's tokens hold the row's turn values, each exactly once. `spans` is (B, T, 2), `[start, end)`.
+    Nothing is lost: a row's tokens hold the row's turn values, (B, T), each exactly once.
     Raises ValueError, naming the row, when a turn does not fit its row.
     """
     rows, turns = turn_mask.nonzero(as_tuple=True)
     last_token = spans[rows, turns, 1] - 1
-    size = torch.as_tensor(lengths, dtype=torch.long, device=turn_mask.device)
+    size = torch.as_tensor(lengths, dtype=torch.long)
     if len(size) != len(turn_mask):
         raise ValueError(f"{len(size)} response lengths for {len(turn_mask)} rows")
     beyond = last_token >= size[rows]
@@ -59,7 +64,7 @@ def scatter_to_tokens(
             f"{int(size[rows[at]])} tokens: the record is not of this row"
         )
     offset = torch.cumsum(size, 0) - size
-    flat = torch.zeros(int(size.sum()), dtype=torch.float32, device=turn_mask.device)
+    flat = torch.zeros(int(size.sum()), dtype=torch.float32)
     flat[offset[rows] + last_token] = turn_values[rows, turns].float()
     return list(flat.split(size.tolist()))
 
@@ -71,7 +76,7 @@ def at_turn_ends(token_values: torch.Tensor, turn_mask: torch.Tensor, spans: tor
 
 
 def mean_by_turn(token_values: torch.Tensor, turn_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T,) float64 the mean over all tokens of turn k in the batch, and (T,) how many they are. (B, L), (B, L)."""
+    """(T,) float64 the mean of `token_values` (B, L) over the tokens of all k-th turns, and (T,) how many tokens."""
     generated = turn_ids >= 0
     values, turns = token_values[generated].double(), turn_ids[generated].long()
     counts = torch.bincount(turns)
@@ -108,7 +113,7 @@ def find_runs(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> Run
     if turn_ids is not None:
         return Runs(row, column, run_length, turn_ids[row, column].long(), masked, response_mask.shape)
     seen = torch.cumsum(masked, 0)  # unmasked runs so far, this one included, over the whole batch
-    before_row = torch.zeros(batch, dtype=torch.long, device=row.device).index_add_(0, row, masked.long())
+    before_row = torch.zeros(batch, dtype=torch.long).index_add_(0, row, masked.long())
     before_row = torch.cumsum(before_row, 0) - before_row
     turn = torch.where(masked, seen - 1 - before_row[row], -1)
     return Runs(row, column, run_length, turn, masked, response_mask.shape)
@@ -132,7 +137,7 @@ def turn_starts(runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
             "the recorded turn ids of a row must be 0, 1, 2, ... in order, -1 outside generated turns"
         )
     new = turn != previous
-    starts = torch.zeros(runs.shape[0], int(turn.max()) + 1 if len(turn) else 0, dtype=torch.long, device=row.device)
+    starts = torch.zeros(runs.shape[0], int(turn.max()) + 1 if len(turn) else 0, dtype=torch.long)
     exists = torch.zeros_like(starts, dtype=torch.bool)
     starts[row[new], turn[new]] = column[new]
     exists[row[new], turn[new]] = True
@@ -162,32 +167,16 @@ def spread_to_tokens(turn_values: torch.Tensor, runs: Runs) -> torch.Tensor:
     live = (runs.turn >= 0) & runs.mask
     padded = torch.nn.functional.pad(turn_values.float(), (0, 1))  # one column more, so that (B, 0) can be indexed too
     values = torch.where(live, padded[runs.row, runs.turn.clamp_min(0)], 0.0)
-    return _repeat(values, runs.length, runs.shape.numel()).view(runs.shape)
+    return torch.from_numpy(np.repeat(values.numpy(), runs.length.numpy())).view(runs.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three passes over all tokens. On the CPU they run in numpy, on views of the same memory: its repeat and nonzero
-# are several times faster than torch's, and one thread without barriers keeps its pace when the host is busy.
-# Elsewhere they are torch's. The two give the same result; a test compares them.
+# The passes over all tokens, in numpy on views of the same memory: its repeat and nonzero are several times faster than
+# torch's, and one thread without barriers keeps its pace when the host is busy.
 
 
 def _run_starts(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
     """(N,) flat positions at which a row begins or its mask or turn id changes, in order."""
-    if response_mask.device.type == "cpu":
-        return _run_starts_numpy(response_mask, turn_ids)
-    return _run_starts_torch(response_mask, turn_ids)
-
-
-def _run_starts_torch(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
-    mask = response_mask.bool()
-    edge = torch.ones_like(mask)
-    edge[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    if turn_ids is not None:
-        edge[:, 1:] |= turn_ids[:, 1:] != turn_ids[:, :-1]
-    return edge.view(-1).nonzero().squeeze(1)
-
-
-def _run_starts_numpy(response_mask: torch.Tensor, turn_ids: torch.Tensor | None) -> torch.Tensor:
     length = response_mask.shape[1]
     starts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     for block in _row_blocks(response_mask.shape):
@@ -206,19 +195,6 @@ def _segment_sums(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tens
 
     Begins ascend in a row and the first is 0. Unspecified where none exists.
     """
-    if values.device.type == "cpu":
-        return _segment_sums_numpy(values, begins, exists)
-    return _segment_sums_torch(values, begins, exists)
-
-
-def _segment_sums_torch(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    length = values.shape[1]
-    ends = torch.nn.functional.pad(torch.where(exists, begins, length)[:, 1:], (0, 1), value=length)
-    prefix = torch.nn.functional.pad(torch.cumsum(values, dim=1, dtype=torch.float64), (1, 0))
-    return prefix.gather(1, ends) - prefix.gather(1, begins.clamp_max(length))
-
-
-def _segment_sums_numpy(values: torch.Tensor, begins: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
     length = values.shape[1]
     sums = np.zeros(begins.shape)
     scratch = np.empty(0)
@@ -238,13 +214,6 @@ def _segment_sums_numpy(values: torch.Tensor, begins: torch.Tensor, exists: torc
             parts[order] = np.add.reduceat(wide, flat[order])
             sums[block][have] = parts[: len(rows)]
     return torch.from_numpy(sums)
-
-
-def _repeat(values: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """`values[i]`, `counts[i]` times each: (size,). torch's builds an index of that size first."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
-    return torch.repeat_interleave(values, counts, output_size=size)
 
 
 def _row_blocks(shape: torch.Size) -> Iterator[slice]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from batches import make_batch, ragged_batches
 from hypothesis import given
+from hypothesis import strategies as st
 
 from recipe.gtpo.estimator import compute_gtpo_advantage
 from recipe.gtpo.method import tokens
@@ -46,17 +49,26 @@ def test_every_token_of_a_turn_gets_the_turns_value():
     assert out.tolist() == [[0, 1, 1, 0, 2], [3, 4, 4, 0, 0], [0, 0, 0, 0, 0]] and out.dtype == torch.float32
 
 
-@given(ragged_batches())
-def test_numpy_and_torch_passes_agree(batch):
-    for ids in (None, batch.turn_ids, batch.turn_ids.to(torch.int16)):
-        starts = tokens._run_starts_numpy(batch.mask, ids)
-        assert torch.equal(starts, tokens._run_starts_torch(batch.mask, ids))
-    runs = tokens.find_runs(batch.mask, batch.turn_ids)
-    begins, exists = tokens.turn_starts(runs)
-    begins[:, :1] = 0
+@given(ragged_batches(), st.booleans())
+def test_runs_and_their_rewards_are_what_a_loop_finds(batch, recorded):
+    """Every run ends where the mask or the turn id changes; a reward counts for the turn that began last before it."""
     rewards = batch.rewards + torch.linspace(0, 1, batch.rewards.numel()).view_as(batch.rewards)
-    sums = [f(rewards, begins, exists) for f in (tokens._segment_sums_numpy, tokens._segment_sums_torch)]
-    torch.testing.assert_close(sums[0][exists], sums[1][exists], rtol=0, atol=1e-12)
+    ids = batch.turn_ids.to(torch.int16) if recorded else None
+    runs = tokens.find_runs(batch.mask, ids)
+    sums = tokens.sum_rewards_by_turn(rewards, *tokens.turn_starts(runs))
+    found = list(zip(*(field.tolist() for field in runs[:5]), strict=True))
+    for i, (mask, turns) in enumerate(zip(batch.mask.tolist(), batch.turn_ids.tolist(), strict=True)):
+        expected, earned, at = [], {}, 0
+        for (masked, k), run in itertools.groupby(zip(mask, turns, strict=True)):
+            size = len(list(run))
+            expected.append((i, at, size, k, bool(masked)))
+            owner = max(0, k, *earned)
+            earned[owner] = earned.get(owner, 0.0) + float(rewards[i, at : at + size].double().sum())
+            at += size
+        assert [run for run in found if run[0] == i] == expected
+        if any(mask):
+            assert sums[i, : max(earned) + 1].tolist() == pytest.approx([earned[k] for k in sorted(earned)], abs=1e-12)
+            assert not sums[i, max(earned) + 1 :].any()
 
 
 def test_blocks_of_rows_join_without_a_seam(monkeypatch):

@@ -27,14 +27,19 @@ from verl.experimental.agent_loop.agent_loop import (
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
-from recipe.gtpo.method.metrics import validation_info
-from recipe.gtpo.method.turns import TRUNCATED, Finish, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.method.turns import (
+    TRAJECTORY,
+    TRUNCATED,
+    Finish,
+    ToolCall,
+    ToolOutcome,
+    Trajectory,
+    Turn,
+    validation_info,
+)
 from recipe.gtpo.parsing import extract_answer, judge_format, parse_calls
 
 logger = logging.getLogger(__name__)
-
-#: Key of the record in verl's `extra_fields`: written here, read by the trainer.
-TRAJECTORY = "trajectory"
 
 
 class GTPOAgentLoop(AgentLoopBase):

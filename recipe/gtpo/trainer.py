@@ -22,14 +22,13 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.device import get_device_name
 
-from recipe.gtpo.agent_loop import TRAJECTORY
 from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import at_turn_ends
-from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.method.turns import TRAJECTORY, Trajectory
 from recipe.gtpo.run.record import RunRecord
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.

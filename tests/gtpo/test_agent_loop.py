@@ -17,8 +17,8 @@ from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
 
-from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
-from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
+from recipe.gtpo.agent_loop import GTPOAgentLoop
+from recipe.gtpo.method.turns import TRAJECTORY, Finish, FormatReason, Trajectory
 from recipe.gtpo.tasks.arithmetic.policy import TURN_END, train_tokenizer
 
 pytestmark = pytest.mark.unit

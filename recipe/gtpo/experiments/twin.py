@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from recipe.gtpo.method import advantage as equations
 from recipe.gtpo.method.credit import Credit, assign_credit
-from recipe.gtpo.method.metrics import credit_metrics, validation_info
+from recipe.gtpo.method.metrics import credit_metrics
 from recipe.gtpo.method.options import GTPOOptions, Scale
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import find_runs, spread_to_tokens
-from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn
+from recipe.gtpo.method.turns import TRUNCATED, Finish, Trajectory, Turn, validation_info
 from recipe.gtpo.parsing import extract_answer, judge_format
 from recipe.gtpo.run.checks import method_file
 from recipe.gtpo.run.record import RunRecord

@@ -17,7 +17,7 @@ from recipe.gtpo.method.credit import REASONS, Credit
 from recipe.gtpo.method.options import Baseline
 from recipe.gtpo.method.pools import zero_spread_share
 from recipe.gtpo.method.tokens import dense, mean_by_turn
-from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
+from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, Trajectory
 
 
 def credit_metrics(
@@ -58,24 +58,6 @@ def log_prob_gap_by_turn(
         return {}
     mean = float(gap[turn_ids >= 0].double().mean())
     return {"gtpo/log_prob_gap/mean": mean} | _by_turn("log_prob_gap/mean", by_turn, counts)
-
-
-def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
-    """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
-    calls = [call for turn in trajectory.turns for call in turn.calls]
-    outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
-    first = trajectory.turns[0]
-    return {
-        "acc": trajectory.acc,
-        "pred": trajectory.pred,
-        "turns": float(len(trajectory.turns)),
-        "first_turn_call": float(any(call.error is None for call in first.calls)),
-        "malformed_call": float(any(call.error is not None for call in calls)),
-        "tool_error": float(any(o not in NOT_EXECUTED | {"ok", "infra"} for o in outcomes)),
-        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
-        "truncated": float(trajectory.truncated),
-        "infra": float(trajectory.finish is Finish.INFRA),
-    }
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
@@ -133,12 +133,3 @@ def judge_format(
     if is_last and not has_answer:
         return FormatReason.NO_ANSWER
     return None
-
-
-def count_reasons(broken: Iterable[FormatReason | None]) -> dict[str, int]:
-    """Number of turns by reason, every reason present (a metric key must exist on every step)."""
-    counts = {reason.value: 0 for reason in FormatReason}
-    for reason in broken:
-        if reason is not None:
-            counts[reason.value] += 1
-    return counts

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
-from recipe.gtpo.parsing import count_reasons, extract_answer, judge_format, parse_calls
+from recipe.gtpo.parsing import extract_answer, judge_format, parse_calls
 
 pytestmark = pytest.mark.unit
 
@@ -179,8 +179,3 @@ def test_a_limit_of_ours_excuses_what_is_missing_at_the_end_and_nothing_else():
     assert judge([UNCLOSED], last=True, truncated=True) is None
     assert judge([UNCLOSED], last=True) is FormatReason.UNBALANCED_TAG
     assert judge([BAD, UNCLOSED], last=True, truncated=True) is FormatReason.MISSING_ARGUMENT
-
-
-def test_counts_name_every_reason_on_every_step():
-    counts = count_reasons([None, FormatReason.NO_ANSWER, FormatReason.NO_ANSWER])
-    assert counts == {reason.value: 2 * (reason is FormatReason.NO_ANSWER) for reason in FormatReason}

@@ -112,7 +112,7 @@ def extract_answer(text: str) -> str | None:
 def judge_format(
     *, is_first: bool, is_last: bool, truncated: bool, calls: Sequence[ToolCall], has_answer: bool
 ) -> FormatReason | None:
-    """The one format verdict of a turn (algorithm, part 1), or None when it keeps the format.
+    """The one format verdict of a turn, which the format penalty charges, or None when it keeps the format.
 
     Args:
         is_first, is_last: position in the trajectory.

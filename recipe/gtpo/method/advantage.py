@@ -8,7 +8,7 @@
 Shapes: B rows (trajectories), T turns (the longest row's). `turn_mask` is (B, T) bool, true for the turns that exist; a
 row without turns (padding, a dropped trajectory) takes part in nothing. All tensors are on the CPU.
 
-Degenerate cases: a pool below `min_pool` and a pool without spread give exactly 0; nothing is ever NaN or infinite.
+Degenerate cases: a pool below `min_pool` and a pool of equal returns give exactly 0; nothing is ever NaN or infinite.
 With one turn and gamma = 1 the result is that of verl's GRPO, bit for bit.
 """
 

@@ -32,7 +32,7 @@ def credit_metrics(
     Args:
         trajectories: what `assign_credit` was given, in its order.
         returns, advantages: (B, T), by turn; read where `credit.turn_mask` is true.
-        baseline: the pool whose spread is reported.
+        baseline: the pools of `gtpo/pools/zero_spread`, the share of them whose returns are all equal.
     """
     metrics = _rows(credit, trajectories)
     if bool(credit.valid.any()):
@@ -127,7 +127,7 @@ def _turns(credit: Credit, returns: torch.Tensor, advantages: torch.Tensor) -> d
 
 
 def _groups(credit: Credit, advantages: torch.Tensor) -> dict[str, float]:
-    """Groups nobody solved (P is empty: no shaping) and groups all solved (Trap 2: they should be quiet)."""
+    """Groups nobody solved (P is empty: no shaping) and groups all solved (nothing to learn: they should be quiet)."""
     labels = {name: i for i, name in enumerate(dict.fromkeys(credit.group_ids))}
     group = torch.tensor([labels[name] for name in credit.group_ids])
     members = torch.bincount(group[credit.valid], minlength=len(labels))

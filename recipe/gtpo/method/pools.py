@@ -17,8 +17,8 @@ import torch
 
 from recipe.gtpo.method.options import Baseline
 
-#: A pool has no spread when its largest and smallest return differ by no more than this, relative to the larger.
-RELATIVE_SPREAD = 1e-6
+#: Returns count as equal when the largest and the smallest differ by at most this share of the larger magnitude.
+RELATIVE_RANGE = 1e-6
 
 GroupIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any]
 
@@ -30,7 +30,7 @@ class PoolStatistics(NamedTuple):
     others: torch.Tensor  # returns the mean is taken over: `count`, or those of other trajectories
     mean: torch.Tensor
     std: torch.Tensor
-    flat: torch.Tensor  # bool: the returns do not differ
+    flat: torch.Tensor  # bool: the returns are all equal
 
 
 def pool_of(baseline: Baseline, group: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def pool_statistics(
         low[pools], high[pools] = torch.aminmax(block, dim=1)
         if size > 1:
             std[pools] = block.std(dim=1)
-    flat = high - low <= RELATIVE_SPREAD * torch.maximum(high.abs(), low.abs())
+    flat = high - low <= RELATIVE_RANGE * torch.maximum(high.abs(), low.abs())
 
     count, others, mean_of = counts[pool], counts[pool], mean[pool]
     if leave_one_out:
@@ -86,7 +86,7 @@ def group_index(group_ids: GroupIds) -> torch.Tensor:
 def zero_spread_share(
     returns: torch.Tensor, turn_mask: torch.Tensor, group_ids: GroupIds, baseline: Baseline = "group"
 ) -> float:
-    """The share of pools whose returns do not differ (one-return pools too): they teach nothing. 0.0 without a pool."""
+    """The share of pools whose returns are all equal (one-return pools too): they teach nothing. 0.0 without a pool."""
     rows, turns = turn_mask.nonzero(as_tuple=True)
     if not len(rows):
         return 0.0

@@ -1,4 +1,4 @@
-"""Rewards by turn: the first part of GTPO (arXiv 2511.14846).
+"""Rewards by turn: equation (1) of GTPO (arXiv 2511.14846), numbered as in recipe/gtpo/README.md.
 
     r[i,j] = acc[i] if j is the last turn else 0, plus format_penalty if turn j breaks the format
 

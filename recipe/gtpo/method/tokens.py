@@ -1,4 +1,4 @@
-"""Between turns and tokens, in both directions.
+"""Between turns and tokens, in both directions: equations (6) and (7) of recipe/gtpo/README.md.
 
 Shapes: B rows (trajectories), T turns (the longest row's), L response tokens. `turn_mask` is (B, T) bool, true for the
 turns that exist. A turn's tokens are told in one of two ways: `spans` is (B, T, 2) integer, the tokens [start, end) of
@@ -147,7 +147,7 @@ def turn_starts(runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
 def sum_rewards_by_turn(
     token_level_rewards: torch.Tensor, starts: torch.Tensor, turn_mask: torch.Tensor
 ) -> torch.Tensor:
-    """(B, T) float64: a turn's reward is all that lies from its start to the next turn's start: equation (7).
+    """(B, T) float64: a turn's reward is all that lies from its start to the next turn's start: (7).
 
     So a reward on a masked token is not lost (verl writes the score on the last response token, whatever its mask): it
     belongs to the last turn that began at or before it, or to the first turn when none has.
@@ -163,7 +163,7 @@ def sum_rewards_by_turn(
 
 def spread_to_tokens(turn_values: torch.Tensor, runs: Runs) -> torch.Tensor:
     """The value of a token is the value of its turn, (B, T) -> (B, L) float32; exactly 0 on a token that is masked or
-    was not generated: equation (6)."""
+    was not generated: (6)."""
     live = (runs.turn >= 0) & runs.mask
     padded = torch.nn.functional.pad(turn_values.float(), (0, 1))  # one column more, so that (B, 0) can be indexed too
     values = torch.where(live, padded[runs.row, runs.turn.clamp_min(0)], 0.0)

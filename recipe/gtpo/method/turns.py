@@ -97,7 +97,7 @@ class Trajectory:
 
     @property
     def code(self) -> str:
-        """The executed code of all turns, in order (part 3 of the method compares these)."""
+        """The executed code of all turns, in order: what shaping compares."""
         return "\n".join(t.code for t in self.turns if t.code)
 
     @property

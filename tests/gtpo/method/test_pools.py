@@ -11,7 +11,7 @@ from recipe.gtpo.method.pools import zero_spread_share
 pytestmark = pytest.mark.unit
 
 
-def test_a_spread_below_a_millionth_is_none():
+def test_returns_within_a_millionth_count_as_equal():
     exists = torch.ones(2, 1, dtype=torch.bool)
     for base in (0.1, 1.0, 1000.0):
         for relative, silent in ((5e-7, True), (1e-5, False)):

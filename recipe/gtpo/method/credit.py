@@ -3,7 +3,7 @@
     recorded trajectories -> shaped outcomes (`shaping.py`) -> turn rewards (`rewards.py`) -> Credit
 
 The trainer writes `Credit.token_rewards` where verl looks for scores and runs verl's own advantage computation inside
-`recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
+`estimator.recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
 """
 
 from __future__ import annotations

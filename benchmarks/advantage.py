@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage
+from recipe.gtpo.estimator import compute_gtpo_advantage
 
 SIZES = ((512, 4096), (2048, 16384))
 TURNS = 16

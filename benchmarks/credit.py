@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage
+from recipe.gtpo.estimator import compute_gtpo_advantage
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.metrics import credit_metrics
 from recipe.gtpo.method.options import GTPOOptions

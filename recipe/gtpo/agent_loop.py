@@ -27,14 +27,10 @@ from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from recipe.gtpo.conversation import Conversation, Rules
-from recipe.gtpo.method.metrics import validation_info
-from recipe.gtpo.method.turns import Finish, ToolCall, ToolOutcome
+from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, validation_info
 from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
-
-#: Key of the record in verl's `extra_fields`: written here, read by the trainer.
-TRAJECTORY = "trajectory"
 
 
 class GTPOAgentLoop(AgentLoopBase):

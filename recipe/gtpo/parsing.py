@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
@@ -94,12 +94,3 @@ def _check_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) ->
         if limit is not None and isinstance(value, str) and len(value) > limit:
             return FormatReason.BAD_ARGUMENT, f"{name} is longer than {limit} characters"
     return None, ""
-
-
-def count_reasons(broken: Iterable[FormatReason | None]) -> dict[str, int]:
-    """Number of turns by reason, every reason present (a metric key must exist on every step)."""
-    counts = {reason.value: 0 for reason in FormatReason}
-    for reason in broken:
-        if reason is not None:
-            counts[reason.value] += 1
-    return counts

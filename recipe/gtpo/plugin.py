@@ -16,7 +16,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage
+from recipe.gtpo.estimator import compute_gtpo_advantage
 
 register_adv_est("gtpo")(compute_gtpo_advantage)
 

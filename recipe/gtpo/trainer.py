@@ -22,13 +22,13 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.device import get_device_name
 
-from recipe.gtpo.agent_loop import TRAJECTORY
-from recipe.gtpo.method.advantage import recorded_turns
+from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.method.tokens import at_turn_ends
+from recipe.gtpo.method.turns import TRAJECTORY, Trajectory
 from recipe.gtpo.run.record import RunRecord
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
@@ -80,7 +80,9 @@ class GTPOTrainerMixin(_Trainer):
         # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
         fields = ["advantages", "returns"]
         result = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        returns, advantages = (at_turn_ends(result[name], credit) for name in ("returns", "advantages"))
+        returns, advantages = (
+            at_turn_ends(result[name], credit.turn_mask, credit.spans) for name in ("returns", "advantages")
+        )
         metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
         if "rollout_log_probs" in rows:
             metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
@@ -168,13 +170,6 @@ def write_rewards(batch: KVBatchMeta, credit: Credit, uids: list[str], response_
         partition_id=batch.partition_id,
         fields=TensorDict(fields, batch_size=len(batch)),
     )
-
-
-def at_turn_ends(nested: torch.Tensor, credit: Credit) -> torch.Tensor:
-    """(B, T): the value on the last token of each turn, 0 where there is no turn."""
-    padded = nested.to_padded_tensor(0.0)
-    last = (credit.spans[..., 1] - 1).clamp_min(0)
-    return torch.where(credit.turn_mask, padded.gather(1, last), 0.0)
 
 
 def _nested(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.gtpo.method.turns import FormatReason, ToolCall
-from recipe.gtpo.parsing import count_reasons, parse_calls
+from recipe.gtpo.parsing import parse_calls
 
 pytestmark = pytest.mark.unit
 
@@ -121,8 +121,3 @@ def test_no_text_raises(text):
 def test_a_well_formed_call_round_trips(query, limit, exact, said):
     arguments = {"query": query, "limit": limit, "exact": exact}
     assert parse_calls(said + call("search", **arguments) + said, SCHEMAS) == (ToolCall("search", arguments),)
-
-
-def test_counts_name_every_reason_on_every_step():
-    counts = count_reasons([None, FormatReason.NO_ANSWER, FormatReason.NO_ANSWER])
-    assert counts == {reason.value: 2 * (reason is FormatReason.NO_ANSWER) for reason in FormatReason}

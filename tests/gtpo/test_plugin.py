@@ -17,7 +17,7 @@ from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
 from recipe.gtpo import plugin
-from recipe.gtpo.method.advantage import compute_gtpo_advantage
+from recipe.gtpo.estimator import compute_gtpo_advantage
 from recipe.gtpo.task_runner import GTPOTaskRunner
 
 pytestmark = pytest.mark.unit
@@ -51,14 +51,14 @@ def look(tmp_path, platform: str | None) -> dict:
 def test_import_verl_makes_the_estimator_known_and_nothing_of_the_cpu(tmp_path):
     """A GPU run: the CPU's glue is not imported, and neither is our trainer."""
     seen = look(tmp_path, platform=None)
-    assert seen["estimator"] == "recipe.gtpo.method.advantage.compute_gtpo_advantage"
+    assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
     assert seen["cpu_modules"] == [] and "cpu" not in seen["platforms"]
     assert seen["driver_modules"] == []
 
 
 def test_import_verl_on_the_cpu_platform_brings_the_cpu_s_glue(tmp_path):
     seen = look(tmp_path, platform="cpu")
-    assert seen["estimator"] == "recipe.gtpo.method.advantage.compute_gtpo_advantage"
+    assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
     assert {"verl_ext.cpu.platform", "verl_ext.cpu.rollout"} <= set(seen["cpu_modules"])
     assert "cpu" in seen["platforms"]
 

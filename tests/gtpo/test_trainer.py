@@ -29,8 +29,7 @@ from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
-from recipe.gtpo.agent_loop import TRAJECTORY
-from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.method.turns import TRAJECTORY, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
 

@@ -97,7 +97,7 @@ def reference(
         others = [j for j, _ in pool if not (leave_one_out and j == i)]
         return len(pool) >= min_pool and others
 
-    centred, spread = {}, {}
+    centred, std = {}, {}
     for (i, k), value in returns.items():
         pool = members(i, k, baseline)
         if not usable(i, pool) and baseline == "turn" and sparse_turn == "group":
@@ -107,7 +107,7 @@ def reference(
         values = np.array([returns[key] for key in pool])
         mean = np.mean([returns[key] for key in pool if not (leave_one_out and key[0] == i)])
         flat = values.max() - values.min() <= 1e-6 * np.abs(values).max()
-        centred[i, k], spread[i, k] = 0.0 if flat else value - mean, values.std(ddof=1)
+        centred[i, k], std[i, k] = 0.0 if flat else value - mean, values.std(ddof=1)
     whole = np.std(list(centred.values()), ddof=1) if len(centred) > 1 else 0.0
 
     advantage, spread_returns = np.zeros(ids.shape), np.zeros(ids.shape)
@@ -116,7 +116,7 @@ def reference(
         spread_returns[i, tokens] = value
         if (i, k) not in centred:
             continue
-        divisor = {"std": spread[i, k] + 1e-6, "batch_std": whole + 1e-6, "none": 1.0}[scale]
+        divisor = {"std": std[i, k] + 1e-6, "batch_std": whole + 1e-6, "none": 1.0}[scale]
         if unsolved_groups == "zero" and not any(solved[j] for j, _ in members(i, k, "group")):
             continue
         advantage[i, tokens] = centred[i, k] / divisor

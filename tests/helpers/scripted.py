@@ -15,8 +15,8 @@ from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.workers.rollout.replica import TokenOutput
 
-from recipe.gtpo.agent_loop import TRAJECTORY, GTPOAgentLoop
-from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.agent_loop import GTPOAgentLoop
+from recipe.gtpo.method.turns import TRAJECTORY, Trajectory
 from recipe.gtpo.tasks.arithmetic.policy import TURN_END
 
 QUESTION = [{"role": "user", "content": "What is 2+3?"}]

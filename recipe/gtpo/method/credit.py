@@ -3,7 +3,7 @@
     recorded trajectories -> shaped outcomes (`shaping.py`) -> turn rewards (`rewards.py`) -> Credit
 
 The trainer writes `Credit.token_rewards` where verl looks for scores and runs verl's own advantage computation inside
-`recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
+`estimator.recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards, scatter_to_tokens
+from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards
 from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import Similarity, make_similarity
+from recipe.gtpo.method.tokens import scatter_to_tokens, turn_ids_of_spans
 from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
 
 #: The order of `Credit.reasons`.
@@ -50,18 +51,7 @@ class Credit:
 
     def turn_ids(self, length: int) -> torch.Tensor:
         """(B, length) int16: the turn each token was generated in, -1 elsewhere."""
-        batch, turns = self.turn_mask.shape
-        starts = torch.where(self.turn_mask, self.spans[..., 0], length)
-        ends = torch.where(self.turn_mask, self.spans[..., 1], length)
-        if turns and int(torch.where(self.turn_mask, self.spans[..., 1], 0).max()) > length:
-            row = int((torch.where(self.turn_mask, ends, 0) > length).any(dim=1).nonzero()[0])
-            raise ValueError(f"row {row}: a recorded turn ends after the response's {length} tokens")
-        # A row is: gap, turn 0, gap, turn 1, ..., rest. Turns that do not exist have length 0, at the end.
-        edges = torch.zeros(batch, 2 * turns + 2, dtype=torch.long)
-        edges[:, 1:-1:2], edges[:, 2:-1:2], edges[:, -1] = starts, ends, length
-        value = torch.full((2 * turns + 1,), -1, dtype=torch.int16)
-        value[1::2] = torch.arange(turns, dtype=torch.int16)
-        return value.repeat(batch).repeat_interleave(edges.diff(dim=1).flatten()).view(batch, length)
+        return turn_ids_of_spans(self.turn_mask, self.spans, length)
 
 
 def assign_credit(

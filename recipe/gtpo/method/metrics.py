@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from recipe.gtpo.method.advantage import zero_spread_share
 from recipe.gtpo.method.credit import REASONS, Credit
 from recipe.gtpo.method.options import Baseline
-from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, FormatReason, Trajectory
+from recipe.gtpo.method.pools import zero_spread_share
+from recipe.gtpo.method.tokens import dense, mean_by_turn
+from recipe.gtpo.method.turns import NOT_EXECUTED, Finish, Trajectory
 
 
 def credit_metrics(
@@ -31,7 +32,7 @@ def credit_metrics(
     Args:
         trajectories: what `assign_credit` was given, in its order.
         returns, advantages: (B, T), by turn; read where `credit.turn_mask` is true.
-        baseline: the pool whose spread is reported.
+        baseline: the pools of `gtpo/pools/zero_spread`, the share of them whose returns are all equal.
     """
     metrics = _rows(credit, trajectories)
     if bool(credit.valid.any()):
@@ -51,32 +52,12 @@ def log_prob_gap_by_turn(
         actor_log_probs, rollout_log_probs: (B, L), or nested tensors whose longest row is L.
         turn_ids: (B, L), -1 on tokens that were not generated.
     """
-    gap = (_dense(actor_log_probs) - _dense(rollout_log_probs)).abs()
-    generated = turn_ids >= 0
-    gaps, turns = gap[generated].double(), turn_ids[generated].long()
-    if not len(turns):
+    gap = (dense(actor_log_probs) - dense(rollout_log_probs)).abs()
+    by_turn, counts = mean_by_turn(gap, turn_ids)
+    if not len(counts):
         return {}
-    counts = torch.bincount(turns)
-    by_turn = torch.bincount(turns, weights=gaps) / counts.clamp_min(1)
-    return {"gtpo/log_prob_gap/mean": float(gaps.mean())} | _by_turn("log_prob_gap/mean", by_turn, counts)
-
-
-def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
-    """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
-    calls = [call for turn in trajectory.turns for call in turn.calls]
-    outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
-    first = trajectory.turns[0]
-    return {
-        "acc": trajectory.acc,
-        "pred": trajectory.pred,
-        "turns": float(len(trajectory.turns)),
-        "first_turn_call": float(any(call.error is None for call in first.calls)),
-        "malformed_call": float(any(call.error is not None for call in calls)),
-        "tool_error": float(any(o not in NOT_EXECUTED | {"ok", "infra"} for o in outcomes)),
-        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
-        "truncated": float(trajectory.truncated),
-        "infra": float(trajectory.finish is Finish.INFRA),
-    }
+    mean = float(gap[turn_ids >= 0].double().mean())
+    return {"gtpo/log_prob_gap/mean": mean} | _by_turn("log_prob_gap/mean", by_turn, counts)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -146,7 +127,7 @@ def _turns(credit: Credit, returns: torch.Tensor, advantages: torch.Tensor) -> d
 
 
 def _groups(credit: Credit, advantages: torch.Tensor) -> dict[str, float]:
-    """Groups nobody solved (P is empty: no shaping) and groups all solved (Trap 2: they should be quiet)."""
+    """Groups nobody solved (P is empty: no shaping) and groups all solved (nothing to learn: they should be quiet)."""
     labels = {name: i for i, name in enumerate(dict.fromkeys(credit.group_ids))}
     group = torch.tensor([labels[name] for name in credit.group_ids])
     members = torch.bincount(group[credit.valid], minlength=len(labels))
@@ -175,7 +156,3 @@ def _by_turn(name: str, values: torch.Tensor, counts: torch.Tensor) -> dict[str,
     """`values` (T,) as one metric a turn that exists."""
     pairs = zip(values.tolist(), counts.tolist(), strict=True)
     return {f"gtpo/by_turn/{name}/t{k}": float(value) for k, (value, count) in enumerate(pairs) if count}
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor

@@ -68,7 +68,7 @@ class GTPOOptions:
     def __post_init__(self) -> None:
         _check(ROOT, "gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
         _check(ROOT, "format_penalty", self.format_penalty, self.format_penalty <= 0, "0 or below: it is added")
-        _check(ROOT, "min_pool", self.min_pool, self.min_pool >= 2, "at least 2: one return has no spread")
+        _check(ROOT, "min_pool", self.min_pool, self.min_pool >= 2, "at least 2: one return has no standard deviation")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> GTPOOptions:

@@ -1,4 +1,4 @@
-"""Rewards by turn: the first part of GTPO (arXiv 2511.14846).
+"""Rewards by turn: equation (1) of GTPO (arXiv 2511.14846), numbered as in recipe/gtpo/README.md.
 
     r[i,j] = acc[i] if j is the last turn else 0, plus format_penalty if turn j breaks the format
 
@@ -11,7 +11,6 @@ Shapes: B rows, T turns; `turn_mask` is (B, T) bool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,32 +57,6 @@ def assign_turn_rewards(
         shaping=torch.where(last, (shaped - outcomes)[:, None], 0.0),
         format=penalty,
     )
-
-
-def scatter_to_tokens(
-    turn_values: torch.Tensor, turn_mask: torch.Tensor, spans: torch.Tensor, lengths: Sequence[int]
-) -> list[torch.Tensor]:
-    """One 1-D float32 tensor a row, `lengths[i]` long, with each turn's value on the turn's last token and 0 elsewhere.
-
-    Nothing is lost: a row's tokens hold the row's turn values, each exactly once. `spans` is (B, T, 2), `[start, end)`.
-    Raises ValueError, naming the row, when a turn does not fit its row.
-    """
-    rows, turns = turn_mask.nonzero(as_tuple=True)
-    last_token = spans[rows, turns, 1] - 1
-    size = torch.as_tensor(lengths, dtype=torch.long, device=turn_mask.device)
-    if len(size) != len(turn_mask):
-        raise ValueError(f"{len(size)} response lengths for {len(turn_mask)} rows")
-    beyond = last_token >= size[rows]
-    if beyond.any():
-        at = int(beyond.nonzero()[0])
-        raise ValueError(
-            f"row {int(rows[at])}: turn {int(turns[at])} ends at token {int(last_token[at]) + 1} of a response of "
-            f"{int(size[rows[at]])} tokens: the record is not of this row"
-        )
-    offset = torch.cumsum(size, 0) - size
-    flat = torch.zeros(int(size.sum()), dtype=torch.float32, device=turn_mask.device)
-    flat[offset[rows] + last_token] = turn_values[rows, turns].float()
-    return list(flat.split(size.tolist()))
 
 
 def _last_turn(turn_mask: torch.Tensor) -> torch.Tensor:

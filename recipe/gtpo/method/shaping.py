@@ -1,4 +1,4 @@
-"""Self-supervised reward shaping: the third part of GTPO (arXiv 2511.14846).
+"""Self-supervised reward shaping: equation (2) of GTPO (arXiv 2511.14846), numbered as in recipe/gtpo/README.md.
 
 For a failed trajectory i, with P the successful trajectories of the same prompt and c the code a trajectory executed:
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from enum import Enum
 
+#: Key of the record in verl's `extra_fields`: written by the agent loop, read by the trainer.
+TRAJECTORY = "trajectory"
+
 
 class FormatReason(str, Enum):
     """Why a turn breaks the format. At most one per turn, the first that applies in this order."""
@@ -94,7 +97,7 @@ class Trajectory:
 
     @property
     def code(self) -> str:
-        """The executed code of all turns, in order (part 3 of the method compares these)."""
+        """The executed code of all turns, in order: what shaping compares."""
         return "\n".join(t.code for t in self.turns if t.code)
 
     @property
@@ -114,6 +117,24 @@ class Trajectory:
             acc=float(data["acc"]),
             pred=data["pred"],
         )
+
+
+def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
+    """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
+    calls = [call for turn in trajectory.turns for call in turn.calls]
+    outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
+    first = trajectory.turns[0]
+    return {
+        "acc": trajectory.acc,
+        "pred": trajectory.pred,
+        "turns": float(len(trajectory.turns)),
+        "first_turn_call": float(any(call.error is None for call in first.calls)),
+        "malformed_call": float(any(call.error is not None for call in calls)),
+        "tool_error": float(any(o not in NOT_EXECUTED | {"ok", "infra"} for o in outcomes)),
+        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
+        "truncated": float(trajectory.truncated),
+        "infra": float(trajectory.finish is Finish.INFRA),
+    }
 
 
 def _turn(data: dict) -> Turn:

@@ -83,7 +83,7 @@ def validation_accuracy(metrics: Mapping[str, float]) -> float | None:
 
 
 def validation_mean(metrics: Mapping[str, float], name: str) -> float | None:
-    """The same for another quantity of `recipe.gtpo.method.metrics.validation_info`."""
+    """The same for another quantity of `recipe.gtpo.method.turns.validation_info`."""
     values = [v for k, v in metrics.items() if k.startswith("val-aux/") and f"/{name}/mean@" in k]
     return sum(values) / len(values) if values else None
 

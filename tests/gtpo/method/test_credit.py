@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trajectories import trajectory, turn
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage, recorded_turns
+from recipe.gtpo.estimator import compute_gtpo_advantage, recorded_turns
 from recipe.gtpo.method.credit import REASONS, assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import Finish, FormatReason

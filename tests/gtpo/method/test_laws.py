@@ -1,4 +1,4 @@
-"""The laws of the method, one test each, in the order of the method page. What they state holds for every batch."""
+"""The ten laws of recipe/gtpo/README.md, in its order and by number. What they state holds for every batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage, discounted_returns, normalize_returns
-from recipe.gtpo.method.rewards import scatter_to_tokens
+from recipe.gtpo.estimator import compute_gtpo_advantage
+from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.method.tokens import scatter_to_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -214,8 +215,8 @@ def test_law_9_leave_one_out_is_the_policy_gradient_and_centring_rewards_by_turn
         )
         assert abs(mean - analytic) < 3 * error and error < analytic / 10  # right, and not for lack of resolution
 
-    # What the RFC warns of: subtract from each reward the mean of its turn index, then sum what is left. The mean at a
-    # later turn is the survivors' own, so going on is worth nothing and stopping early looks good.
+    # What looks alike and is wrong: subtract from each reward the mean of its turn index, then sum what is left. The
+    # mean at a later turn is the survivors' own, so going on is worth nothing and stopping early looks good.
     at_turn = normalize_returns(rewards, mask, uids, baseline="turn", scale="none")
     mean, error = estimate(discounted_returns(at_turn, mask, gamma=1.0))
     assert analytic > 0 > mean + 3 * error

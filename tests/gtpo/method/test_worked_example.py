@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 from trajectories import trajectory, turn
 
-from recipe.gtpo.method.advantage import compute_gtpo_advantage, recorded_turns
+from recipe.gtpo.estimator import compute_gtpo_advantage, recorded_turns
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
@@ -86,3 +87,11 @@ def test_the_page_names_every_option_with_its_default():
     assert {name: m.group(1) if m else "" for name, m in stated.items()} == {
         name: words[value] if isinstance(value, bool) else str(value) for name, value in options(GTPOOptions())
     }
+
+
+def test_the_page_lists_every_law_with_its_tests():
+    """Law n of the list names the tests `test_law_n_...`: one by its name, several by a pattern."""
+    tests = re.findall(r"^def (test_law_\w+)", (Path(__file__).parent / "test_laws.py").read_text(), flags=re.MULTILINE)
+    listed = re.findall(r"^(\d+)\. .*`(test_law_(\d+)_[\w*]+)`$", PAGE, flags=re.MULTILINE)
+    assert [(int(number), int(of_test)) for number, _, of_test in listed] == [(n, n) for n in range(1, 11)]
+    assert tests == [name for _, pattern, _ in listed for name in tests if fnmatchcase(name, pattern)]

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from recipe.gtpo.experiments.twin.rollout import Row, draw, roll_out
 from recipe.gtpo.experiments.twin.settings import Settings
-from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
+from recipe.gtpo.method import advantage as equations
 from recipe.gtpo.method.credit import Credit, assign_credit
-from recipe.gtpo.method.metrics import credit_metrics, validation_info
+from recipe.gtpo.method.metrics import credit_metrics
 from recipe.gtpo.method.options import Scale
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.method.tokens import find_runs, spread_to_tokens
+from recipe.gtpo.method.turns import Trajectory, validation_info
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.arithmetic.experts import problem_class
 from recipe.gtpo.tasks.arithmetic.policy import TokenStream
@@ -38,28 +39,16 @@ def turn_advantages(
         one_turn = credit.turn_mask.any(dim=1, keepdim=True)
         scale: Scale = "std" if settings.scale_by_std else "none"
         total = rewards.sum(dim=1, keepdim=True)
-        advantage = normalize_returns(total, one_turn, groups, scale=scale)
+        advantage = equations.normalize_returns(total, one_turn, groups, scale=scale)
         return total * credit.turn_mask, advantage * credit.turn_mask, credit
-    returns = discounted_returns(rewards, credit.turn_mask, options.gamma)
-    advantage = normalize_returns(
-        returns,
-        credit.turn_mask,
-        groups,
-        baseline=options.baseline,
-        scale=options.scale,
-        leave_one_out=options.leave_one_out,
-        min_pool=options.min_pool,
-        sparse_turn=options.sparse_turn,
-        solved=credit.solved,
-        unsolved_groups=options.unsolved_groups,
-    )
+    returns, advantage = equations.turn_advantages(rewards, credit.turn_mask, groups, options, credit.solved)
     return returns, advantage, credit
 
 
 def spread(rows: Sequence[Row], advantages: torch.Tensor, credit: Credit) -> tuple[list[torch.Tensor], int]:
     """The advantage of every response token, one tensor a row, and how many tokens were generated."""
-    turn_ids = credit.turn_ids(max(row.response_length for row in rows)).long()
-    by_token = torch.where(turn_ids >= 0, advantages.gather(1, turn_ids.clamp_min(0)), 0.0)
+    turn_ids = credit.turn_ids(max(row.response_length for row in rows))
+    by_token = spread_to_tokens(advantages, find_runs(turn_ids >= 0, turn_ids))
     return [by_token[i, : row.response_length] for i, row in enumerate(rows)], int((turn_ids >= 0).sum())
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from recipe.gtpo.experiments import report
+from recipe.gtpo.experiments.report import __main__ as report
 from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.experiments import twin
-from recipe.gtpo.experiments.report.__main__ import Run
+from recipe.gtpo.experiments.report import Run
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome
 from recipe.gtpo.tasks.arithmetic.experts import write_answer, write_call
 from recipe.gtpo.tasks.arithmetic.problems import Problem, Step, sample_problems, take

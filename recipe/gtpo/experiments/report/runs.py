@@ -1,0 +1,162 @@
+"""The runs of a report, as their own records have them, and which of them may be compared."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from scipy import integrate
+
+from recipe.gtpo.run.progress import validation_accuracy, validation_mean
+from recipe.gtpo.run.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, read from its folder."""
+
+    dir: Path
+    method: str
+    task: str
+    engine: str
+    horizon: int | None  # None: the task has none, or the record is older than the knob
+    seed: int
+    lines: list[dict[str, Any]]  # metrics.jsonl
+    start: dict[str, Any]  # the last entry of versions.json
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Raises ValueError for a run without a validation before and after training."""
+        record = RunRecord(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        starts = json.loads((folder / "versions.json").read_text())
+        run = cls(
+            dir=folder,
+            method=summary["method"],
+            task=summary["task"],
+            engine=summary.get("engine", "verl"),
+            horizon=summary.get("horizon"),
+            seed=summary["seed"],
+            lines=record.read_metrics(),
+            start=starts[-1],
+        )
+        if len(run.curve) < 2:
+            raise ValueError(f"{folder}: no validation before and after training; set trainer.test_freq")
+        return run
+
+    @cached_property
+    def curve(self) -> dict[int, float]:
+        """Step -> held-out accuracy."""
+        pairs = ((line["step"], validation_accuracy(line["metrics"])) for line in self.lines)
+        return {step: accuracy for step, accuracy in pairs if accuracy is not None}
+
+    @property
+    def final(self) -> float:
+        return self.curve[max(self.curve)]
+
+    @property
+    def area(self) -> float:
+        """Mean height of the learning curve (trapezoid rule over steps)."""
+        steps, heights = list(self.curve), list(self.curve.values())
+        return float(integrate.trapezoid(heights, steps) / (steps[-1] - steps[0]))
+
+    def reached(self, threshold: float) -> float | None:
+        """The first validated step at or above `threshold`."""
+        return next((float(step) for step, accuracy in self.curve.items() if accuracy >= threshold), None)
+
+    def last(self, name: str) -> float | None:
+        """A quantity of the last validation."""
+        return validation_mean(self.lines[-1]["metrics"], name)
+
+    def series(self, metric: str) -> dict[int, float]:
+        return {line["step"]: line["metrics"][metric] for line in self.lines if metric in line["metrics"]}
+
+    def median(self, metric: str) -> float | None:
+        """Over training steps; the first one warms caches up and is left out."""
+        values = list(self.series(metric).values())[1:]
+        return median(values) if values else None
+
+    def mean(self, metric: str) -> float | None:
+        """Over the steps that have it."""
+        values = list(self.series(metric).values())
+        return fmean(values) if values else None
+
+    @property
+    def classes(self) -> dict[str, float]:
+        """Final accuracy by problem class, where the run recorded it."""
+        found = {}
+        for key, value in self.lines[-1]["metrics"].items():
+            parts = key.split("/")
+            if parts[0] == "val-class" and parts[-1] == "acc":
+                found[parts[1]] = value
+        return found
+
+    @property
+    def commit(self) -> str:
+        return str(self.start.get("commit"))
+
+    @property
+    def machine(self) -> str:
+        return f"{self.start.get('machine')}, {self.start.get('cores')} cores"
+
+    @property
+    def command(self) -> str:
+        """What made the run, to be given in the repository again; OUT is the folder that the run's is in."""
+        program, *arguments = self.start["command"]
+        module = "recipe.gtpo.experiments.twin" if "twin" in Path(program).stem else "recipe.gtpo.main"
+        return f"python -m {module} {shlex.join(arguments)}".replace(str(self.dir.resolve().parent), "OUT")
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """All finished runs in the given folders.
+
+    Raises:
+        ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps; some
+            name a horizon and some do not).
+    """
+    runs = [Run.load(folder) for path in paths for folder in _finished(path)]
+    seen: dict[tuple[str, int | None, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.method, run.horizon, run.seed), run)
+        if other is not run:
+            at = "" if run.horizon is None else f" at horizon {run.horizon}"
+            raise ValueError(f"{run.dir} and {other.dir} are both {run.method} with seed {run.seed}{at}")
+        _check_comparable(run, runs[0])
+    return runs
+
+
+def _finished(path: Path) -> list[Path]:
+    """The run folder itself, or those in a folder of run folders. Raises ValueError where there is none."""
+    if (path / "summary.json").exists():
+        return [path]
+    found = sorted(summary.parent for summary in path.glob("*/summary.json"))
+    if not found:
+        raise ValueError(f"{path}: no finished run (no summary.json in it or in its folders)")
+    return found
+
+
+def _check_comparable(run: Run, first: Run) -> None:
+    """Raises ValueError where the two cannot stand in one report."""
+    if (run.horizon is None) != (first.horizon is None):
+        without, known = sorted((run, first), key=lambda r: r.horizon is not None)
+        raise ValueError(f"{without.dir} does not say its horizon, {known.dir} does: they cannot be compared")
+    for what in ("task", "engine"):
+        if getattr(run, what) != getattr(first, what):
+            raise ValueError(f"{run.dir} and {first.dir} differ in {what}: they cannot be compared")
+    if max(run.curve) != max(first.curve):
+        raise ValueError(f"{run.dir} ends at step {max(run.curve)}, {first.dir} at {max(first.curve)}: not comparable")
+
+
+def by_horizon(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
+    """The runs that may be compared with each other, shortest horizon first."""
+    groups: dict[int | None, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda r: r.horizon or 0):
+        groups[run.horizon].append(run)
+    return dict(groups)

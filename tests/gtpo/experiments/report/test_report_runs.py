@@ -1,0 +1,49 @@
+"""The runs of a report: what is read from their records, and which may be compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from recorded_runs import make_run
+
+from recipe.gtpo.experiments.report.runs import Run, load_runs
+
+pytestmark = pytest.mark.unit
+
+
+def test_area_is_the_mean_height_of_the_curve(tmp_path):
+    run = Run.load(make_run(tmp_path, "gtpo", 1, {0: 0.0, 1: 0.4, 3: 0.8}))
+    # (0 + .4) / 2 over one step, (.4 + .8) / 2 over two
+    assert run.area == pytest.approx((0.2 * 1 + 0.6 * 2) / 3)
+    assert run.final == 0.8
+    assert (run.reached(0.4), run.reached(0.5), run.reached(0.9)) == (1.0, 3.0, None)
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no finished run"):
+        load_runs([tmp_path])
+    first = make_run(tmp_path / "a", "gtpo", 1, {0: 0.2, 2: 0.5})
+    with pytest.raises(ValueError, match="both gtpo with seed 1"):
+        load_runs([first, make_run(tmp_path / "b", "gtpo", 1, {0: 0.2, 2: 0.5})])
+    far = make_run(tmp_path / "a", "gtpo", 1, {0: 0.2, 2: 0.5}, horizon=3)
+    assert len(load_runs([far, make_run(tmp_path / "b", "gtpo", 1, {0: 0.2, 2: 0.5}, horizon=4)])) == 2
+    with pytest.raises(ValueError, match="both gtpo with seed 1 at horizon 3"):
+        load_runs([far, make_run(tmp_path / "b", "gtpo", 1, {0: 0.2, 2: 0.5}, horizon=3)])
+    with pytest.raises(ValueError, match=r"gtpo-seed1 does not say its horizon, .*gtpo-h3-seed1 does"):
+        load_runs([far, first])
+    with pytest.raises(ValueError, match="differ in task"):
+        load_runs([first, make_run(tmp_path / "c", "grpo", 1, {0: 0.2, 2: 0.5}, task="other")])
+    with pytest.raises(ValueError, match="ends at step 3"):
+        load_runs([first, make_run(tmp_path / "d", "grpo", 1, {0: 0.2, 3: 0.5})])
+    with pytest.raises(ValueError, match="no validation before and after"):
+        load_runs([make_run(tmp_path / "e", "grpo", 1, {2: 0.5})])
+
+
+def test_the_command_is_given_in_the_repository_again(tmp_path):
+    folder = make_run(tmp_path, "gtpo", 1, {0: 0.2, 2: 0.5})
+    for program, module in (("gtpo/main.py", "main"), ("gtpo/experiments/twin.py", "experiments.twin")):
+        start = {"command": [program, f"run_dir={folder}", "note=two words"]}
+        (folder / "versions.json").write_text(json.dumps([{}, start]))
+        command = f"python -m recipe.gtpo.{module} run_dir=OUT/{folder.name} 'note=two words'"
+        assert Run.load(folder).command == command

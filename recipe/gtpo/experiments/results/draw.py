@@ -1,0 +1,212 @@
+"""The two figures of RESULTS.md, from the JSON files beside this one: `python -m recipe.gtpo.experiments.results.draw`.
+
+Writes `recipe/gtpo/experiments/figures/*.png`. Each PNG carries `fingerprint()` of what it shows, so that a test can
+tell that it is up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+RESULTS = Path(__file__).parent
+FIGURES = RESULTS.parent / "figures"
+CURVES, DIFFERENCES = FIGURES / "curves_six_calls.png", FIGURES / "differences.png"
+FIVE_SEEDS = frozenset(range(701, 706))  # those that every method has at horizon 6
+
+
+@dataclass(frozen=True)
+class Interval:
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method minus GRPO on the same seeds, in accuracy: a row of the main table of RESULTS.md."""
+
+    file: str
+    horizon: int
+    method: str
+    tested: bool  # 16 seeds, and fixed before its first run
+    steps: int
+    seeds: int
+    final: Interval
+    area: Interval
+
+
+@dataclass(frozen=True)
+class Look:
+    label: str
+    colour: str  # of Okabe and Ito's palette
+    marker: str
+
+
+LOOKS: Mapping[str, Look] = {
+    "grpo": Look("GRPO", "#000000", "o"),
+    "dr_grpo": Look("Dr. GRPO (no credit by turn)", "#d55e00", "D"),
+    "gtpo_turn_batch_std": Look("GTPO, recommended setting", "#0072b2", "s"),
+    "gtpo": Look("GTPO as published", "#009e73", "^"),
+}
+
+#: File, horizon, method, tested: the rows of the main table, in its order.
+MAIN_TABLE = (
+    ("horizon6", 6, "gtpo_turn_batch_std", True),
+    ("horizon6", 6, "dr_grpo", False),
+    ("horizon6", 6, "gtpo", False),
+    ("horizon4", 4, "gtpo_turn_batch_std", True),
+    ("horizon4", 4, "gtpo", False),
+    ("confirmation", 2, "gtpo_turn_batch_std", False),  # 16 seeds, but added when the others were known
+    ("confirmation", 2, "gtpo_no_shaping", True),
+    ("confirmation", 2, "gtpo", True),
+    ("horizons", 2, "gtpo_turn_batch_std", False),
+    ("horizons", 2, "gtpo", False),
+    ("horizons", 1, "gtpo_turn_batch_std", False),
+    ("horizons", 1, "gtpo", False),
+)
+
+
+@cache
+def load(file: str) -> Any:
+    return json.loads((RESULTS / f"{file}.json").read_text())
+
+
+def difference(file: str, horizon: int, method: str, tested: bool) -> Difference:
+    rows = load(file)["rows"]
+    # The older files know one horizon only, and do not name it.
+    (row,) = [r for r in rows if r["method"] == method and r.get("horizon", horizon) == horizon]
+    final, area = (row[f"{measure}_difference"]["interval"] for measure in ("final", "area"))
+    intervals = [Interval(i["mean"], i["low"], i["high"]) for i in (final, area)]
+    return Difference(file, horizon, method, tested, load(file)["steps"], final["count"], *intervals)
+
+
+def main_table() -> list[Difference]:
+    return [difference(*row) for row in MAIN_TABLE]
+
+
+def curve(file: str, method: str, seeds: frozenset[int] | None = None) -> dict[int, Interval]:
+    """Step -> accuracy at horizon 6, the mean over `seeds` (None: all there are) and its Student's 95% interval."""
+    runs = [r for r in load(file)["runs"] if r["method"] == method and (seeds is None or r["seed"] in seeds)]
+    return {int(step): _student([r["curve"][step] for r in runs]) for step in runs[0]["curve"]}
+
+
+def _student(values: Sequence[float]) -> Interval:
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+Curves = dict[str, dict[int, Interval]]
+
+
+def curves() -> dict[str, Curves]:
+    """Panel of the first figure -> method -> curve."""
+    return {
+        "16 seeds, 701 to 716": {m: curve("horizon6", m) for m in ("grpo", "gtpo_turn_batch_std")},
+        "5 of them, 701 to 705": {m: curve("horizon6", m, FIVE_SEEDS) for m in LOOKS},
+    }
+
+
+def fingerprint(shown: object) -> str:
+    """Of what a figure shows; floats count to five digits, so that another version of scipy does not matter."""
+    text = re.sub(r"\d+\.\d+(?:e-\d+)?", lambda found: f"{float(found[0]):.5f}", repr(shown))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def drawn_differences() -> list[Difference]:
+    return [d for d in main_table() if d.method in LOOKS]
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rc("axes", **{"spines.top": False, "spines.right": False, "axisbelow": True, "titlesize": 12})
+    plt.rc("font", size=12)
+    plt.rc("legend", frameon=False, fontsize=11)
+    FIGURES.mkdir(exist_ok=True)
+    for path, figure, shown in (
+        (CURVES, _draw_curves(plt), curves()),
+        (DIFFERENCES, _draw_differences(plt), drawn_differences()),
+    ):
+        figure.savefig(path, dpi=120, metadata={"Description": fingerprint(shown)})
+        plt.close(figure)
+
+
+def _draw_curves(plt: Any) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
+    for axis, (title, by_method) in zip(axes, curves().items(), strict=True):
+        for at, (method, points) in enumerate(by_method.items()):
+            look = LOOKS[method]
+            aside = 0.35 * (at - (len(by_method) - 1) / 2)  # so that the bars do not hide each other
+            axis.errorbar(
+                [step + aside for step in points],
+                [p.mean for p in points.values()],
+                yerr=[[p.mean - p.low for p in points.values()], [p.high - p.mean for p in points.values()]],
+                color=look.colour, marker=look.marker, markersize=7, linewidth=2, elinewidth=1.5, capsize=3,
+            )  # fmt: skip
+        axis.set(title=title, xlabel="training steps", xticks=list(points), ylim=(0, 0.75))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("accuracy on held-out problems")
+    handles = [_handle(plt, look, linestyle="-") for look in LOOKS.values()]
+    axes[0].legend(handles=handles, loc="upper left")
+    return figure
+
+
+def _draw_differences(plt: Any) -> Any:
+    found = drawn_differences()
+    horizons = sorted({d.horizon for d in found})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), sharey=True, layout="constrained")
+    for axis, measure, title in zip(axes, ("final", "area"), ("final accuracy", "area under the curve"), strict=True):
+        axis.axhline(0, color="black", linewidth=1)
+        for place, horizon in enumerate(horizons):
+            # Methods side by side, the sets of seeds of one method together.
+            here = [d for d in found if d.horizon == horizon]
+            here.sort(key=lambda d: (list(LOOKS).index(d.method), d.seeds))
+            for at, d in enumerate(here):
+                interval: Interval = getattr(d, measure)
+                look = LOOKS[d.method]
+                x = place + 0.2 * (at - (len(here) - 1) / 2)
+                low, mean, high = (100 * v for v in (interval.low, interval.mean, interval.high))
+                axis.errorbar(
+                    [x], [mean], yerr=[[mean - low], [high - mean]], color=look.colour, marker=look.marker,
+                    markersize=8, markerfacecolor=look.colour if d.tested else "white", markeredgewidth=1.5,
+                    elinewidth=1.8, capsize=3,
+                )  # fmt: skip
+                # Away from the line of no difference.
+                end, offset, side = (high, 5, "bottom") if mean >= 0 else (low, -5, "top")
+                axis.annotate(
+                    str(d.seeds), (x, end), (0, offset), textcoords="offset points", ha="center", va=side, fontsize=10
+                )
+        axis.set(title=title, xlabel="horizon (dependent calls)", xticks=range(len(horizons)), xticklabels=horizons)
+        axis.set_ylim(-8, 20)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("points over GRPO, paired by seed")
+    methods = [_handle(plt, look, linestyle="") for method, look in LOOKS.items() if method != "grpo"]
+    filled = plt.Line2D([], [], color="grey", marker="o", markersize=8, linestyle="", label="filled: a test (16 seeds)")
+    hollow = plt.Line2D([], [], color="grey", marker="o", markersize=8, linestyle="", label="hollow: no claim",
+                        markerfacecolor="white", markeredgewidth=1.5)  # fmt: skip
+    axes[0].legend(handles=[*methods, filled, hollow], loc="upper left")
+    return figure
+
+
+def _handle(plt: Any, look: Look, linestyle: str) -> Any:
+    return plt.Line2D(
+        [], [], color=look.colour, marker=look.marker, markersize=7, linewidth=2, linestyle=linestyle, label=look.label
+    )
+
+
+if __name__ == "__main__":
+    draw()

@@ -1,0 +1,136 @@
+"""RESULTS.md says what the JSON files beside it say, and its figures show it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from recipe.gtpo.experiments.results import draw
+
+pytestmark = pytest.mark.unit
+
+PAGE = Path(draw.__file__).parents[1] / "RESULTS.md"
+TEXT = " ".join(PAGE.read_text().split())
+#: Rows of the table "Why": the page's name of a method -> where its runs are.
+FIVE_SEEDS = {
+    "`dr_grpo`": ("horizon6", "dr_grpo"),
+    "`gtpo_turn`, no division": ("horizon6_turn_unscaled", "gtpo_turn"),
+    "`gtpo_turn_batch_std`": ("horizon6", "gtpo_turn_batch_std"),
+    "`gtpo_turn`": ("horizon6", "gtpo_turn"),
+    "`gtpo_undiscounted`": ("horizon6", "gtpo_no_return"),
+    "`grpo`": ("horizon6", "grpo"),
+    "`gtpo`": ("horizon6", "gtpo"),
+}
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of the page, without its header."""
+    below = PAGE.read_text().split(f"\n## {heading}\n")[1]
+    lines = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()[2:]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def measures(name: str) -> dict[str, dict[int, float]]:
+    """Final accuracy and area by seed of a row of the table "Why"."""
+    file, method = FIVE_SEEDS[name]
+    runs = [r for r in draw.load(file)["runs"] if r["method"] == method and r["seed"] in draw.FIVE_SEEDS]
+    curves = {r["seed"]: [r["curve"][step] for step in ("0", "10", "20")] for r in runs}
+    area = {seed: (start / 2 + middle + end / 2) / 2 for seed, (start, middle, end) in curves.items()}
+    return {"final": {seed: heights[-1] for seed, heights in curves.items()}, "area": area}
+
+
+def paired(ours: str, theirs: str, measure: str) -> str:
+    one, other = measures(ours)[measure], measures(theirs)[measure]
+    assert one.keys() == other.keys() == draw.FIVE_SEEDS
+    differences = np.array([one[seed] - other[seed] for seed in sorted(one)])
+    rng = np.random.default_rng(0)
+    found = stats.bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=rng)
+    return points(differences.mean(), found.confidence_interval.low, found.confidence_interval.high)
+
+
+def test_main_table():
+    expected = [
+        [str(d.horizon), str(d.steps), f"`{d.method}`", str(d.seeds)]
+        + [points(i.mean, i.low, i.high) for i in (d.final, d.area)]
+        for d in draw.main_table()
+    ]
+    assert [row[:-1] for row in table_after("Main results")] == expected
+
+
+def test_main_table_says_what_carries_a_claim():
+    for row, d in zip(table_after("Main results"), draw.main_table(), strict=True):
+        clear = tuple(i.low > 0 or i.high < 0 for i in (d.final, d.area))
+        if d.seeds < 16:
+            assert not d.tested
+            expected = f"no: {d.seeds} seeds"
+        elif not d.tested:
+            expected = "no: added afterwards"
+        else:
+            said = {(True, True): "yes, both", (False, True): "area yes, final no"}
+            expected = said.get(clear, "no: tested, 0 inside")
+        assert row[-1] == expected, row
+
+
+def test_five_seeds_table():
+    rows = table_after("Why: three reasons")
+    assert [row[0] for row in rows] == list(FIVE_SEEDS)
+    for name, _, final, *differences, _ in rows:
+        assert final == f"{np.mean(list(measures(name)['final'].values())):.3f}"
+        expected = ["", ""] if name == "`grpo`" else [paired(name, "`grpo`", m) for m in ("final", "area")]
+        assert differences == expected, name
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("`gtpo_turn`", "`gtpo`"),
+        ("`gtpo_undiscounted`", "`gtpo`"),
+        ("`gtpo_turn`, no division", "`dr_grpo`"),
+        ("`gtpo_turn_batch_std`", "`dr_grpo`"),
+    ],
+)
+def test_differences_in_the_text(ours, theirs):
+    mean, interval = paired(ours, theirs, "final").split(" ", 1)
+    assert re.search(rf"\b{re.escape(mean[1:])} [^\[\d]*{re.escape(interval)}", TEXT), (mean, interval)
+
+
+def test_the_answer_has_the_table_s_numbers():
+    claim, control = (draw.difference("horizon6", 6, m, False).final for m in ("gtpo_turn_batch_std", "dr_grpo"))
+    answer = TEXT.split("## Answer")[1].split("## Main results")[0]
+    for said in (points(claim.mean, claim.low, claim.high)[1:], points(control.mean, control.low, control.high)):
+        assert said.replace(" [", " points [") in answer or said in answer, said
+    assert paired("`gtpo_turn_batch_std`", "`grpo`", "final") in answer
+
+
+def test_the_first_figure_s_five_seeds_end_where_the_table_says():
+    finals = {row[0].strip("`"): row[2] for row in table_after("Why: three reasons")}
+    *_, five = draw.curves().values()
+    assert {m: f"{points[20].mean:.3f}" for m, points in five.items()} == {m: finals[m] for m in five}
+
+
+def test_figures_show_today_s_numbers():
+    shown = {draw.CURVES: draw.curves(), draw.DIFFERENCES: draw.drawn_differences()}
+    linked = [PAGE.parent / path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", TEXT)]
+    assert linked == list(shown)
+    for path, numbers in shown.items():
+        assert path.stat().st_size < 150_000
+        with Image.open(path) as image:
+            assert image.info["Description"] == draw.fingerprint(numbers), (
+                "draw again: python -m recipe.gtpo.experiments.results.draw"
+            )
+
+
+@pytest.mark.parametrize("page", [PAGE, *sorted((PAGE.parent / "designs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 
-if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-    # The platform first: verl resolves it once, at the first question any of its modules asks. An accelerator run
-    # imports none of this.
-    import verl_ext.cpu.platform
-    import verl_ext.cpu.rollout  # noqa: F401
+import verl_ext.plugin  # noqa: F401  before verl: it settles its platform at the first question any of its modules asks
 
+# isort: split
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
 from recipe.gtpo.estimator import compute_gtpo_advantage

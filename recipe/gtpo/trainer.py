@@ -16,11 +16,10 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils.device import get_device_name
 
 from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
@@ -30,13 +29,12 @@ from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import at_turn_ends
 from recipe.gtpo.method.turns import TRAJECTORY, Trajectory
 from recipe.gtpo.run.record import RunRecord
+from verl_ext.plugin import trainer_base
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
 POLL_SECONDS = 0.1
 
-_Trainer: Any = PPOTrainer
-if get_device_name() == "cpu":  # on an accelerator verl's own workers stay
-    from verl_ext.cpu.workers import CPUWorkersMixin as _Trainer
+_Trainer: Any = trainer_base()
 
 
 class GTPOTrainerMixin(_Trainer):

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import ray
@@ -54,6 +55,23 @@ def test_import_verl_makes_the_estimator_known_and_nothing_of_the_cpu(tmp_path):
     assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
     assert seen["cpu_modules"] == [] and "cpu" not in seen["platforms"]
     assert seen["driver_modules"] == []
+
+
+def test_each_package_registers_itself():
+    """The recipe knows no CPU: verl_ext brings its platform by an entry point of its own."""
+    found = {ep.name: ep.value for ep in entry_points(group="verl.plugins")}
+    assert found["gtpo"] == "recipe.gtpo.plugin" and found["verl_ext"] == "verl_ext.plugin"
+
+
+def test_the_plugin_of_verl_ext_alone_brings_the_cpu(tmp_path, monkeypatch):
+    """For a recipe of somebody else's."""
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "verl_ext")
+    environment = {**os.environ, "VERL_PLATFORM": "cpu"}
+    ask = "import sys, verl; from verl.utils.device import get_device_name as name; print(name(), 'recipe' in sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", ask]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["cpu", "False"]
 
 
 def test_import_verl_on_the_cpu_platform_brings_the_cpu_s_glue(tmp_path):

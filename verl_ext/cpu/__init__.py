@@ -1,7 +1,7 @@
 """verl on a machine without an accelerator: platform, FSDP2 engine on gloo, workers and a transformers rollout.
 
 verl 0.9.1 knows NVIDIA, AMD and Ascend devices only. This package fills verl's own registries for the device "cpu" and
-patches nothing. It is imported only where `VERL_PLATFORM=cpu` (see `recipe.gtpo.plugin`); a GPU run never sees it.
+patches nothing. It is imported only where `VERL_PLATFORM=cpu` (see `verl_ext.plugin`); a GPU run never sees it.
 
 - `platform`: the device, registered under "cpu"; logical GPUs stand for training processes in Ray's bundles.
 - `engine`: FSDP2 over gloo, float32.

@@ -1,7 +1,7 @@
 """The isolation tiers: how a zygote is started in each, and the attacks that prove at start-up that a tier holds here.
 
-A tier is never assumed from a kernel version or a file: :func:`probe` runs programs that try to break out and looks for
-their effects from outside. One effect, and the tier is not reached.
+A tier is never assumed from a kernel version or a file: `probe.reach_tier` runs programs that try to break out and
+looks for their effects from outside. One effect, and the tier is not reached.
 """
 
 from __future__ import annotations

@@ -1,0 +1,30 @@
+"""What `import verl` loads of this package in every process, through the entry point `verl.plugins` (pyproject.toml).
+
+It makes the platform known that verl lacks, the CPU, where `VERL_PLATFORM=cpu` asks for it. An accelerator run imports
+nothing of `verl_ext.cpu`. A plugin of a recipe imports this module first: verl settles its platform once, at the first
+question any of its modules asks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    import verl_ext.cpu.platform
+    import verl_ext.cpu.rollout  # noqa: F401
+
+
+def trainer_base() -> Any:
+    """The class to build a verl V1 trainer on: verl's own, or on the CPU one that puts the CPU's workers in place.
+
+    Put it before a trainer of verl's: `class Mine(trainer_base()): ...; class MineSync(Mine, PPOTrainerSync): ...`.
+    """
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.utils.device import get_device_name
+
+    if get_device_name() != "cpu":
+        return PPOTrainer
+    from verl_ext.cpu.workers import CPUWorkersMixin
+
+    return CPUWorkersMixin

@@ -67,7 +67,7 @@ def test_the_plugin_of_verl_ext_alone_brings_the_cpu(tmp_path, monkeypatch):
     """For a recipe of somebody else's."""
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "verl_ext")
     environment = {**os.environ, "VERL_PLATFORM": "cpu"}
-    ask = "import sys, verl; from verl.utils.device import get_device_name as name; print(name(), 'recipe' in sys.modules)"
+    ask = "import sys, verl; from verl.utils import device; print(device.get_device_name(), 'recipe' in sys.modules)"
     command = [sys.executable, "-W", "ignore", "-c", ask]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,31 +1,34 @@
-"""Run a matrix of methods x seeds.
+"""Run a matrix of methods x seeds (x horizons), then write the report.
 
     python -m recipe.gtpo.experiments.compare methods=gtpo,grpo seeds=0..4 [hydra overrides]
-
+    python -m recipe.gtpo.experiments.compare experiment=horizon6            a published result, in a word
 
 A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`, or with horizons=
 `OUT/<method>-h<horizon>-seed<seed>`. Cells that are complete are skipped, so the same command goes on where it was
-stopped; a cell that fails is started once more and then reported. Then:
-`python -m recipe.gtpo.experiments.report OUT -o OUT/report`.
+stopped; a cell that fails is started once more and then reported. The report is `OUT/report/index.html`
+(`recipe.gtpo.experiments.report`).
 
-Keys of this command; everything else goes to each run as it is:
-    methods   comma-separated files of recipe/gtpo/config/method          (gtpo,grpo)
-    seeds     comma-separated, or a range FIRST..LAST with both ends      (0..4)
-    horizons  the same, of the task's longest chain of dependent calls    (the task's own)
-    steps     training steps of a cell                                    (the task's own)
-    out       folder of all cells                                         (outputs/compare)
-    engine    verl: recipe.gtpo.main; twin: recipe.gtpo.experiments.twin  (verl)
-    parallel  cells that run at once                                      (1; with ray= it has to be given)
-    ray       job server of a Ray cluster (http://HOST:8265): cells become its jobs (none: processes on this machine)
-    hours     limit of a cell, from its start                             (24)
+Keys of this command; everything else goes to each run as it is, and both engines read the same overrides:
+    methods     comma-separated files of recipe/gtpo/config/method          (gtpo,grpo)
+    seeds       comma-separated, or a range FIRST..LAST with both ends      (0..4)
+    horizons    the same, of the task's longest chain of dependent calls    (the task's own)
+    steps       training steps of a cell                                    (the task's own)
+    out         folder of all cells                                         (outputs/compare)
+    engine      verl: recipe.gtpo.main; twin: recipe.gtpo.experiments.twin  (verl)
+    parallel    cells that run at once                                      (1; with ray= it has to be given)
+    ray         job server of a Ray cluster (http://HOST:8265): cells become its jobs (none: processes on this machine)
+    hours       limit of a cell, from its start                             (24)
+    stack       overrides for this machine, where the engine is verl: examples/compare_baselines.sh works them out
+    experiment  a file of recipe/gtpo/config/experiment: its `matrix` gives the keys above that the command line leaves
+                out, and the file goes to each run                          (none)
 
 On a cluster `parallel` cells are submitted at a time, the next one when one ends. Set it to the cells that the GPUs
 hold at once: free GPUs / (trainer.nnodes x trainer.n_gpus_per_node), so 4 on 4 idle nodes of 8 GPUs for cells of one
 node. With more, a cell does not wait for GPUs: verl ends it at its start ("Total available GPUs ... is less than
 ..."), and after a second attempt it counts as failed. With less, GPUs stay idle. Cells take hardware=multi_node and a
-tool_server.url that all nodes reach, also with trainer.nnodes=1: Ray chooses the node of their workers. This
-repository, its .venv and OUT are paths that all nodes share; the drivers of the cells run where Ray runs jobs, on the
-head node by default.
+tool_server.url that all nodes reach, also with trainer.nnodes=1: Ray chooses the node of their workers. The folder that
+this command is given in, its Python environment and OUT are paths that all nodes share; the drivers of the cells run
+where Ray runs jobs, on the head node by default.
 """
 
 from __future__ import annotations
@@ -42,12 +45,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from recipe.gtpo.run.checks import method_file
+from recipe.gtpo.experiments.report import show_report
+from recipe.gtpo.run.checks import ConfigError, config_file
 from recipe.gtpo.run.record import RunRecord, last_line
 
-ROOT = Path(__file__).parents[3]
+MODULES = {"verl": "recipe.gtpo.main", "twin": "recipe.gtpo.experiments.twin"}
 DEFAULTS = {
     "methods": "gtpo,grpo",
     "seeds": "0..4",
@@ -58,10 +63,17 @@ DEFAULTS = {
     "parallel": "",
     "ray": "",
     "hours": "24",
+    "stack": "",
+    "experiment": "",
 }
-#: What a cell sets itself, by the names that the engines know it by.
-_CELL_SETS = {"method", "seed", "run_dir", "trainer.total_training_steps", "--method", "--seed", "--run-dir", "--steps"}
-_HORIZON = {"task.horizon", "--horizon"}
+#: Keys of the config that a cell sets itself, by the name of what it sets them to.
+_CELL_SETS = {
+    "method": "method",
+    "seed": "seed",
+    "run_dir": "run_dir",
+    "steps": "trainer.total_training_steps",
+    "horizon": "task.horizon",
+}
 _POLL_SECONDS = 1.0
 
 
@@ -105,14 +117,24 @@ def parse_integers(key: str, text: str) -> list[int]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """This command's own keys with their defaults, and what goes to the runs."""
-    own, rest = dict(DEFAULTS), []
+    """This command's own keys with their defaults, and what goes to the runs.
+
+    Raises ValueError for an unknown experiment, and for one whose `matrix` has a key that is none of this command's.
+    """
+    given, rest = {}, []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
+        if key in DEFAULTS:
+            given[key] = value
         else:
             rest.append(argument)
+    own = DEFAULTS | given
+    if own["experiment"]:
+        published = OmegaConf.load(config_file("experiment", own["experiment"])).get("matrix", {})
+        if unknown := published.keys() - DEFAULTS.keys():
+            raise ValueError(f"experiment={own['experiment']}: its matrix has the unknown key {min(unknown)!r}")
+        own = DEFAULTS | {key: str(value) for key, value in published.items()} | given
+        rest.insert(0, f"experiment={own['experiment']}")
     return own, rest
 
 
@@ -120,18 +142,31 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
     """All cells, seed by seed and then by horizon: an early look compares methods on the same seeds and horizons.
 
     Raises:
-        ValueError: an unknown method or engine, malformed seeds or horizons, or an override that a cell sets itself.
+        ValueError: an unknown method or engine, malformed seeds or horizons, an override that a cell sets itself or
+            that the engine does not read.
     """
     methods = own["methods"].split(",")
     for method in methods:
-        method_file(method)
-    if own["engine"] not in ("verl", "twin"):
-        raise ValueError(f"unknown engine {own['engine']!r}; engines: verl, twin")
+        config_file("method", method)
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"methods={own['methods']}: each once")
+    if own["engine"] not in MODULES:
+        raise ValueError(f"unknown engine {own['engine']!r}; engines: {', '.join(MODULES)}")
     horizons: Sequence[int | None] = parse_integers("horizons", own["horizons"]) if own["horizons"] else [None]
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+")
-        if name in _CELL_SETS or (name in _HORIZON and own["horizons"]):
+        if name in _CELL_SETS.values() and (name != _CELL_SETS["horizon"] or own["horizons"]):
             raise ValueError(f"{override}: a cell sets this itself; use methods=, seeds=, horizons=, out=, steps=")
+    if own["engine"] == "twin":
+        from recipe.gtpo.experiments.twin.settings import refuse_unread  # only who uses the engine imports torch
+
+        try:
+            refuse_unread(overrides)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        stack = []
+    else:
+        stack = own["stack"].split()
     steps = int(own["steps"]) if own["steps"] else None
     cells = []
     for seed in parse_integers("seeds", own["seeds"]):
@@ -140,19 +175,10 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
                 name = f"{method}-seed{seed}" if horizon is None else f"{method}-h{horizon}-seed{seed}"
                 run_dir = Path(own["out"]).resolve() / name
                 settings = {"method": method, "seed": seed, "run_dir": run_dir, "steps": steps, "horizon": horizon}
-                command = (sys.executable, *_command(own["engine"], settings), *overrides)
+                given = [f"{_CELL_SETS[key]}={value}" for key, value in settings.items() if value is not None]
+                command = (sys.executable, "-m", MODULES[own["engine"]], *stack, *given, *overrides)
                 cells.append(Cell(method, seed, run_dir, command, steps, horizon))
     return cells
-
-
-def _command(engine: str, settings: Mapping[str, Any]) -> list[str]:
-    """The engine's program with `settings` in its own words; what is None is left to the task."""
-    given = {name: str(value) for name, value in settings.items() if value is not None}
-    if engine == "twin":
-        arguments = (word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value))
-        return ["-m", "recipe.gtpo.experiments.twin", *arguments]
-    names = {"steps": "trainer.total_training_steps", "horizon": "task.horizon"}
-    return ["-m", "recipe.gtpo.main", *(f"{names.get(k, k)}={v}" for k, v in given.items())]
 
 
 class Job(Protocol):
@@ -174,7 +200,6 @@ class LocalJob:
                 command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
                 start_new_session=True,
                 # A matrix that a script starts with `&` ignores SIGINT; its cells must not, it ends them that way.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -201,7 +226,7 @@ class RayJob:
         from ray.job_submission import JobSubmissionClient
 
         self._client = JobSubmissionClient(address)
-        entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(command)}"
+        entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
         self._id = self._client.submit_job(entrypoint=entrypoint)
         with log.open("a") as out:
             out.write(f"Ray job {self._id} at {address}\n")
@@ -306,8 +331,8 @@ def main(arguments: Sequence[str]) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(__doc__)
         return 0
-    own, overrides = parse(arguments)
     try:
+        own, overrides = parse(arguments)
         cells = matrix(own, overrides)
         parallel, hours = at_once(own), float(own["hours"])
     except ValueError as e:
@@ -327,8 +352,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:
         print(f"compare: failed: {name}, see {out / name / 'terminal.log'}")
-    print(f"compare: now python -m recipe.gtpo.experiments.report {out} -o {out / 'report'}")
-    return 1 if outcome.failed else 0
+    status = show_report([out], out / "report")
+    return 1 if outcome.failed else status
 
 
 if __name__ == "__main__":

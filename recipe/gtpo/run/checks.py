@@ -26,13 +26,12 @@ ROLLOUTS = {
 }
 
 
-def method_file(name: str) -> Path:
-    """The file of `method=NAME`. Raises ValueError with the known names."""
-    methods = CONFIG_DIR / "method"
-    known = sorted(path.stem for path in methods.glob("*.yaml"))
+def config_file(group: str, name: str) -> Path:
+    """The file of `GROUP=NAME` in our config. Raises ValueError with the known names."""
+    known = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
     if name not in known:
-        raise ValueError(f"unknown method {name!r}; methods: {', '.join(known)}")
-    return methods / f"{name}.yaml"
+        raise ValueError(f"unknown {group} {name!r}; {group}s: {', '.join(known)}")
+    return CONFIG_DIR / group / f"{name}.yaml"
 
 
 def register() -> None:

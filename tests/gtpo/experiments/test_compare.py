@@ -13,6 +13,7 @@ import time
 
 import psutil
 import pytest
+from composition import compose
 
 from recipe.gtpo.experiments import compare
 from recipe.gtpo.experiments.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
@@ -63,13 +64,41 @@ def test_the_matrix_is_methods_x_seeds_with_one_folder_each(tmp_path):
     ]
 
 
-def test_the_twin_takes_the_same_cells(tmp_path):
-    own, rest = parse(["methods=gtpo_turn", "seeds=5", "engine=twin", f"out={tmp_path}", "gtpo.gamma=1.0"])
-    (one,) = matrix(own, rest)
-    assert one.command[1:] == (
-        "-m", "recipe.gtpo.experiments.twin",
-        "--method", "gtpo_turn", "--seed", "5", "--run-dir", str(one.dir), "gtpo.gamma=1.0",
+def test_both_engines_take_the_same_cells_in_the_same_words(tmp_path):
+    arguments = ["methods=gtpo_turn", "seeds=5", "horizons=2", f"out={tmp_path}", "algorithm.gtpo.gamma=1.0"]
+    (verl,), (twin,) = (matrix(*parse([*arguments, f"engine={engine}"])) for engine in ("verl", "twin"))
+    assert verl.command[1:3] == ("-m", "recipe.gtpo.main")
+    assert twin.command[1:3] == ("-m", "recipe.gtpo.experiments.twin")
+    assert verl.command[3:] == twin.command[3:]
+    assert verl.command[3:] == (
+        "method=gtpo_turn", "seed=5", f"run_dir={verl.dir}", "task.horizon=2", "algorithm.gtpo.gamma=1.0",
     )  # fmt: skip
+
+
+def test_the_stack_of_the_machine_is_for_verl_and_can_be_overridden(tmp_path):
+    stack = "stack=hardware=cpu rollout=transformers"
+    (verl,), (twin,) = (matrix(*parse(["seeds=1", "methods=gtpo", stack, f"engine={e}"])) for e in ("verl", "twin"))
+    assert verl.command[3:5] == ("hardware=cpu", "rollout=transformers")
+    assert not any("hardware" in word for word in twin.command)
+
+
+def test_a_published_result_is_one_word_and_the_command_line_has_the_last(tmp_path):
+    own, rest = parse(["experiment=horizon6", f"out={tmp_path}"])
+    assert (own["engine"], own["methods"], own["seeds"]) == ("twin", "grpo,gtpo_turn_batch_std", "701..716")
+    assert rest == ["experiment=horizon6"]
+    assert len(matrix(own, rest)) == 32
+    own, _ = parse(["experiment=horizon6", "seeds=1", "engine=verl"])
+    assert (own["engine"], own["methods"], own["seeds"]) == ("verl", "grpo,gtpo_turn_batch_std", "1")
+
+
+@pytest.mark.parametrize("name", ["horizon4", "horizon6"])
+def test_a_published_result_composes_to_what_its_page_says(name):
+    """RESULTS.md: 20 steps of six calls, 30 of four; rate 5e-4, 256 and 1024 held-out problems."""
+    config = compose(f"experiment={name}")
+    steps = {"horizon4": (4, 30, 15), "horizon6": (6, 20, 10)}[name]
+    assert (config.task.horizon, config.trainer.total_training_steps, config.trainer.test_freq) == steps
+    assert (config.task.validation_problems, config.task.final_problems) == (256, 1024)
+    assert config.actor_rollout_ref.actor.optim.lr == 5e-4
 
 
 @pytest.mark.parametrize(
@@ -84,7 +113,9 @@ def test_the_twin_takes_the_same_cells(tmp_path):
         (["horizons=1..x"], "horizons=1..x: no integers"),
         (["trainer.total_training_steps=5"], "a cell sets this itself"),
         (["seed=5"], "a cell sets this itself"),
-        (["engine=twin", "--seed", "5"], "a cell sets this itself"),
+        (["methods=gtpo,gtpo"], "methods=gtpo,gtpo: each once"),
+        (["engine=twin", "trainer.save_freq=5"], "the plain-PyTorch engine does not read trainer.save_freq"),
+        (["experiment=horizon7"], "unknown experiment 'horizon7'; experiments: horizon4, horizon6"),
     ],
 )
 def test_a_wrong_matrix_is_refused(arguments, message):
@@ -115,12 +146,7 @@ def test_horizons_are_a_third_axis_and_pairs_stay_together(tmp_path):
     ]
 
 
-def test_the_twin_gets_the_horizon_in_its_own_words(tmp_path):
-    cells = matrix(*parse(["methods=gtpo", "seeds=5", "horizons=2..3", "engine=twin", f"out={tmp_path}"]))
-    assert [c.command[-2:] for c in cells] == [("--horizon", "2"), ("--horizon", "3")]
-
-
-@pytest.mark.parametrize("override", ["task.horizon=3", "+task.horizon=3", "--horizon", "--horizon=3"])
+@pytest.mark.parametrize("override", ["task.horizon=3", "+task.horizon=3"])
 def test_a_horizon_by_hand_is_an_override_like_others_until_it_is_an_axis(override, tmp_path):
     (one,) = matrix(*parse(["methods=gtpo", "seeds=1", f"out={tmp_path}", override]))
     assert one.name == "gtpo-seed1" and one.horizon is None and one.command[-1] == override

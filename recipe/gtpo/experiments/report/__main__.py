@@ -14,8 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipe.gtpo.experiments.report.page import markdown, verdict
-from recipe.gtpo.experiments.report.writer import write_report
+from recipe.gtpo.experiments.report.writer import THRESHOLD, show_report
 
 
 def main() -> int:
@@ -26,17 +25,9 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--threshold", type=float, default=0.5, help="accuracy of `steps to`")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="accuracy of `steps to`")
     args = parser.parse_args()
-    try:
-        rows = write_report(args.runs, args.out, args.threshold)
-    except ValueError as e:
-        print(f"report: error: {e}", file=sys.stderr)
-        return 1
-    print(markdown(rows, args.threshold))
-    print(verdict(rows))
-    print(f"report: {args.out / 'index.html'}")
-    return 0
+    return show_report(args.runs, args.out, args.threshold)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ class Run:
     @property
     def command(self) -> str:
         """What made the run, to be given in the repository again; OUT is the folder that the run's is in."""
-        program, *arguments = self.start["command"]
-        module = "recipe.gtpo.experiments.twin" if "twin" in Path(program).stem else "recipe.gtpo.main"
+        _, *arguments = self.start["command"]
+        module = "recipe.gtpo.experiments.twin" if self.engine == "twin" else "recipe.gtpo.main"
         return f"python -m {module} {shlex.join(arguments)}".replace(str(self.dir.resolve().parent), "OUT")
 
 

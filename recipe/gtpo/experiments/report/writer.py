@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recipe.gtpo.experiments.report.figures import draw_sections
-from recipe.gtpo.experiments.report.page import markdown, page
+from recipe.gtpo.experiments.report.page import markdown, page, verdict
 from recipe.gtpo.experiments.report.runs import Run, load_runs
 from recipe.gtpo.experiments.report.statistics import Row, make_rows
+
+THRESHOLD = 0.5  # accuracy of the column `steps to`
 
 
 def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row]:
@@ -31,6 +34,17 @@ def write_report(paths: Sequence[Path], out: Path, threshold: float) -> list[Row
     (out / "report.json").write_text(json.dumps(facts, indent=1, default=lambda o: o.__dict__))
     (out / "index.html").write_text(page(runs, rows, sections, out, threshold))
     return rows
+
+
+def show_report(paths: Sequence[Path], out: Path, threshold: float = THRESHOLD) -> int:
+    """`write_report`, with the table, the verdict and the page's place on the terminal. Returns the exit status."""
+    try:
+        rows = write_report(paths, out, threshold)
+    except ValueError as e:
+        print(f"report: error: {e}", file=sys.stderr)
+        return 1
+    print(f"{markdown(rows, threshold)}\n{verdict(rows)}\nreport: {out / 'index.html'}")
+    return 0
 
 
 def _facts(runs: Sequence[Run], rows: Sequence[Row], threshold: float) -> dict[str, Any]:

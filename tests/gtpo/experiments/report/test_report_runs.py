@@ -42,8 +42,10 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
 
 def test_the_command_is_given_in_the_repository_again(tmp_path):
     folder = make_run(tmp_path, "gtpo", 1, {0: 0.2, 2: 0.5})
-    for program, module in (("gtpo/main.py", "main"), ("gtpo/experiments/twin.py", "experiments.twin")):
-        start = {"command": [program, f"run_dir={folder}", "note=two words"]}
-        (folder / "versions.json").write_text(json.dumps([{}, start]))
+    start = {"command": ["somewhere/__main__.py", f"run_dir={folder}", "note=two words"]}
+    (folder / "versions.json").write_text(json.dumps([{}, start]))
+    summary = json.loads((folder / "summary.json").read_text())
+    for engine, module in (("verl", "main"), ("twin", "experiments.twin")):
+        (folder / "summary.json").write_text(json.dumps(summary | {"engine": engine}))
         command = f"python -m recipe.gtpo.{module} run_dir=OUT/{folder.name} 'note=two words'"
         assert Run.load(folder).command == command

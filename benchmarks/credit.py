@@ -59,7 +59,9 @@ def main() -> None:
     codes = [t.code for t in trajectories]
     by_turn = torch.zeros(credit.turn_mask.shape)
     parts: dict[str, Callable[[], object]] = {
-        "shaping": lambda: shape_outcomes(credit.outcomes, codes, groups, similarity, options.shaping.alpha),
+        "shaping": lambda: shape_outcomes(
+            credit.outcomes, credit.solved, codes, groups, similarity, options.shaping.alpha
+        ),
         "credit (shaping included)": lambda: assign_credit(trajectories, groups, options, similarity),
         "advantage": lambda: compute_gtpo_advantage(rewards, mask, groups, turn_ids=turn_ids),
         "metrics": lambda: credit_metrics(credit, trajectories, by_turn, by_turn),

@@ -69,7 +69,7 @@ def main() -> None:
         for _ in range(args.rounds):
             similarity = make_similarity(options)  # loading a model is not the step's, and the cache starts empty
             began = time.perf_counter()
-            shape_outcomes(outcomes, codes, group_ids, similarity, alpha=0.5)
+            shape_outcomes(outcomes, outcomes == 1, codes, group_ids, similarity, alpha=0.5)
             seconds.append(time.perf_counter() - began)
         best, median = (f(seconds) * GROUPS / groups for f in (min, statistics.median))
         last = f" {best / args.step_seconds:.2%} |" if share else ""

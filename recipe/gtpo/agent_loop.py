@@ -9,14 +9,14 @@ conversation is never rendered again, so the policy trains on exactly what it sa
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import (
     AgentLoopBase,
     AgentLoopMetrics,
@@ -24,10 +24,11 @@ from verl.experimental.agent_loop.agent_loop import (
     ToolListWrap,
 )
 from verl.tools.schemas import ToolResponse
-from verl.trainer.ppo.reward import get_custom_reward_fn
 
 from recipe.gtpo.conversation import Conversation, Rules
-from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, validation_info
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
+from recipe.gtpo.run.scoring import Score, ScoreError, load_score
 from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,35 @@ class GTPOAgentLoop(AgentLoopBase):
             for tool in self.tools.values()
         ]
         task = load_task(self.config)
-        score = get_custom_reward_fn(self.config) or (task.score if task.scores else None)
+        score = load_score(self.config, task)
         if score is None:
             raise ValueError("gtpo_agent needs reward.custom_reward_function.path and .name, or a task= that scores")
-        self.score: Callable[..., Any] = score
+        self.score: Score = score
         schemas = {s["function"]["name"]: s["function"]["parameters"] for s in self.tool_schemas}
-        self.rules = Rules.of(self.rollout_config, schemas, task.extract_answer)
+        options = GTPOOptions.from_config(OmegaConf.select(self.config, "algorithm.gtpo"))
+        self.rules = Rules.of(self.rollout_config, options, schemas, task.extract_answer)
         eos = self.tokenizer.eos_token_id
         self.eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        """One trajectory. Never raises for what a model, a tool, a server or a reward function did.
+
+        verl leaves a trajectory that raised out of the batch without a word. Here a failure of ours is a record with
+        finish=FAULT and its cause, which the trainer counts (`max_lost_trajectories`).
+        """
+        conversation = Conversation(self.rules)
+        try:
+            return await self._roll_out(conversation, sampling_params, kwargs)
+        except Exception as e:
+            logger.exception("a trajectory is lost")
+            fault = f"row {_name(kwargs)}: {e if isinstance(e, ScoreError) else f'{type(e).__name__}: {e}'}"
+            # verl needs a token; nothing of the row is trained on.
+            ids = [self.tokenizer.pad_token_id or 0]
+            return self._output(conversation.lost(fault), ids, ids, [0], None, {}, [])
+
+    async def _roll_out(
+        self, conversation: Conversation, sampling_params: dict[str, Any], kwargs: Mapping[str, Any]
+    ) -> AgentLoopOutput:
         messages = [dict(m) for m in kwargs["raw_prompt"]]
         prompt_ids = await self.ct_build_initial_tokens(messages, tools=self.tool_schemas)
         ids = list(prompt_ids)  # prompt and response; what follows is of the response only
@@ -71,7 +91,6 @@ class GTPOAgentLoop(AgentLoopBase):
         seconds = {"generate": 0.0, "tools": 0.0}
         versions: list[int] = []  # of the weights each turn was sampled with
         request_id = self._request_id(kwargs)
-        conversation = Conversation(self.rules)
 
         while conversation.finish is None:
             budget = self.rollout_config.response_length - len(mask)
@@ -115,17 +134,35 @@ class GTPOAgentLoop(AgentLoopBase):
             if conversation.finish is None:  # else the response ends with the turn
                 ids, mask, log_probs = context.token_ids, new_mask, new_log_probs
 
-        scored = None if conversation.finish is Finish.INFRA else await self._score(conversation.turns[-1].text, kwargs)
+        said = conversation.turns[-1].text
+        scored = None if conversation.finish is Finish.INFRA else await self._score(said, kwargs)
         trajectory = conversation.trajectory(scored)
+        start = len(ids) - len(mask)
+        return self._output(trajectory, ids[:start], ids[start:], mask, log_probs, seconds, versions)
+
+    def _output(
+        self,
+        trajectory: Trajectory,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        mask: list[int],
+        log_probs: list[float] | None,
+        seconds: Mapping[str, float],
+        versions: Sequence[int],
+    ) -> AgentLoopOutput:
+        if log_probs is None and self.rollout_config.calculate_log_probs:
+            log_probs = [0.0] * len(mask)
         return AgentLoopOutput(
-            prompt_ids=ids[: len(ids) - len(mask)],
-            response_ids=ids[len(ids) - len(mask) :],
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
             response_mask=mask,
             response_logprobs=log_probs,
             # The raw outcome. On training rows the trainer replaces it by turn rewards; validation keeps it.
-            reward_score=trajectory.acc,
+            reward_score=trajectory.raw_outcome,
             num_turns=len(trajectory.turns),
-            metrics=AgentLoopMetrics(generate_sequences=seconds["generate"], tool_calls=seconds["tools"]),
+            metrics=AgentLoopMetrics(
+                generate_sequences=seconds.get("generate", 0.0), tool_calls=seconds.get("tools", 0.0)
+            ),
             extra_fields={
                 TRAJECTORY: trajectory.to_dict(),
                 "reward_extra_info": validation_info(trajectory),
@@ -166,11 +203,15 @@ class GTPOAgentLoop(AgentLoopBase):
         return ToolOutcome(outcome, response.text or "", time.perf_counter() - began)
 
     async def _score(self, text: str, row: Mapping[str, Any]) -> Any:
-        """What the reward function says of the final assistant turn."""
-        scored = self.score(
-            data_source=row["data_source"],
+        """What the reward function says of the final assistant turn. A key that the row has not got is None."""
+        return await self.score(
+            data_source=row.get("data_source"),
             solution_str=text,
-            ground_truth=row["reward_model"]["ground_truth"],
+            ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
             extra_info=row.get("extra_info"),
         )
-        return await scored if inspect.isawaitable(scored) else scored
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Which row of the data a trajectory is of, as a user finds it."""
+    return f"{row.get('index')} of {row.get('data_source', 'the data')}"

@@ -10,10 +10,12 @@ verl (`agent_loop.py`) and the plain-PyTorch engine (`experiments/twin`). No tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.parsing import parse_calls
 
@@ -31,10 +33,15 @@ class Rules:
     max_parallel_calls: int = 1  # calls that one turn may run
     max_tool_response_length: float = float("inf")  # characters of a tool message
     truncate_side: str = "middle"  # which side of a longer one goes: left, right, middle
+    success_threshold: float = 1.0  # `read_score`
 
     @classmethod
     def of(
-        cls, rollout: Any, argument_schemas: Mapping[str, Mapping[str, Any]], extract_answer: ExtractAnswer
+        cls,
+        rollout: Any,
+        options: GTPOOptions,
+        argument_schemas: Mapping[str, Mapping[str, Any]],
+        extract_answer: ExtractAnswer,
     ) -> Rules:
         """From verl's `actor_rollout_ref.rollout`, as OmegaConf or as verl's dataclass; a limit of None is none."""
         limits = rollout.multi_turn
@@ -46,6 +53,7 @@ class Rules:
             max_parallel_calls=limits.max_parallel_calls,
             max_tool_response_length=limits.max_tool_response_length,
             truncate_side=limits.tool_response_truncate_side,
+            success_threshold=options.success_threshold,
         )
 
     def shorten(self, text: str) -> str:
@@ -111,19 +119,25 @@ class Conversation:
         if response_length >= self.rules.response_length:
             self.finish = Finish.LENGTH
 
-    def trajectory(self, scored: Mapping[str, Any] | float | None) -> Trajectory:
+    def trajectory(self, scored: Any) -> Trajectory:
         """The finished conversation as the record that credit assignment reads.
 
         Args:
             scored: what the reward function said of the *final assistant turn's* text (`read_score`): an answer that
-                only a tool printed is not the model's. None where the tool server failed: it counts as unsolved.
+                only a tool printed is not the model's. Not looked at where the tool server failed.
 
-        Raises ValueError for an outcome that is neither 0 nor 1.
+        Raises ValueError for what is no outcome.
         """
         assert self.finish is not None, "the conversation goes on"
         judged = judge_turns(self.turns, self.finish, self.rules.extract_answer)
-        acc, pred = (0.0, "") if scored is None else read_score(scored)
-        return Trajectory(judged, self.finish, acc=acc, pred=pred)
+        if self.finish is Finish.INFRA:
+            return Trajectory(judged, self.finish, acc=0.0)
+        outcome, solved, pred = read_score(scored, self.rules.success_threshold)
+        return Trajectory(judged, self.finish, float(solved), pred, None if outcome == float(solved) else outcome)
+
+    def lost(self, fault: str) -> Trajectory:
+        """The record of a conversation that something of ours ended or kept from being scored: `fault` names it."""
+        return Trajectory(tuple(self.turns), Finish.FAULT, acc=0.0, fault=fault)
 
 
 def refusals(calls: Sequence[ToolCall], max_parallel_calls: int) -> tuple[ToolOutcome | None, ...]:
@@ -186,17 +200,34 @@ def judge_format(
     return None
 
 
-def read_score(scored: Mapping[str, Any] | float) -> tuple[float, str]:
-    """Outcome and stated answer of what a reward function returned: a number, or a mapping with `acc` and maybe `pred`.
+def read_score(scored: Any, success_threshold: float = 1.0) -> tuple[float, bool, str]:
+    """Outcome, whether it is solved, and the stated answer, from what a reward function returned.
 
-    Raises ValueError for an outcome that is neither 0 nor 1.
+    Args:
+        scored: in any form that verl's own reward functions return: a number (Python's, numpy's, a tensor of one
+            element), or a mapping with `score` (the outcome), `acc` (whether it is solved) or both, and maybe `pred`.
+        success_threshold: an outcome at or above it is solved, where there is no `acc`.
+
+    Raises ValueError for anything else, and for an outcome that is not finite.
     """
     if not isinstance(scored, Mapping):
-        scored = {"acc": scored}
-    acc = float(scored["acc"])
-    if acc not in (0.0, 1.0):
+        outcome = _number(scored)
+        return outcome, outcome >= success_threshold, ""
+    if "score" not in scored and "acc" not in scored:
+        raise ValueError(f"the reward function returned the keys {sorted(map(str, scored))}: it needs score or acc")
+    outcome = _number(scored["score" if "score" in scored else "acc"])
+    solved = outcome >= success_threshold if "acc" not in scored else _number(scored["acc"]) >= 1
+    return outcome, solved, str(scored.get("pred", ""))
+
+
+def _number(value: Any) -> float:
+    try:
+        one = value.item() if hasattr(value, "item") else value  # numpy, torch
+    except (ValueError, RuntimeError):  # of several elements, or none
+        one = None
+    if not isinstance(one, bool | int | float) or not math.isfinite(one):
         raise ValueError(
-            f"the reward function returned acc={acc}: the outcome of a trajectory is 0 or 1, failed or solved "
-            "(recipe/gtpo/README.md, equation 1)"
+            f"the reward function returned {value!r:.80}: an outcome is a finite number, 1 for a solved trajectory "
+            "(README.md, section 'Your own data and reward')"
         )
-    return acc, str(scored.get("pred", ""))
+    return float(one)

@@ -27,7 +27,7 @@ from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import at_turn_ends
-from recipe.gtpo.method.turns import TRAJECTORY, Trajectory
+from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
 from recipe.gtpo.run.record import RunRecord
 from verl_ext.plugin import trainer_base
 
@@ -35,6 +35,10 @@ from verl_ext.plugin import trainer_base
 POLL_SECONDS = 0.1
 
 _Trainer: Any = trainer_base()
+
+
+#: What is said of a trajectory that never reached the batch.
+_MISSING = "they are missing from the batch; logs/ in the run folder says why (the worker-*.err of AgentLoopWorkerTQ)"
 
 
 class GTPOTrainerMixin(_Trainer):
@@ -51,6 +55,7 @@ class GTPOTrainerMixin(_Trainer):
             config.trainer.v1.trainer_mode = self.base_mode
         super().__init__(config)
         self.record = RunRecord(config.run_dir)
+        self._lost = 0  # trajectories of this start
 
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
@@ -62,6 +67,12 @@ class GTPOTrainerMixin(_Trainer):
         fields = ["uid", "extra_fields", "response_mask", "rollout_log_probs", "old_log_probs"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         trajectories = read_trajectories(batch, list(rows["extra_fields"]))
+        prompts = self.config.data.train_batch_size // self.parameter_sync_step
+        metrics.update(
+            self._count_lost(
+                [t for t in trajectories if t is not None], prompts * self.config.actor_rollout_ref.rollout.n
+            )
+        )
         uids = list(rows["uid"])
         lengths = rows["response_mask"].offsets().diff().tolist()
         credit = assign_credit(trajectories, uids, self.options, self.similarity)
@@ -88,6 +99,48 @@ class GTPOTrainerMixin(_Trainer):
             self._record_trajectories(trajectories, credit, advantages)
         metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
         return batch
+
+    def _count_lost(self, trajectories: list[Trajectory], expected: int) -> dict[str, float]:
+        """Count what is lost or dropped of a step; end the run when it is more than the config allows."""
+        faults = [t.fault for t in trajectories if t.finish is Finish.FAULT]
+        lost = self._lose(faults, expected - len(trajectories), f"step {self.global_steps}")
+        infra = [t for t in trajectories if t.finish is Finish.INFRA]
+        share = (lost + len(infra)) / max(1, expected, len(trajectories))
+        if share > self.config.max_dropped_share:
+            said = [o.output for t in infra for turn in t.turns for o in turn.outcomes if o.outcome == "infra"]
+            raise RuntimeError(
+                f"{share:.0%} of the trajectories of step {self.global_steps} are lost or were failed by the tool "
+                f"server (max_dropped_share={self.config.max_dropped_share:g}): "
+                f"{(said or faults or [_MISSING])[-1].strip()}"
+            )
+        return {"gtpo/rows/lost_total": float(lost)}
+
+    def _lose(self, faults: list[str], missing: int, where: str) -> int:
+        """The trajectories lost in `where`. Raises RuntimeError with the last cause when the run has lost too many.
+
+        verl leaves a trajectory whose agent loop raised out of the batch. Ours does not raise, so one that is missing
+        was lost after it.
+        """
+        lost = len(faults) + max(0, missing)
+        self._lost += lost
+        if lost and self._lost > self.config.max_lost_trajectories:
+            raise RuntimeError(
+                f"{lost} trajectories are lost in {where}, {self._lost} in this run (max_lost_trajectories="
+                f"{self.config.max_lost_trajectories}): {(faults or [_MISSING])[-1].strip()}"
+            )
+        return lost
+
+    def _val_metrics_update(
+        self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, *args, **kwargs
+    ) -> dict[str, float]:
+        """Also say over how many rows the means of a validation are."""
+        faults = [fault for fault in reward_extra_infos_dict.pop("fault", []) if fault]
+        expected = sum((kwargs.get("expected_acc_counts") or {}).values())
+        lost = self._lose(faults, expected - len(sample_uids), f"the validation at step {self.global_steps}")
+        metrics = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, *args, **kwargs
+        )
+        return metrics | {"gtpo/validation/rows": float(len(sample_uids)), "gtpo/validation/lost": float(lost)}
 
     # -- record -----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ What is real in these rollouts and what is a fake: tests/helpers/scripted.py.
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 from composition import compose
@@ -98,9 +99,15 @@ def test_without_log_probs_none_are_asked_for_and_none_come_back(tokenizer):
     assert "rollout_log_probs" not in rollout.output.as_dict()
 
 
-def test_a_server_that_generates_nothing_is_an_error(tokenizer):
-    with pytest.raises(RuntimeError, match="generated no token"):
-        Rollout(tokenizer, [[]])
+def test_a_server_that_generates_nothing_loses_the_trajectory_with_a_word(tokenizer):
+    rollout = Rollout(tokenizer, [[]])
+    assert rollout.trajectory.finish is Finish.FAULT and rollout.trajectory.turns == ()
+    assert rollout.trajectory.fault.startswith(
+        "row 4 of arithmetic: RuntimeError: the rollout server generated no token"
+    )
+    assert (
+        rollout.output.response_mask == [0] and len(rollout.output.response_ids) == 1
+    )  # what verl needs; nothing trains
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -258,6 +265,7 @@ def test_validation_keys_are_the_same_however_a_trajectory_ends(tokenizer):
         Rollout(tokenizer, [CALL], changes={f"{MULTI_TURN}.max_assistant_turns": 1}),
         Rollout(tokenizer, [CALL], changes={"actor_rollout_ref.rollout.response_length": 3}),
     ]
+    ends.append(Rollout(tokenizer, [[]]))  # the server generated nothing
     assert {rollout.trajectory.finish for rollout in ends} == set(Finish)
     keys = [
         "acc",
@@ -269,22 +277,75 @@ def test_validation_keys_are_the_same_however_a_trajectory_ends(tokenizer):
         "no_answer",
         "truncated",
         "infra",
+        "lost",
+        "fault",
     ]
     for rollout in ends:
         assert list(rollout.info) == keys
-        assert all(isinstance(v, str if k == "pred" else float) for k, v in rollout.info.items())
+        assert all(isinstance(v, str if k in ("pred", "fault") else float) for k, v in rollout.info.items())
 
 
-def test_an_outcome_between_zero_and_one_is_refused(tokenizer, tmp_path):
-    (tmp_path / "half.py").write_text("def score(**kwargs):\n    return {'acc': 0.5}\n")
-    changes = {"reward.custom_reward_function": {"path": str(tmp_path / "half.py"), "name": "score"}}
-    with pytest.raises(ValueError, match=r"acc=0\.5: the outcome of a trajectory is 0 or 1"):
-        Rollout(tokenizer, [RIGHT], changes=changes)
+def scored_by(tmp_path, body):
+    """The config of a reward function with this body."""
+    (tmp_path / "reward.py").write_text(f"import time, os, signal, numpy as np\n{body}\n")
+    return {"reward.custom_reward_function": {"path": str(tmp_path / "reward.py"), "name": "score"}}
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome", "acc"),
+    [
+        ("0.5", 0.5, 0.0),
+        ("{'score': 1.0}", 1.0, 1.0),
+        ("np.array([1.])", 1.0, 1.0),
+        ("{'score': -1, 'acc': False}", -1, 0),
+    ],
+)
+def test_every_form_of_an_outcome_counts_and_no_trajectory_disappears(tokenizer, tmp_path, said, outcome, acc):
+    rollout = Rollout(tokenizer, [RIGHT], changes=scored_by(tmp_path, f"async def score(**kwargs): return {said}"))
+    assert (rollout.trajectory.raw_outcome, rollout.trajectory.acc) == (outcome, acc)
+    assert rollout.output.reward_score == outcome and rollout.info["acc"] == acc
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        ("async def score(**kwargs): return None", "ValueError: the reward function returned None"),
+        ("async def score(**kwargs): return float('nan')", "ValueError: the reward function returned nan"),
+        ("async def score(**kwargs): return (1.0, 'x')", "ValueError: the reward function returned (1.0, 'x')"),
+        ("async def score(**kwargs): raise KeyError('gold')", "the reward function score raised KeyError: 'gold'"),
+        ("def score(**kwargs): raise KeyError('gold')", "the reward function score raised KeyError: 'gold'"),
+        ("def score(**kwargs): os._exit(3)", "the reward function score raised ProcessExpired: "),
+        ("def score(**kwargs): time.sleep(600)", "took longer than reward_timeout_seconds=2 and was ended"),
+    ],
+)
+def test_a_reward_function_that_fails_loses_the_trajectory_and_is_named_with_the_row(tokenizer, tmp_path, body, cause):
+    changes = scored_by(tmp_path, body) | {"reward_timeout_seconds": 2}
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes)
+    assert rollout.trajectory.finish is Finish.FAULT and rollout.trajectory.fault.startswith("row 4 of arithmetic: ")
+    assert cause in rollout.trajectory.fault
+    assert rollout.info["lost"] == 1.0 and len(rollout.trajectory.turns) == 2  # what it said is on record
+
+
+def test_a_reward_function_runs_in_the_main_thread_of_a_process_of_its_own(tokenizer, tmp_path):
+    """As one that guards itself with SIGALRM needs it; the rollouts' event loop goes on meanwhile."""
+    body = """
+def score(**kwargs):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(0)
+    return {"score": 1.0, "pred": str(os.getpid())}
+"""
+    rollout = Rollout(tokenizer, [RIGHT], changes=scored_by(tmp_path, body))
+    assert rollout.trajectory.acc == 1.0 and rollout.trajectory.pred != str(os.getpid())
+
+
+def test_a_row_without_the_keys_of_a_reward_gives_it_none(tokenizer, tmp_path):
+    body = "async def score(data_source, ground_truth, **kwargs): return data_source is None and ground_truth is None"
+    row = {"data_source": None, "reward_model": None}
+    assert Rollout(tokenizer, [RIGHT], changes=scored_by(tmp_path, body), **row).trajectory.acc == 1.0
 
 
 def test_a_reward_function_may_be_async_or_return_a_bare_number(tokenizer, tmp_path):
-    (tmp_path / "one.py").write_text("async def score(**kwargs):\n    return 1\n")
-    changes = {"reward.custom_reward_function": {"path": str(tmp_path / "one.py"), "name": "score"}}
+    changes = scored_by(tmp_path, "async def score(**kwargs):\n    return 1")
     rollout = Rollout(tokenizer, [WRONG], changes=changes)
     assert (rollout.trajectory.acc, rollout.trajectory.pred) == (1.0, "")
 

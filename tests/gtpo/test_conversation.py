@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.gtpo.conversation import Conversation, Rules, judge_format, read_score, refusals
-from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome
+from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.tasks.task import boxed
 
 pytestmark = pytest.mark.unit
@@ -85,14 +89,58 @@ def test_no_room_for_another_token_ends_it():
 
 
 @pytest.mark.parametrize(
-    ("scored", "acc", "pred"),
-    [(1, 1.0, ""), (0.0, 0.0, ""), (True, 1.0, ""), ({"acc": 1.0, "pred": 7}, 1.0, "7"), ({"acc": False}, 0.0, "")],
+    ("scored", "read"),
+    [
+        (1, (1.0, True, "")),
+        (0.0, (0.0, False, "")),
+        (True, (1.0, True, "")),
+        (0.5, (0.5, False, "")),
+        (-1, (-1.0, False, "")),
+        (2, (2.0, True, "")),
+        (np.float32(1), (1.0, True, "")),
+        (np.bool_(False), (0.0, False, "")),
+        (np.array([1.0]), (1.0, True, "")),
+        (torch.tensor(1.0), (1.0, True, "")),
+        ({"score": 1.0}, (1.0, True, "")),
+        ({"acc": 1.0, "pred": 7}, (1.0, True, "7")),
+        ({"acc": False}, (0.0, False, "")),
+        ({"score": -1.0, "acc": False, "pred": "x"}, (-1.0, False, "x")),  # verl's math_dapo
+        ({"score": 0.4, "acc": True}, (0.4, True, "")),
+    ],
 )
-def test_an_outcome_is_read_off_a_number_or_a_mapping(scored, acc, pred):
-    assert read_score(scored) == (acc, pred)
+def test_an_outcome_is_read_in_every_form_that_verls_reward_functions_return(scored, read):
+    assert read_score(scored) == read
 
 
-@pytest.mark.parametrize("scored", [0.5, -1, 2, float("nan"), {"acc": 0.5}])
-def test_an_outcome_that_is_neither_0_nor_1_is_refused(scored):
-    with pytest.raises(ValueError, match="the outcome of a trajectory is 0 or 1"):
+def test_the_threshold_decides_who_is_solved_where_the_reward_function_does_not():
+    assert read_score(0.5, 0.5) == (0.5, True, "") and read_score(0.4, 0.5) == (0.4, False, "")
+    assert read_score({"score": 0.9, "acc": False}, 0.5)[1] is False
+
+
+@pytest.mark.parametrize(
+    "scored",
+    [None, (1.0, "x"), [1.0], "1.0", float("nan"), float("inf"), np.array([]), np.array([1.0, 0.0]), {}, {"acc": None},
+     {"score": "1"}, {"reward": 1.0}, torch.tensor([1.0, 2.0])],
+)  # fmt: skip
+def test_what_is_no_outcome_is_refused(scored):
+    with pytest.raises(ValueError, match="the reward function returned"):
         read_score(scored)
+
+
+def test_a_trajectory_keeps_the_outcome_and_whether_it_is_solved():
+    conversation = Conversation(Rules(SCHEMAS, boxed, success_threshold=0.5))
+    conversation.end_turn(0, 5, r"\boxed{1}", cut=False)
+    trajectory = conversation.trajectory({"score": 0.75, "pred": "1"})
+    assert (trajectory.acc, trajectory.raw_outcome, trajectory.pred) == (1.0, 0.75, "1")
+    assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
+    old = {key: value for key, value in trajectory.to_dict().items() if key not in ("outcome", "fault")}
+    assert Trajectory.from_dict(old).raw_outcome == 1.0  # a record from before there were other outcomes than 0 and 1
+
+
+def test_a_lost_conversation_names_what_lost_it_and_judges_nothing():
+    conversation = Conversation(Rules(SCHEMAS, boxed))
+    conversation.end_turn(0, 5, "no call, no answer", cut=False)
+    trajectory = conversation.lost("row 3 of gsm8k: the reward function raised ValueError: x")
+    assert trajectory.finish is Finish.FAULT and trajectory.turns[0].broken is None
+    assert validation_info(trajectory)["lost"] == 1.0 and "row 3" in validation_info(trajectory)["fault"]
+    assert validation_info(Conversation(Rules(SCHEMAS, boxed)).lost("x"))["turns"] == 0.0

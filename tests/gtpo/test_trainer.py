@@ -139,12 +139,18 @@ def put(queue, rows, **changes):
     return KVBatchMeta(list(rows), [queue.tags[key] for key in rows], "train")
 
 
+#: So that no row of the small batches below counts as missing.
+FEW = ("data.train_batch_size=1", "actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.ppo_mini_batch_size=1")
+
+
 def make_trainer(run_dir, *overrides, mode="gtpo_sync"):
     methods = [o for o in overrides if o.startswith("method=")]
     keys = [o for o in overrides if o not in methods]  # applied without hydra, which would take a second
     config = OmegaConf.merge(
         compose(*methods),
-        OmegaConf.from_dotlist([*keys, *TRAINERS[mode][1], f"trainer.v1.trainer_mode={mode}", f"run_dir={run_dir}"]),
+        OmegaConf.from_dotlist(
+            [*FEW, *keys, *TRAINERS[mode][1], f"trainer.v1.trainer_mode={mode}", f"run_dir={run_dir}"]
+        ),
     )
     trainer = get_trainer_cls(mode)(config)
     trainer.global_steps = 1
@@ -479,3 +485,61 @@ def test_a_validation_in_which_every_rollout_failed_says_where_to_look(monkeypat
     trainer = object.__new__(glue.GTPOTrainerSync)
     with pytest.raises(RuntimeError, match="every validation rollout failed; the run's logs say why"):
         trainer._validate()
+
+
+# -- nothing is lost in silence ----------------------------------------------------------------------------------------
+
+
+def lost(fault="row 3 of mine: the reward function raised ValueError: x"):
+    return {"extra_fields": {TRAJECTORY: Trajectory((), Finish.FAULT, 0.0, fault=fault).to_dict()}}
+
+
+def test_the_first_lost_trajectory_ends_the_run_with_its_row_and_cause(queue, tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = put(queue, TWO_GROUPS, q_0_0=lost())
+    with pytest.raises(
+        RuntimeError, match=r"1 trajectories are lost in step 1, 1 in this run .*: row 3 of mine: the rew"
+    ):
+        trainer._compute_advantage(batch, {})
+
+
+def test_lost_trajectories_up_to_the_limit_are_counted_and_leave_the_update(queue, tmp_path):
+    trainer = make_trainer(tmp_path, "max_lost_trajectories=2")
+    metrics = {}
+    batch = trainer._compute_advantage(put(queue, TWO_GROUPS, q_0_0=lost()), metrics)
+    assert metrics["gtpo/rows/lost_total"] == 1.0 and metrics["gtpo/rows/dropped_total"] == 1.0
+    assert set(queue.column(batch, "advantages")["q_0_0"]) == {0.0}
+    trainer._compute_advantage(put(queue, TWO_GROUPS, q_0_0=lost()), {})
+    with pytest.raises(RuntimeError, match="3 in this run"):
+        trainer._compute_advantage(put(queue, TWO_GROUPS, q_0_0=lost()), {})
+
+
+def test_a_trajectory_that_never_reached_the_batch_is_missed(queue, tmp_path):
+    trainer = make_trainer(tmp_path, f"actor_rollout_ref.rollout.n={len(TWO_GROUPS) + 2}")
+    with pytest.raises(RuntimeError, match=r"2 trajectories are lost in step 1, 2 in this run .*missing from the batch"):
+        trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+
+
+def test_a_step_that_the_tool_server_mostly_failed_ends_the_run_with_what_the_tool_said(queue, tmp_path):
+    failed = Trajectory(
+        (Turn(0, 3, "", (ToolCall("python", {}),), (ToolOutcome("infra", "Error: 401 wrong token", 0.0),)),),
+        Finish.INFRA,
+        0.0,
+    ).to_dict()
+    rows = {"p_0_0": "SOLVED", "p_1_0": "INFRA", "p_2_0": "INFRA"}
+    changes = {key: {"extra_fields": {TRAJECTORY: failed}} for key in ("p_1_0", "p_2_0")}
+    with pytest.raises(RuntimeError, match=r"67% of the trajectories of step 1 .*: Error: 401 wrong token"):
+        make_trainer(tmp_path)._compute_advantage(put(queue, rows, **changes), {})
+    make_trainer(tmp_path, "max_dropped_share=0.7")._compute_advantage(put(queue, rows, **changes), {})
+
+
+def test_a_validation_says_over_how_many_rows_its_means_are(queue, tmp_path):
+    trainer = make_trainer(tmp_path, "max_lost_trajectories=2")
+    infos = {"reward": [1.0, 0.0], "acc": [1.0, 0.0], "fault": ["", "row 1 of mine: KeyError: x"]}
+    counts = {("mine", "a"): 1, ("mine", "b"): 1, ("mine", "c"): 1}
+    metrics = trainer._val_metrics_update(["mine"] * 2, ["a", "b"], infos, [], expected_acc_counts=counts)
+    assert metrics["gtpo/validation/rows"] == 2.0 and metrics["gtpo/validation/lost"] == 2.0
+    assert "val-core/mine/acc/mean@1" in metrics
+    again = {"reward": [0.0], "acc": [0.0], "fault": ["row 1 of mine: KeyError: x"]}
+    with pytest.raises(RuntimeError, match=r"lost in the validation at step 1, 3 in this run .*row 1 of mine"):
+        trainer._val_metrics_update(["mine"], ["a"], again, [], expected_acc_counts={("mine", "a"): 1})

@@ -18,7 +18,7 @@ from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards
 from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import Similarity, make_similarity
 from recipe.gtpo.method.tokens import scatter_to_tokens, turn_ids_of_spans
-from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
+from recipe.gtpo.method.turns import FAILED, FormatReason, Trajectory
 
 #: The order of `Credit.reasons`.
 REASONS = tuple(FormatReason)
@@ -35,15 +35,11 @@ class Credit:
     valid: torch.Tensor  # (B,) bool: takes part in the update
     dropped: torch.Tensor  # (B,) bool: a real trajectory left out of everything; its response_mask must become 0
     outcomes: torch.Tensor  # (B,) float32: raw, never shaped; 0 in rows that are not valid
+    solved: torch.Tensor  # (B,) bool
     turn_mask: torch.Tensor  # (B, T) bool
     spans: torch.Tensor  # (B, T, 2) int64: the tokens [start, end) of each turn in the response
     reasons: torch.Tensor  # (B, T) int64: index in REASONS of why the turn breaks the format, -1 when it does not
     rewards: TurnRewards  # (B, T), by part
-
-    @property
-    def solved(self) -> torch.Tensor:
-        """(B,) bool."""
-        return self.outcomes == 1
 
     def token_rewards(self, lengths: Sequence[int]) -> list[torch.Tensor]:
         """One 1-D float32 tensor of `lengths[i]` tokens a row: each turn's reward on the turn's last token."""
@@ -69,7 +65,7 @@ def assign_credit(
         similarity: what compares programs; None makes the one that the options name. Keep one across steps: it
             remembers embeddings.
 
-    Dropped are trajectories that ended because the tool server failed, and with `truncated=drop` those cut by a limit.
+    Dropped are trajectories that a failure of ours ended, and with `truncated=drop` those that a limit cut.
     Raises ValueError, naming the row, on a record whose spans are empty, overlap, or are missing.
     """
     if len(trajectories) != len(group_ids):
@@ -92,12 +88,15 @@ def assign_credit(
     outcomes = torch.zeros(batch)
     rows = list(members)
     valid[rows] = True
-    outcomes[rows] = torch.tensor([t.acc for t in members.values()])
+    outcomes[rows] = torch.tensor([t.raw_outcome for t in members.values()])
+    solved = torch.zeros(batch, dtype=torch.bool)
+    solved[rows] = torch.tensor([t.acc == 1 for t in members.values()], dtype=torch.bool)
     shaped = outcomes
     if options.shaping.enable:
         shaped = outcomes.clone()
         shaped[rows] = shape_outcomes(
             outcomes[rows],
+            solved[rows],
             [t.code for t in members.values()],
             [group_ids[row] for row in rows],
             make_similarity(options.shaping.similarity) if similarity is None else similarity,
@@ -108,6 +107,7 @@ def assign_credit(
         valid=valid,
         dropped=torch.tensor(dropped, dtype=torch.bool),
         outcomes=outcomes,
+        solved=solved,
         turn_mask=turn_mask,
         spans=spans,
         reasons=reasons,
@@ -126,7 +126,7 @@ _REASON_INDEX: dict[FormatReason | None, int] = {None: -1} | {reason: i for i, r
 
 
 def _is_dropped(trajectory: Trajectory, options: GTPOOptions) -> bool:
-    return trajectory.finish is Finish.INFRA or (options.truncated == "drop" and trajectory.truncated)
+    return trajectory.finish in FAILED or (options.truncated == "drop" and trajectory.truncated)
 
 
 def _check_spans(row: int, trajectory: Trajectory) -> None:

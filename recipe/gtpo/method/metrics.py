@@ -81,7 +81,7 @@ def _trajectories(credit: Credit, trajectories: Sequence[Trajectory | None]) -> 
     count = len(members)
     executed = Counter(o.outcome for t in members for turn in t.turns for o in turn.outcomes)
     metrics = {
-        "gtpo/acc/mean": float(credit.outcomes[credit.valid].mean()),
+        "gtpo/acc/mean": float(credit.solved[credit.valid].float().mean()),
         "gtpo/reward/mean": float(credit.rewards.combined.sum()) / count,
         "gtpo/reward/outcome/mean": float(credit.rewards.outcome.sum()) / count,
         "gtpo/reward/format/mean": float(credit.rewards.format.sum()) / count,

@@ -62,6 +62,7 @@ class GTPOOptions:
     unsolved_groups: UnsolvedGroups = "keep"  # zero: a group in which nobody succeeded gives no signal
     min_pool: int = 2  # a pool with fewer returns gives advantage 0
     sparse_turn: SparseTurn = "zero"  # baseline=turn, pool below min_pool: advantage 0, or use the group's pool
+    success_threshold: float = 1.0  # an outcome at or above it is solved, where the reward function says no `acc`
     truncated: Truncated = "keep"  # drop: a trajectory cut by a turn or length limit is left out like an infra one
     shaping: ShapingOptions = field(default_factory=ShapingOptions)
 

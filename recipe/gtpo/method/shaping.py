@@ -21,31 +21,29 @@ from recipe.gtpo.method.similarity import Similarity
 
 def shape_outcomes(
     outcomes: torch.Tensor,
+    solved: torch.Tensor,
     codes: Sequence[str],
     group_ids: Sequence[Hashable],
     similarity: Similarity,
     alpha: float,
 ) -> torch.Tensor:
-    """The outcome of every trajectory, shaped where it failed. (B,) float32; successful rows stay 1.
+    """The outcome of every trajectory, shaped where it failed. (B,) float32; successful rows stay as they are.
 
     Args:
-        outcomes: (B,), 0 or 1. codes: B programs; blank ones count as empty. group_ids: B labels, equal for one prompt.
+        outcomes: (B,), raw. A failed trajectory whose own outcome is above its credit keeps it: closeness never lowers
+            an outcome.
+        solved: (B,) bool. codes: B programs; blank ones count as empty. group_ids: B labels, equal for one prompt.
         similarity: asked once, and only about groups with both a failed and a successful trajectory that ran code.
         alpha: in [0, 1).
 
     Rows that must not count as siblings (padding, dropped) are the caller's to leave out. A successful trajectory
-    without code counts in |P| with similarity 0. Raises ValueError on an outcome that is neither 0 nor 1, and
-    whatever the backend raises.
+    without code counts in |P| with similarity 0. Raises whatever the backend raises.
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha} must be in [0, 1): at 1, closeness would pay as much as success")
-    if not len(outcomes) == len(codes) == len(group_ids):
+    if not len(outcomes) == len(solved) == len(codes) == len(group_ids):
         raise ValueError(f"{len(outcomes)} outcomes, {len(codes)} codes and {len(group_ids)} group ids")
     shaped = outcomes.float().clone()
-    solved = shaped == 1
-    if (wrong := ~solved & (shaped != 0)).any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"row {row}: outcome {float(shaped[row])} is neither 0 nor 1; only raw outcomes can be shaped")
     if alpha == 0:
         return shaped
 
@@ -65,7 +63,7 @@ def shape_outcomes(
         return shaped
     for failed, count, (a, b), matrix in zip(failed_rows, successes, pairs, similarity.compare(pairs), strict=True):
         credit = alpha / count * _in_range(matrix, (len(a), len(b))).sum(axis=1)
-        shaped[failed] = torch.as_tensor(credit, dtype=torch.float32, device=shaped.device)
+        shaped[failed] = torch.maximum(shaped[failed], torch.as_tensor(credit, dtype=torch.float32))
     return shaped
 
 

@@ -36,10 +36,13 @@ class Finish(str, Enum):
     TURN_LIMIT = "turn_limit"
     LENGTH = "length"  # response budget, or one turn's token limit
     INFRA = "infra"  # the tool server failed, not the code: never charged to the model
+    FAULT = "fault"  # something else of ours failed, such as the reward function: never charged, and the run may end
 
 
 #: Ends that are a limit of ours, not a choice of the model's.
 TRUNCATED = frozenset({Finish.TURN_LIMIT, Finish.LENGTH})
+#: Ends that are a failure of ours: nothing of such a trajectory is judged, scored or trained on.
+FAILED = frozenset({Finish.INFRA, Finish.FAULT})
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One rollout of one prompt. `acc` is the raw outcome in {0.0, 1.0}; it is never shaped."""
+    """One rollout of one prompt."""
 
     turns: tuple[Turn, ...]
     finish: Finish
-    acc: float
+    acc: float  # 1.0 when it is solved, else 0.0; never shaped
     pred: str = ""
+    outcome: float | None = None  # what the reward function said, any finite number; None: `acc`
+    fault: str = ""  # finish=FAULT: which row, and what failed
+
+    @property
+    def raw_outcome(self) -> float:
+        """What the last turn is rewarded with, before shaping."""
+        return self.acc if self.outcome is None else self.outcome
 
     @property
     def code(self) -> str:
@@ -116,6 +126,8 @@ class Trajectory:
             finish=Finish(data["finish"]),
             acc=float(data["acc"]),
             pred=data["pred"],
+            outcome=data.get("outcome"),
+            fault=data.get("fault", ""),
         )
 
 
@@ -123,17 +135,19 @@ def validation_info(trajectory: Trajectory) -> dict[str, float | str]:
     """What verl averages over a validation set. Always the same keys: verl fills missing ones with nulls."""
     calls = [call for turn in trajectory.turns for call in turn.calls]
     outcomes = [outcome.outcome for turn in trajectory.turns for outcome in turn.outcomes]
-    first = trajectory.turns[0]
+    first_calls = trajectory.turns[0].calls if trajectory.turns else ()
     return {
         "acc": trajectory.acc,
         "pred": trajectory.pred,
         "turns": float(len(trajectory.turns)),
-        "first_turn_call": float(any(call.error is None for call in first.calls)),
+        "first_turn_call": float(any(call.error is None for call in first_calls)),
         "malformed_call": float(any(call.error is not None for call in calls)),
         "tool_error": float(any(o not in NOT_EXECUTED | {"ok", "infra"} for o in outcomes)),
-        "no_answer": float(trajectory.turns[-1].broken is FormatReason.NO_ANSWER),
+        "no_answer": float(any(t.broken is FormatReason.NO_ANSWER for t in trajectory.turns[-1:])),
         "truncated": float(trajectory.truncated),
         "infra": float(trajectory.finish is Finish.INFRA),
+        "lost": float(trajectory.finish is Finish.FAULT),
+        "fault": trajectory.fault,  # a text: verl leaves it out of its means, and our trainer reads it
     }
 
 

@@ -27,7 +27,8 @@ class Table:
 
 
 def shape(outcomes, codes, groups, similarity, alpha=0.5):
-    return shape_outcomes(torch.tensor(outcomes), codes, groups, similarity, alpha).tolist()
+    outcomes = torch.tensor(outcomes)
+    return shape_outcomes(outcomes, outcomes >= 1, codes, groups, similarity, alpha).tolist()
 
 
 def test_the_mean_over_the_successes_times_alpha():
@@ -86,10 +87,15 @@ def test_a_failing_backend_raises():
 def test_what_cannot_be_shaped_is_refused():
     with pytest.raises(ValueError, match=r"alpha=1.0 must be in \[0, 1\)"):
         shape([1.0], ["A"], "g", Table(), alpha=1.0)
-    with pytest.raises(ValueError, match=r"row 1: outcome 0.25 is neither 0 nor 1"):
-        shape([1.0, 0.25], ["A", "c"], "gg", Table(cA=1.0))
     with pytest.raises(ValueError, match="2 outcomes, 1 codes and 2 group ids"):
         shape([1.0, 0.0], ["A"], "gg", Table())
+
+
+def test_closeness_never_lowers_an_outcome_of_its_own():
+    """A reward function may give a failed trajectory a part of the outcome."""
+    table = Table(cA=0.8, dA=0.2)
+    assert shape([1.0, 0.25, 0.25], ["A", "c", "d"], "ggg", table) == pytest.approx([1.0, 0.4, 0.25])
+    assert shape([2.0, -1.0], ["A", ""], "gg", table) == [2.0, -1.0]
 
 
 programs = st.sampled_from(["", "a = 1", "a = 2\nprint(a)", "import math", "print(math.pi)", "x"])

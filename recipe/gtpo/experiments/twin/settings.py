@@ -117,14 +117,15 @@ class Settings:
             )
         if config.trainer.test_freq < 1:
             raise ConfigError(f"trainer.test_freq={config.trainer.test_freq}: at least 1, the curve is the result")
+        options = GTPOOptions.from_config(config.algorithm.gtpo)
         return cls(
             method=config.method,
             estimator=config.algorithm.adv_estimator,
-            options=GTPOOptions.from_config(config.algorithm.gtpo),
+            options=options,
             scale_by_std=config.algorithm.norm_adv_by_std_in_grpo,
             task=task,
             policy=Path(config.actor_rollout_ref.model.path),
-            rules=Rules.of(rollout, {"python": tool_schema()["function"]["parameters"]}, task.extract_answer),
+            rules=Rules.of(rollout, options, {"python": tool_schema()["function"]["parameters"]}, task.extract_answer),
             seed=config.seed,
             prompts=config.data.train_batch_size,
             rollouts=rollout.n,

@@ -1,0 +1,267 @@
+"""The README's blocks run as they stand there, and what the pages name exists."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from composition import compose, compose_with_choices, names
+from hydra._internal.utils import get_args_parser  # what hydra.main reads its command line with
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.reward import get_custom_reward_fn
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from recipe.gtpo.conversation import read_score
+from recipe.gtpo.experiments.compare import matrix, parse
+from recipe.gtpo.main import validate
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.run.checks import ROLLOUTS, check, prepare
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+METHOD_PAGE = "recipe/gtpo/README.md"
+PAGES = ("README.md", METHOD_PAGE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+RUN, COMPARE = "examples/run_gtpo_qwen.sh", "examples/compare_baselines.sh"
+
+
+# -- the blocks -------------------------------------------------------------------------------------------------------
+
+
+def section(heading: str) -> str:
+    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def blocks(heading: str, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", section(heading), re.MULTILINE | re.DOTALL)
+    return [text for language, text in found if language in languages]
+
+
+def write_files(heading: str, folder: Path) -> list[Path]:
+    """The Python and YAML blocks of a section, in `folder`, under the names that they bear."""
+    paths = []
+    for text in blocks(heading, "python", "yaml"):
+        path = folder / re.search(r"^# (my_[\w/]+\.\w+)$", text, re.MULTILINE)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        paths.append(path)
+    return paths
+
+
+#: The shell reads the block, with its quotes and variables; what it would start is printed instead: one record a
+#: command, ended by \1, of PYTHONPATH, ROLLOUT, script, arguments, each ended by \0.
+STUBS = r"""
+bash() { printf '%s\0' "${PYTHONPATH:-}" "${ROLLOUT:-}" "$@"; printf '\1'; }
+python() { :; }
+"""
+
+
+def commands(heading: str, folder: Path) -> list[tuple[str, str, str, list[str]]]:
+    (block,) = blocks(heading, "bash")
+    shell = ["env", "-i", "bash", "-euc", STUBS + block]
+    said = subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
+    records = [record.split("\0")[:-1] for record in said.split("\1")[:-1]]
+    return [(path, rollout, script, arguments) for path, rollout, script, *arguments in records]
+
+
+def overrides_of(arguments: Sequence[str], hardware: str, rollout: str = "") -> tuple[str, ...]:
+    """What hydra makes of the arguments of run_gtpo_qwen.sh, which puts the machine's two groups before them."""
+    stack = [f"hardware={hardware}", f"rollout={rollout or ROLLOUTS[hardware][0]}"]
+    parsed = get_args_parser().parse_args([*stack, *arguments])
+    if parsed.config_dir is None:
+        return tuple(parsed.overrides)
+    folder = Path(parsed.config_dir)
+    assert folder.is_absolute()
+    return (*parsed.overrides, f"hydra.searchpath=[pkg://verl.trainer.config,file://{folder}]")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_DIR", "unused")  # else `prepare` sets it for the whole process
+    return tmp_path
+
+
+def assert_verl_reads(config: DictConfig, split: str) -> pd.DataFrame:
+    """The rows of a data file, after verl's own data set has read them."""
+    file = config.data[f"{split}_files"]
+    rows = pd.read_parquet(file)
+    options = OmegaConf.merge(config.data, {"filter_overlong_prompts": False})  # that needs a tokenizer
+    dataset = RLHFDataset(data_files=file, tokenizer=None, config=options)
+    (message,) = dataset[0]["raw_prompt"]
+    assert len(dataset) == len(rows) and message["role"] == "user"
+    index = [row["index"] for row in rows.extra_info]
+    assert len(set(index)) == len(index)
+    if split == "train":
+        assert len(rows) >= config.data.train_batch_size  # verl drops an incomplete batch
+    return rows
+
+
+@pytest.mark.parametrize("heading", ["Your own data and reward", "Your own task", "Your own method variant"])
+def test_a_block_to_copy_has_fifteen_lines_at_most(heading):
+    found = blocks(heading, "python", "yaml", "bash")
+    assert len(found) >= 2
+    for text in found:
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
+        assert len(lines) <= 15 and max(map(len, lines)) <= 120, text
+
+
+def test_own_data_and_reward(folder):
+    _, data_program = write_files("Your own data and reward", folder)
+    runpy.run_path(str(data_program))
+    ((_, _, script, arguments),) = commands("Your own data and reward", folder)
+    assert script == RUN
+    config, choices = compose_with_choices(*overrides_of(arguments, "single_gpu"))
+    check(config, choices)
+    task = prepare(config)
+    validate(config)
+
+    rows = assert_verl_reads(config, "train")
+    assert_verl_reads(config, "val")
+    row = rows.iloc[0]
+    said, truth = "The tool says so.\n#### 1891", row.reward_model["ground_truth"]
+    assert task.extract_answer(said) == truth == "1891"
+    score = get_custom_reward_fn(config)
+
+    def outcome(text: str) -> tuple[float, str]:
+        return read_score(score(row.data_source, text, truth, row.extra_info))
+
+    assert outcome(said) == (1.0, "1891") and outcome("#### 1892") == (0.0, "1892") and outcome("1891") == (0.0, "")
+
+
+def test_own_task(folder, monkeypatch):
+    write_files("Your own task", folder)
+    ((path, _, script, arguments),) = commands("Your own task", folder)
+    assert script == RUN
+    monkeypatch.syspath_prepend(path)
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
+    config, choices = compose_with_choices(*overrides_of(arguments, "single_gpu"))
+    check(config, choices)
+    task = prepare(config)
+    validate(config)
+    assert (type(task).__module__, type(task).__name__, task.name) == ("my_task", "Products", config.task.name)
+
+    rows = assert_verl_reads(config, "train")
+    assert_verl_reads(config, "val")
+    assert Path(config.data.train_files).parent == folder
+    row = rows.iloc[0]
+    for text, expected in ((r"So \boxed{1891}.", 1.0), (r"\boxed{1892}", 0.0), ("1891", 0.0)):
+        scored = task.score(row.data_source, text, row.reward_model["ground_truth"], row.extra_info)
+        assert read_score(scored) == (expected, "")
+    assert task.extract_answer(r"So \boxed{1891}.") == "1891" and task.extract_answer("1891") is None
+
+
+def test_own_method_variant(folder):
+    write_files("Your own method variant", folder)
+    ((_, _, script, arguments),) = commands("Your own method variant", folder)
+    assert script == RUN
+    config, choices = compose_with_choices(*overrides_of(arguments, "cpu"))
+    assert check(config, choices) == GTPOOptions(leave_one_out=True, scale="none")
+    assert config.algorithm.adv_estimator == "gtpo"
+    assert config.trainer.experiment_name == "arithmetic-gtpo_leave_one_out-seed1"
+
+
+# -- what the page says of commands, groups and numbers ---------------------------------------------------------------
+
+
+def test_every_command_to_run_it_your_way_composes(folder):
+    for _, rollout, script, arguments in commands("Run it your way", folder):
+        if script == COMPARE:
+            assert matrix(*parse(arguments))
+            continue
+        assert script == RUN
+        hardware = dict(argument.split("=", 1) for argument in arguments).get("hardware", "cpu")
+        check(*compose_with_choices(*overrides_of(arguments, hardware, rollout)))
+
+
+def test_the_first_commands_name_scripts_that_exist(folder):
+    for heading in ("Two commands", "Tests"):
+        for _, _, script, _ in commands(heading, folder):
+            assert (ROOT / script).is_file()
+
+
+def test_the_table_of_groups_is_the_config_folder():
+    table = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section("Run it your way"), re.MULTILINE)
+    assert {group: sorted(choices.split(", ")) for group, choices in table} == {
+        group: names(group) for group in ("method", "task", "hardware", "rollout", "experiment")
+    }
+
+
+def test_the_results_are_those_of_the_results_page():
+    page = (ROOT / "recipe/gtpo/experiments/RESULTS.md").read_text()
+    rows = re.findall(r"^\| (\d), (\d+) \| `(\w+)`[^|]*\| (.*?) \| (.*?) \| (\d+)", README, re.MULTILINE)
+    assert len(rows) == 4
+    for horizon, steps, method, final, area, seeds in rows:
+        assert f"| {horizon} | {steps} | `{method}` | {seeds} | {final} | {area} |" in page
+
+
+def test_the_caption_s_numbers_are_drawn():
+    from recipe.gtpo.experiments import draw_credit
+
+    (group,) = draw_credit.read_groups(draw_credit.EXAMPLE).values()
+    (row,) = [i for i, one in enumerate(group) if one.acc and one.turns[0].broken]
+    drawn = (draw_credit.grpo_advantages(group)[row], draw_credit.gtpo_advantages(group)[row][0])
+    assert re.findall(r"\((\+[\d.]+)\)", README.split("\n## ")[0]) == [f"{value:+.2f}" for value in drawn]
+
+
+def test_the_run_s_folder_is_named_as_the_page_says():
+    assert compose("seed=3").trainer.experiment_name == "arithmetic-gtpo-seed3"
+    assert "`outputs/<task>-<method>-seed<seed>/`" in README
+
+
+# -- paths, links, programs -------------------------------------------------------------------------------------------
+
+TOP = [
+    path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "outputs"
+]
+TREE = [
+    str(path.relative_to(ROOT))
+    for name in ("recipe", "verl_ext", "tests", "examples", "benchmarks", "docs", "requirements")
+    for path in (ROOT / name).rglob("*")
+] + [path.name for path in ROOT.iterdir()]
+
+
+def exists(path: str) -> bool:
+    """In the repository, from its root or as the end of a path (`rewards.py`, `method/turns.py`)."""
+    path = path.rstrip("/")
+    return any(known == path or known.endswith(f"/{path}") for known in TREE)
+
+
+def paths_in(text: str) -> set[str]:
+    """What looks like a path of the repository: below one of its folders anywhere, else a file in a code span. NAME
+    stands for a name that the reader chooses."""
+    below = re.findall(rf"(?<![\w./-])((?:{'|'.join(TOP)})/[\w./-]*\w/?)(?![\w*{{])", text)
+    spans = re.findall(r"`([\w./-]+\.(?:py|md|sh|yaml|txt|jinja|toml|png))`", text)
+    return {path for path in (*below, *spans) if not path.startswith("my_") and "NAME" not in path}
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_link_and_program_of_a_page_exists(page):
+    file = ROOT / page
+    text = file.read_text()
+    assert sorted(path for path in paths_in(text) if not exists(path)) == []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if not target.startswith("http"):
+            linked = (file.parent / target).resolve() if target else file
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    for module in re.findall(r"python -m ((?:recipe|verl_ext)[\w.]+)", text):
+        place = ROOT / module.rstrip(".").replace(".", "/")
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+
+
+def test_the_paths_of_a_page_are_found_and_a_wrong_one_is_noticed():
+    assert {"docs/credit.png", "recipe/gtpo/method/", "plugin.py"} <= paths_in(README)
+    assert exists("recipe/gtpo/method/") and exists("method/turns.py") and not exists("method/spins.py")

@@ -130,10 +130,11 @@ def test_own_data_and_reward(folder):
     assert task.extract_answer(said) == truth == "1891"
     score = get_custom_reward_fn(config)
 
-    def outcome(text: str) -> tuple[float, str]:
+    def outcome(text: str) -> tuple[float, bool, str]:
         return read_score(score(row.data_source, text, truth, row.extra_info))
 
-    assert outcome(said) == (1.0, "1891") and outcome("#### 1892") == (0.0, "1892") and outcome("1891") == (0.0, "")
+    assert outcome(said) == (1.0, True, "1891")
+    assert outcome("#### 1892") == (0.0, False, "1892") and outcome("1891") == (0.0, False, "")
 
 
 def test_own_task(folder, monkeypatch):
@@ -154,7 +155,7 @@ def test_own_task(folder, monkeypatch):
     row = rows.iloc[0]
     for text, expected in ((r"So \boxed{1891}.", 1.0), (r"\boxed{1892}", 0.0), ("1891", 0.0)):
         scored = task.score(row.data_source, text, row.reward_model["ground_truth"], row.extra_info)
-        assert read_score(scored) == (expected, "")
+        assert read_score(scored) == (expected, expected == 1, "")
     assert task.extract_answer(r"So \boxed{1891}.") == "1891" and task.extract_answer("1891") is None
 
 

@@ -516,7 +516,9 @@ def test_lost_trajectories_up_to_the_limit_are_counted_and_leave_the_update(queu
 
 def test_a_trajectory_that_never_reached_the_batch_is_missed(queue, tmp_path):
     trainer = make_trainer(tmp_path, f"actor_rollout_ref.rollout.n={len(TWO_GROUPS) + 2}")
-    with pytest.raises(RuntimeError, match=r"2 trajectories are lost in step 1, 2 in this run .*missing from the batch"):
+    with pytest.raises(
+        RuntimeError, match=r"2 trajectories are lost in step 1, 2 in this run .*missing from the batch"
+    ):
         trainer._compute_advantage(put(queue, TWO_GROUPS), {})
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -103,6 +105,39 @@ def boxed(text: str) -> str | None:
         elif starts and (start := starts.pop()) is not None and (answer is None or start > answer[0]):
             answer = (start, at)
     return None if answer is None else text[answer[0] : answer[1]].strip()
+
+
+def make_row(
+    data_source: str, index: int, messages: str | Sequence[Mapping[str, str]], ground_truth: str, **extra_info: Any
+) -> dict[str, Any]:
+    """One row in the columns that verl's RLHFDataset and our agent loop read.
+
+    Args:
+        data_source: name of the data, by which verl groups validation metrics.
+        index: unique in a file.
+        messages: the prompt as chat messages, or the text of a single user message.
+        ground_truth: what `Task.score` compares an answer with.
+        extra_info: whatever else is to go with the row.
+    """
+    return {
+        "data_source": data_source,
+        "prompt": [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages),
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {"index": index, **extra_info},
+    }
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> str:
+    """Write rows as a parquet file, whole or not at all, in a folder that is made if need be; the absolute path."""
+    import pyarrow  # only who writes files pays for the import
+    import pyarrow.parquet
+
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+    os.replace(partial, path)
+    return str(path)
 
 
 def load_task(config: DictConfig) -> Task:

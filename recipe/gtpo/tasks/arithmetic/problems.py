@@ -12,16 +12,14 @@ result of the one before: k steps are k dependent calls.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.tasks.task import boxed
+from recipe.gtpo.tasks.task import boxed, make_row
 from verl_ext.tools.schema import python_schema
 
 DATA_SOURCE = "arithmetic"
@@ -204,46 +202,17 @@ def tool_schema(max_code_length: int = MAX_CODE_LENGTH) -> dict[str, Any]:
 
 
 def to_row(problem: Problem, index: int) -> dict[str, Any]:
-    """One row of verl's RLHFDataset format."""
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": problem.messages,
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
-        "extra_info": {
-            "index": index,
-            "split": problem.split,
-            "operations": problem.operations,
-            "steps": len(problem.steps),
-        },
-        "agent_name": AGENT_NAME,
-    }
-
-
-def write_parquet(problems: Sequence[Problem], path: str | Path) -> Path:
-    """Write problems as a parquet file that verl's RLHFDataset reads. The file appears whole or not at all."""
-    import pyarrow  # only who writes files pays for the import
-    import pyarrow.parquet
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    table = pyarrow.Table.from_pylist([to_row(p, i) for i, p in enumerate(problems)])
-    pyarrow.parquet.write_table(table, partial)
-    os.replace(partial, path)
-    return path
-
-
-def write_splits(
-    directory: str | Path, *, train: int, validation: int, seed: int, mix: Mapping[int, float] | None = None
-) -> tuple[Path, Path]:
-    """Write `train.parquet` and `validation.parquet` with the given number of problems; returns both paths."""
-    sizes = {"train": train, "validation": validation}
-    paths = [
-        write_parquet(take(sample_problems(split, seed, mix), sizes[split]), Path(directory) / f"{split}.parquet")
-        for split in SPLITS
-    ]
-    return paths[0], paths[1]
+    """One row of a data file."""
+    row = make_row(
+        DATA_SOURCE,
+        index,
+        problem.messages,
+        str(problem.answer),
+        split=problem.split,
+        operations=problem.operations,
+        steps=len(problem.steps),
+    )
+    return row | {"agent_name": AGENT_NAME}
 
 
 # 1234, or 1,234 and 1 234 with well-placed separators

@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.tasks.arithmetic.problems import Limits, compute_score, step_mix, write_splits
+from recipe.gtpo.tasks.arithmetic.problems import (
+    Limits,
+    compute_score,
+    sample_problems,
+    step_mix,
+    take,
+    to_row,
+)
 from recipe.gtpo.tasks.arithmetic.warm_start import BaseOptions, WarmStartOptions, ensure_warm_start
-from recipe.gtpo.tasks.task import Task
+from recipe.gtpo.tasks.task import Task, write_parquet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +52,8 @@ class Arithmetic(Task):
         files = self.write_data()
         return {
             "actor_rollout_ref.model.path": str(self.policy().resolve()),
-            "data.train_files": str(files["train"].resolve()),
-            "data.val_files": str(files["validation"].resolve()),
+            "data.train_files": files["train"],
+            "data.val_files": files["validation"],
             "data.max_prompt_length": self.limits.prompt,
             "data.max_response_length": self.limits.response,
             "actor_rollout_ref.rollout.multi_turn.max_assistant_turns": self.limits.turns,
@@ -59,19 +66,17 @@ class Arithmetic(Task):
         options = WarmStartOptions(seed=self.seed, success=self.success, base=base, **further)
         return ensure_warm_start(options, Path(self.cache) / "policies")
 
-    def write_data(self) -> dict[str, Path]:
+    def write_data(self) -> dict[str, str]:
         """The parquet file of each split, written now if it is not there yet."""
         facts = json.dumps([self.seed, self.train_problems, self.validation_problems, self.horizon])
-        data = Path(self.cache) / "data" / hashlib.sha256(facts.encode()).hexdigest()[:16]
-        files = {split: data / f"{split}.parquet" for split in ("train", "validation")}
-        if not all(file.exists() for file in files.values()):
-            write_splits(
-                data,
-                seed=self.seed,
-                train=self.train_problems,
-                validation=self.validation_problems,
-                mix=step_mix(self.horizon),
-            )
+        folder = Path(self.cache).resolve() / "data" / hashlib.sha256(facts.encode()).hexdigest()[:16]
+        files = {}
+        for split, count in (("train", self.train_problems), ("validation", self.validation_problems)):
+            file = folder / f"{split}.parquet"
+            if not file.exists():
+                problems = take(sample_problems(split, self.seed, step_mix(self.horizon)), count)
+                write_parquet([to_row(problem, index) for index, problem in enumerate(problems)], file)
+            files[split] = str(file)
         return files
 
     def score(

@@ -18,8 +18,8 @@ from recipe.gtpo.tasks.arithmetic.problems import (
     step_mix,
     take,
     tool_schema,
-    write_splits,
 )
+from recipe.gtpo.tasks.arithmetic.task import Arithmetic
 
 pytestmark = pytest.mark.unit
 
@@ -133,10 +133,11 @@ def test_files_are_what_verls_dataset_reads(tmp_path):
     from omegaconf import OmegaConf
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    paths = write_splits(tmp_path, train=12, validation=5, seed=1)
+    sizes = {"train_problems": 12, "validation_problems": 5, "final_problems": 5}
+    files = Arithmetic(name="arithmetic", seed=1, horizon=2, success=0.2, cache=str(tmp_path), **sizes).write_data()
     config = OmegaConf.create({"filter_overlong_prompts": False, "cache_dir": str(tmp_path / "cache")})
-    for path, split, size in zip(paths, ("train", "validation"), (12, 5), strict=True):
-        dataset = RLHFDataset(str(path), tokenizer=None, config=config)
+    for (split, path), size in zip(files.items(), (12, 5), strict=True):
+        dataset = RLHFDataset(path, tokenizer=None, config=config)
         expected = take(sample_problems(split, 1), size)
         assert len(dataset) == size
         for index, problem in enumerate(expected):
@@ -147,4 +148,4 @@ def test_files_are_what_verls_dataset_reads(tmp_path):
             assert row["index"] == index
             info = row["extra_info"]
             assert (info["split"], info["operations"], info["steps"]) == (split, problem.operations, len(problem.steps))
-    assert not list(tmp_path.glob(".*.parquet*")), "a partial file was left behind"
+    assert not list(tmp_path.rglob(".*.parquet*")), "a partial file was left behind"

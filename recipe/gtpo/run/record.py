@@ -1,13 +1,19 @@
 """What a run leaves on disk, and the only code that knows the layout.
 
     run_dir/
-        versions.json            packages, commit, machine, seed, command: one entry a start
-        hydra/                   the composed config and the overrides (written by hydra)
-        metrics.jsonl            one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
+        versions.json              packages, commit, machine, seed, command: one entry a start
+        metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
         trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
-        checkpoints/             verl's
-        logs/<start>/            output of Ray's workers, by start (0, 1, ... as in versions.json)
-        summary.json             what the last lines of the terminal said
+        logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
+                                   driver.txt, the traceback of a command that failed
+        cause.txt                  why the latest start ended early, in one line
+        summary.json               what the last lines of the terminal said
+
+    and what others write there:
+        hydra/, main.log           hydra: the composed config, the overrides, its log
+        checkpoints/               verl (trainer.default_local_dir)
+        tensorboard/               verl: the curves
+        terminal.log               experiments/compare.py: the command's output, where a comparison started it
 
 The trainer writes, on the node where it runs; the command that started it reads, to show progress.
 """
@@ -17,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -40,12 +47,17 @@ class RunRecord:
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.dir = Path(run_dir)
         self.metrics_path = self.dir / "metrics.jsonl"
+        self._versions = self.dir / "versions.json"
+        self._summary = self.dir / "summary.json"
+        self._cause = self.dir / "cause.txt"
+        self._trajectories = self.dir / "trajectories"
+
+    # -- starts ------------------------------------------------------------------------------------------------------
 
     def write_start(self, seed: int) -> None:
-        """Add this start's versions to versions.json (a resumed run has several)."""
+        """Add this start's versions to versions.json (a resumed run has several); it has no cause of an end yet."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "versions.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = self.read_starts()
         starts.append(
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -58,14 +70,38 @@ class RunRecord:
                 "packages": {name: version for name in _PACKAGES if (version := _version(name))},
             }
         )
-        _replace(path, json.dumps(starts, indent=2))
+        _replace(self._versions, json.dumps(starts, indent=2))
+        self._cause.unlink(missing_ok=True)
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        return _read_json(self._versions) or []
 
     @property
     def logs(self) -> Path:
         """The folder for the logs of the latest start."""
-        path = self.dir / "versions.json"
-        start = len(json.loads(path.read_text())) - 1 if path.exists() else 0
-        return self.dir / "logs" / str(start)
+        return self.dir / "logs" / str(max(0, len(self.read_starts()) - 1))
+
+    def keep_logs(self, folder: str | os.PathLike[str]) -> None:
+        """Copy what the workers of the latest start wrote."""
+        shutil.copytree(folder, self.logs, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+
+    def write_traceback(self, text: str) -> None:
+        """Of the latest start's command."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        (self.logs / "driver.txt").write_text(text)
+
+    def write_cause(self, cause: str) -> None:
+        """Keep the first cause only: what follows it is a consequence."""
+        try:
+            with self._cause.open("x") as f:
+                f.write(cause + "\n")
+        except FileExistsError:
+            return
+
+    def read_cause(self) -> str | None:
+        return self._cause.read_text().strip() if self._cause.exists() else None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values that are no numbers are left out: they belong to other records."""
@@ -79,12 +115,32 @@ class RunRecord:
         return [by_step[step] for step in sorted(by_step)]
 
     def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        folder = self.dir / "trajectories"
-        folder.mkdir(exist_ok=True)
-        _replace(folder / f"{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._trajectories.mkdir(exist_ok=True)
+        _replace(self._step_file(step), "".join(json.dumps(row) + "\n" for row in rows))
+
+    def trajectory_steps(self) -> list[int]:
+        """The steps whose trajectories were recorded, ascending."""
+        return sorted(int(path.stem) for path in self._trajectories.glob("*.jsonl"))
+
+    def read_trajectories(self, step: int) -> list[dict[str, Any]]:
+        """What was written for `step`. Raises ValueError, with the steps that there are, when it is not one of them."""
+        if not (steps := self.trajectory_steps()):
+            raise ValueError(f"{self._trajectories}: no recorded trajectories")
+        if step not in steps:
+            raise ValueError(f"{self._trajectories}: no step {step}; recorded: {', '.join(map(str, steps))}")
+        return [json.loads(line) for line in self._step_file(step).read_text().splitlines()]
+
+    def _step_file(self, step: int) -> Path:
+        return self._trajectories / f"{step}.jsonl"
+
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _replace(self.dir / "summary.json", json.dumps(summary, indent=2))
+        _replace(self._summary, json.dumps(summary, indent=2))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """None until the run has ended well."""
+        return _read_json(self._summary)
 
     @staticmethod
     def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,6 +150,11 @@ class RunRecord:
             for line in f:
                 if line.endswith("\n"):  # the writer may be in the middle of the last one
                     yield json.loads(line)
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds, None when it is not there."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _is_number(value: Any) -> bool:

@@ -34,6 +34,29 @@ def test_a_start_says_what_ran(record):
 def test_a_resumed_run_has_one_entry_a_start(record):
     record.write_start(seed=8)
     assert [start["seed"] for start in json.loads((record.dir / "versions.json").read_text())] == [7, 8]
+    assert [start["seed"] for start in record.read_starts()] == [7, 8]
+
+
+def test_the_first_cause_of_a_start_s_end_stays(record):
+    assert record.read_cause() is None
+    record.write_cause("the rollout server died: pid 7")
+    record.write_cause("RuntimeError: no trajectories")
+    assert record.read_cause() == "the rollout server died: pid 7"
+    record.write_start(seed=7)
+    assert record.read_cause() is None
+
+
+def test_logs_lie_by_start(record, tmp_path):
+    (tmp_path / "ray").mkdir()
+    for start in ("0", "1"):
+        (tmp_path / "ray" / "worker.err").write_text(start)
+        record.keep_logs(tmp_path / "ray")
+        record.write_traceback(f"Traceback {start}")
+        record.write_start(seed=7)
+    for start in ("0", "1"):
+        folder = record.dir / "logs" / start
+        assert (folder / "worker.err").read_text() == start
+        assert (folder / "driver.txt").read_text() == f"Traceback {start}"
 
 
 def test_metrics_are_one_json_line_a_step(record):
@@ -73,9 +96,21 @@ def test_a_run_without_metrics_has_none(record):
 def test_trajectories_are_one_file_a_step_written_whole(record):
     record.write_trajectories(3, iter([{"group": "a"}, {"group": "b"}]))
     record.write_trajectories(3, [{"group": "c"}])  # the step is done again after a resume
+    record.write_trajectories(10, [])
     folder = record.dir / "trajectories"
-    assert [path.name for path in folder.iterdir()] == ["3.jsonl"]  # no temporary file is left
+    assert {path.name for path in folder.iterdir()} == {"3.jsonl", "10.jsonl"}  # no temporary file is left
     assert (folder / "3.jsonl").read_text() == '{"group": "c"}\n'
+    assert record.trajectory_steps() == [3, 10]
+    assert record.read_trajectories(3) == [{"group": "c"}] and record.read_trajectories(10) == []
+
+
+def test_trajectories_that_are_not_there_are_named(record):
+    with pytest.raises(ValueError, match="trajectories: no recorded trajectories"):
+        record.read_trajectories(1)
+    record.write_trajectories(3, [])
+    record.write_trajectories(10, [])
+    with pytest.raises(ValueError, match="trajectories: no step 1; recorded: 3, 10"):
+        record.read_trajectories(1)
 
 
 def test_a_row_that_cannot_be_written_leaves_the_earlier_file(record):
@@ -86,6 +121,7 @@ def test_a_row_that_cannot_be_written_leaves_the_earlier_file(record):
 
 
 def test_the_summary_replaces_the_one_before(record):
+    assert record.read_summary() is None
     record.write_summary({"accuracy": [0.1, 0.2]})
     record.write_summary({"accuracy": [0.1, 0.9]})
-    assert json.loads((record.dir / "summary.json").read_text()) == {"accuracy": [0.1, 0.9]}
+    assert json.loads((record.dir / "summary.json").read_text()) == {"accuracy": [0.1, 0.9]} == record.read_summary()

@@ -160,6 +160,7 @@ def run(config: DictConfig) -> int:
     # the watch on the tool server, nor whoever stops it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     record = RunRecord(Path(config.run_dir).resolve())
+    record.drop_cause()
     try:
         check(config, dict(HydraConfig.get().runtime.choices))
         prepare(config)

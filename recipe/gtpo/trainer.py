@@ -153,6 +153,7 @@ class GTPOTrainerMixin(_Trainer):
                 for i, trajectory in enumerate(trajectories)
                 if trajectory is not None
             ),
+            more=self.local_trigger_step > 0,  # separate_async may make several updates a step
         )
 
 

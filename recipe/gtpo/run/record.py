@@ -167,9 +167,11 @@ class RunRecord:
         saved = _read_json(self._checkpoint_metrics, dict)
         return (-1, {}) if saved is None else (saved["step"], saved["metrics"])
 
-    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]], *, more: bool = False) -> None:
+        """Write the file of `step`, or add `more` rows to it."""
         self._trajectories.mkdir(exist_ok=True)
-        _replace(self._step_file(step), "".join(json.dumps(row) + "\n" for row in rows))
+        before = self._step_file(step).read_text() if more else ""
+        _replace(self._step_file(step), before + "".join(json.dumps(row) + "\n" for row in rows))
 
     def trajectory_steps(self) -> list[int]:
         """The steps whose trajectories were recorded, ascending."""

@@ -8,7 +8,6 @@ The share is of the median step of that run (metrics.jsonl). `glue` is what the 
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -43,11 +42,11 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    run = Path(sys.argv[1])
-    steps = [line["metrics"] for line in RunRecord(run).read_metrics() if "timing_s/step" in line["metrics"]]
+    record = RunRecord(sys.argv[1])
+    steps = [line["metrics"] for line in record.read_metrics() if "timing_s/step" in line["metrics"]]
     step_ms = statistics.median(m["timing_s/step"] for m in steps) * 1000
-    files = sorted((run / "trajectories").glob("*.jsonl"), key=lambda path: int(path.stem))
-    rows = [json.loads(line) for line in files[len(files) // 2].read_text().splitlines()]
+    recorded = record.trajectory_steps()
+    rows = record.read_trajectories(recorded[len(recorded) // 2])
     trajectories, groups = [Trajectory.from_dict(row) for row in rows], [row["group"] for row in rows]
     options = GTPOOptions()
     similarity = make_similarity(options.shaping.similarity)

@@ -7,7 +7,6 @@ The command checks everything that can be checked, prepares the task, starts the
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -28,8 +27,7 @@ from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize  # noqa: E402
-from recipe.gtpo.run.record import RunRecord, last_line  # noqa: E402
-from recipe.gtpo.run.watchdog import CAUSE_FILE, read_cause, write_cause  # noqa: E402
+from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 
@@ -81,15 +79,15 @@ def _check_health(url: str, token: str | None) -> None:
 
 
 @contextmanager
-def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterator[None]:
+def watch_tool_server(handle: ServerHandle | None, record: RunRecord, poll_seconds: float) -> Iterator[None]:
     """While the block runs, a tool server that dies interrupts it (every trajectory would be void without it)."""
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(config.watchdog.poll_seconds):
+        while not stop.wait(poll_seconds):
             if handle is not None and not handle.alive:
                 last = last_line(handle.log())
-                write_cause(config.run_dir, f"the tool server died: pid {handle.pid}, its last line: {last}")
+                record.write_cause(f"the tool server died: pid {handle.pid}, its last line: {last}")
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
                 return
 
@@ -99,7 +97,7 @@ def watch_tool_server(handle: ServerHandle | None, config: DictConfig) -> Iterat
         yield
     finally:
         stop.set()
-        thread.join(timeout=config.watchdog.poll_seconds + 5)
+        thread.join(timeout=poll_seconds + 5)
 
 
 def validate(config: DictConfig) -> None:
@@ -116,23 +114,21 @@ def validate(config: DictConfig) -> None:
         raise ConfigError(str(e)) from e
 
 
-def finished(config: DictConfig) -> bool:
-    """Whether the run folder holds a run that has done all its steps."""
-    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    if config.trainer.resume_mode != "auto" or not tracker.exists():
+def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> bool:
+    """Whether the run folder holds a run that has done all its steps, and said what came of the last one."""
+    total = config.trainer.total_training_steps
+    if checkpoint is None or not total:
         return False
-    return int(tracker.read_text()) >= (config.trainer.total_training_steps or float("inf"))
+    return checkpoint >= total and any(line["step"] >= total for line in record.read_metrics())
 
 
-def train(config: DictConfig) -> None:
+def train(config: DictConfig, record: RunRecord) -> None:
     """One run, from the tool server to the summary. Raises what ended it early."""
     from verl.trainer.main_ppo import run_ppo
 
     from recipe.gtpo.task_runner import GTPOTaskRunner
 
-    record = RunRecord(config.run_dir)
     record.write_start(config.seed)
-    (record.dir / CAUSE_FILE).unlink(missing_ok=True)
     with tool_server(config) as server:
         with open_dict(config):
             variables = config.ray_kwargs.ray_init.runtime_env.setdefault("env_vars", {})
@@ -141,7 +137,8 @@ def train(config: DictConfig) -> None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
         say("starting Ray, the policy and the rollout servers")
         try:
-            with watch_tool_server(server, config), Progress(record, config.trainer.total_training_steps):
+            watch = watch_tool_server(server, record, config.watchdog.poll_seconds)
+            with watch, Progress(record, config.trainer.total_training_steps):
                 run_ppo(config, task_runner_class=GTPOTaskRunner)
         finally:
             _keep_logs(record)
@@ -153,7 +150,7 @@ def _keep_logs(record: RunRecord) -> None:
     # Ray has no public name for the folder of the session it is in; tests/gtpo/test_plugin.py breaks when it moves.
     node = ray._private.worker._global_node
     if node is not None:
-        shutil.copytree(node.get_logs_dir_path(), record.logs, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        record.keep_logs(node.get_logs_dir_path())
 
 
 def run(config: DictConfig) -> int:
@@ -162,29 +159,32 @@ def run(config: DictConfig) -> int:
     # Started with `&` by a script, the process inherits an ignored SIGINT, and nothing could interrupt the run: neither
     # the watch on the tool server, nor whoever stops it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    record = RunRecord(Path(config.run_dir).resolve())
+    record.drop_cause()
     try:
         check(config, dict(HydraConfig.get().runtime.choices))
         prepare(config)
         validate(config)
-        record = RunRecord(config.run_dir)
-        if finished(config):
+        resumes = config.trainer.resume_mode == "auto"
+        checkpoint = latest_checkpoint(config.trainer.default_local_dir) if resumes else None
+        if finished(config, record, checkpoint):
             summarize(record, config)
             say("this run is complete, nothing was trained; to train again, set seed= or trainer.experiment_name=")
             return 0
-        train(config)
+        if checkpoint is not None:
+            say(f"going on from the checkpoint of step {checkpoint}")
+        train(config, record)
         summarize(record, config, seconds=time.monotonic() - began)
         return 0
-    except (ConfigError, ServerStartError) as e:
+    except (ConfigError, RecordError, ServerStartError) as e:
         return _end(str(e))
     except KeyboardInterrupt:
-        cause = read_cause(config.run_dir)
+        cause = record.read_cause()
         return _end(cause) if cause else _end("interrupted", status=130)
     except Exception as e:
-        logs = RunRecord(config.run_dir).logs
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / "driver.txt").write_text("".join(traceback.format_exception(e)))
-        cause = read_cause(config.run_dir) or f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
-        return _end(f"{cause} (whole report: {logs})")
+        record.write_traceback("".join(traceback.format_exception(e)))
+        cause = record.read_cause() or f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+        return _end(f"{cause} (whole report: {record.logs})")
 
 
 def _end(cause: str, status: int = 1) -> int:

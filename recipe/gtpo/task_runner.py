@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1
 
 import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
-from recipe.gtpo.run.watchdog import ActorWatch, write_cause
+from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.watchdog import ActorWatch
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
 # tests/gtpo/test_plugin.py breaks when it moves.
@@ -25,7 +26,7 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
 
     def init_agent_loop_manager(self) -> None:
         super().init_agent_loop_manager()
-        self._watch = ActorWatch(self._parts(), self.config.run_dir, self.config.watchdog.poll_seconds)
+        self._watch = ActorWatch(self._parts(), RunRecord(self.config.run_dir), self.config.watchdog.poll_seconds)
         self._watch.start()
 
     def run(self, config: DictConfig) -> None:
@@ -34,7 +35,7 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer.
             cause = self._watch.find_dead(timeout=3.0) if self._watch is not None else None
-            write_cause(config.run_dir, cause or f"{type(e).__name__}: {_first_line(e)}")
+            RunRecord(config.run_dir).write_cause(cause or f"{type(e).__name__}: {_first_line(e)}")
             raise
         finally:
             if self._watch is not None:

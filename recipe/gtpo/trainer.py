@@ -56,6 +56,8 @@ class GTPOTrainerMixin(_Trainer):
         super().__init__(config)
         self.record = RunRecord(config.run_dir)
         self._lost = 0  # trajectories of this start
+        self._first = 0
+        self._step_metrics: dict[str, Any] = {}
 
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
@@ -143,6 +145,28 @@ class GTPOTrainerMixin(_Trainer):
         return metrics | {"gtpo/validation/rows": float(len(sample_uids)), "gtpo/validation/lost": float(lost)}
 
     # -- record -----------------------------------------------------------------------------------------------------
+    #
+    # verl saves a step before it validates and computes the step's metrics. A run that dies in between goes on behind
+    # the step, so what its line needs is on disk before the checkpoint is. (Saving later instead, when the line is
+    # written, would load the policy beside rollout servers that have taken the accelerator's memory back, snapshot
+    # colocate_async's TransferQueue while it is written to, and lose the step to a validation that fails.)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._first = self.global_steps  # the checkpoint's step, 0 without one
+        self.record.forget_after(self._first or -1)
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self._step_metrics = metrics
+        return super().step(metrics, timing_raw)
+
+    def _save_checkpoint(self) -> None:
+        self.record.write_checkpoint_metrics(self.global_steps, self._step_metrics)
+        super()._save_checkpoint()
+
+    def on_train_begin(self) -> None:
+        self.record.complete(self._first, {})  # where verl does not validate before training
+        super().on_train_begin()
 
     def _validate(self) -> dict[str, float]:
         try:
@@ -154,8 +178,8 @@ class GTPOTrainerMixin(_Trainer):
             raise RuntimeError(
                 "every validation rollout failed; the run's logs say why (the worker-*.err of AgentLoopWorkerTQ)"
             ) from e
-        if self.global_steps == 0:  # later ones come with their step's metrics
-            self.record.write_metrics(0, metrics)
+        if self.global_steps == self._first:  # before training; later ones come with their step's metrics
+            self.record.complete(self._first, metrics)
         return metrics
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:
@@ -180,6 +204,7 @@ class GTPOTrainerMixin(_Trainer):
                 for i, trajectory in enumerate(trajectories)
                 if trajectory is not None
             ),
+            more=self.local_trigger_step > 0,  # separate_async may make several updates a step
         )
 
 

@@ -433,6 +433,15 @@ def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
     assert sorted(path.name for path in (tmp_path / "trajectories").iterdir()) == ["2.jsonl", "4.jsonl"]
 
 
+def test_a_step_of_several_updates_records_the_trajectories_of_all(queue, tmp_path):
+    trainer = make_trainer(tmp_path, mode="gtpo_separate_async")
+    for attempt in range(2):  # the step is done again after a resume
+        for trainer.local_trigger_step, rows in enumerate([{"p_0_0": "SOLVED", "p_1_0": "FAILED"}, {"q_0_0": "CUT"}]):
+            trainer._compute_advantage(put(queue, rows), {})
+        lines = RunRecord(tmp_path).read_trajectories(1)
+        assert [line["group"] for line in lines] == ["p", "p", "q"], attempt
+
+
 def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
     batch = put(queue, TWO_GROUPS)
     trainer = make_trainer(tmp_path)

@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from recipe.gtpo.method.advantage import discounted_returns, normalize_returns
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.options import GTPOOptions, ShapingOptions
 from recipe.gtpo.method.turns import Finish, Trajectory, Turn
+from recipe.gtpo.run.record import RunRecord
 
 DOCS = Path(__file__).parents[3] / "docs"
 EXAMPLE = DOCS / "credit_group.jsonl"
@@ -34,11 +35,10 @@ Group = Sequence[Trajectory]  # siblings: trajectories of one prompt
 # The group
 
 
-def read_groups(path: Path) -> dict[str, list[Trajectory]]:
-    """The recorded trajectories of a file by prompt, without those that were dropped."""
+def by_prompt(rows: Iterable[dict[str, Any]]) -> dict[str, list[Trajectory]]:
+    """The recorded trajectories of a step by prompt, without those that were dropped."""
     groups: dict[str, list[Trajectory]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in rows:
         if not row["dropped"]:
             groups.setdefault(row["group"], []).append(Trajectory.from_dict(row))
     return groups
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, default=DOCS / "credit.png")
     options = parser.parse_args(argv)
     try:
-        groups = read_groups(_file(options.run_dir, options.step))
+        groups = by_prompt(_rows(options.run_dir, options.step))
         label = _find(groups, options.group) if options.group else choose(groups)
     except (OSError, ValueError) as e:
         sys.exit(str(e))
@@ -240,16 +240,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{options.out}: group {label}")
 
 
-def _file(run_dir: Path | None, step: int | None) -> Path:
+def _rows(run_dir: Path | None, step: int | None) -> list[dict[str, Any]]:
     if run_dir is None:
-        return EXAMPLE
-    folder = run_dir / "trajectories"
-    steps = sorted(int(path.stem) for path in folder.glob("*.jsonl"))
-    if not steps:
-        raise ValueError(f"{folder}: no recorded trajectories")
-    if step is not None and step not in steps:
-        raise ValueError(f"{folder}: no step {step}; recorded: {', '.join(map(str, steps))}")
-    return folder / f"{steps[-1] if step is None else step}.jsonl"
+        return [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
+    record = RunRecord(run_dir)
+    return record.read_trajectories(max(record.trajectory_steps(), default=0) if step is None else step)
 
 
 def _find(groups: dict[str, list[Trajectory]], start: str) -> str:

@@ -53,7 +53,10 @@ class Progress:
             self._draw()
 
     def _draw(self) -> None:
-        for line in self._record.read_metrics():
+        lines = self._record.read_metrics()
+        # Fewer than before: the trainer dropped what came after its checkpoint, and does these steps again.
+        self._seen = min(self._seen, lines[-1]["step"] if lines else -1)
+        for line in lines:
             step, metrics = line["step"], line["metrics"]
             if step <= self._seen:
                 continue

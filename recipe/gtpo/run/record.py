@@ -1,13 +1,21 @@
 """What a run leaves on disk, and the only code that knows the layout.
 
     run_dir/
-        versions.json            packages, commit, machine, seed, command: one entry a start
-        hydra/                   the composed config and the overrides (written by hydra)
-        metrics.jsonl            one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
+        versions.json              packages, commit, machine, seed, command: one entry a start
+        metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
         trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
-        checkpoints/             verl's
-        logs/<start>/            output of Ray's workers, by start (0, 1, ... as in versions.json)
-        summary.json             what the last lines of the terminal said
+        checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
+                                   between the checkpoint and the step's line, the next start makes the line of them
+        logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
+                                   driver.txt, the traceback of a command that failed
+        cause.txt                  why the latest start ended early, in one line
+        summary.json               what the last lines of the terminal said
+
+    and what others write there:
+        hydra/, main.log           hydra: the composed config, the overrides, its log
+        checkpoints/               verl (trainer.default_local_dir)
+        tensorboard/               verl: the curves
+        terminal.log               experiments/compare.py: the command's output, where a comparison started it
 
 The trainer writes, on the node where it runs; the command that started it reads, to show progress.
 """
@@ -15,8 +23,10 @@ The trainer writes, on the node where it runs; the command that started it reads
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +34,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("verl", "torch", "transformers", "ray", "tensordict", "TransferQueue", "hydra-core", "vllm", "sglang")
 
@@ -34,18 +46,29 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "it left no message"
 
 
+class RecordError(ValueError):
+    """A file that cannot be used as it is. The message is one line: which, and what to do."""
+
+
 class RunRecord:
-    """Reads and writes one run folder."""
+    """Reads and writes one run folder. Reading a file that was cut off raises RecordError."""
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.dir = Path(run_dir)
         self.metrics_path = self.dir / "metrics.jsonl"
+        self._versions = self.dir / "versions.json"
+        self._summary = self.dir / "summary.json"
+        self._cause = self.dir / "cause.txt"
+        self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
+        self._trajectories = self.dir / "trajectories"
+        self._said: set[str] = set()
+
+    # -- starts ------------------------------------------------------------------------------------------------------
 
     def write_start(self, seed: int) -> None:
         """Add this start's versions to versions.json (a resumed run has several)."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "versions.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = self.read_starts()
         starts.append(
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -58,42 +81,185 @@ class RunRecord:
                 "packages": {name: version for name in _PACKAGES if (version := _version(name))},
             }
         )
-        _replace(path, json.dumps(starts, indent=2))
+        _replace(self._versions, json.dumps(starts, indent=2))
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        return _read_json(self._versions, list) or []
 
     @property
     def logs(self) -> Path:
         """The folder for the logs of the latest start."""
-        path = self.dir / "versions.json"
-        start = len(json.loads(path.read_text())) - 1 if path.exists() else 0
-        return self.dir / "logs" / str(start)
+        return self.dir / "logs" / str(max(0, len(self.read_starts()) - 1))
+
+    def keep_logs(self, folder: str | os.PathLike[str]) -> None:
+        """Copy what the workers of the latest start wrote."""
+        shutil.copytree(folder, self.logs, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+
+    def write_traceback(self, text: str) -> None:
+        """Of the latest start's command."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        (self.logs / "driver.txt").write_text(text)
+
+    def write_cause(self, cause: str) -> None:
+        """Keep the first cause only: what follows it is a consequence."""
+        try:
+            with self._cause.open("x") as f:
+                f.write(cause + "\n")
+        except FileExistsError:
+            return
+
+    def drop_cause(self) -> None:
+        """At the next start: it has not ended."""
+        self._cause.unlink(missing_ok=True)
+
+    def read_cause(self) -> str | None:
+        return self._cause.read_text().strip() if self._cause.exists() else None
+
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values that are no numbers are left out: they belong to other records."""
-        numbers = {k: float(v) for k, v in metrics.items() if _is_number(v)}
-        with self.metrics_path.open("a") as f:
-            f.write(json.dumps({"step": step, "metrics": numbers}) + "\n")
+        line = json.dumps({"step": step, "metrics": _numbers(metrics)}) + "\n"
+        with self.metrics_path.open("ab+") as f:
+            if f.tell() > 0:
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a writer was killed in the middle of its line
+                    line = "\n" + line
+            f.write(line.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines so far, the latest for each step (a resumed run repeats steps after its checkpoint)."""
+        """All lines so far by step, the latest for each. What is left of a killed writer's line is passed over."""
         by_step = {line["step"]: line for line in self._lines(self.metrics_path)}
         return [by_step[step] for step in sorted(by_step)]
 
-    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        folder = self.dir / "trajectories"
-        folder.mkdir(exist_ok=True)
-        _replace(folder / f"{step}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def write_checkpoint_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """What is known of a step when it is saved: `complete` makes the line of it if the run dies before it does."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        _replace(self._checkpoint_metrics, json.dumps({"step": step, "metrics": _numbers(metrics)}))
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines and trajectories of later steps (-1: of all): a resumed run does these steps again.
+
+        Afterwards metrics.jsonl has exactly one line a step, and no torn one.
+        """
+        if self.metrics_path.exists():
+            lines = [line for line in self.read_metrics() if line["step"] <= step]
+            _replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in [*self._trajectories.glob("*.jsonl"), *self._trajectories.glob("*.tmp")]:
+            if path.suffix == ".tmp" or int(path.stem) > step:
+                path.unlink()
+        if self._read_checkpoint_metrics()[0] > step:
+            self._checkpoint_metrics.unlink()
+
+    def complete(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Give the step that a run starts from its line, unless it has one.
+
+        Args:
+            step: 0, or the checkpoint's.
+            metrics: of the validation before training.
+        """
+        saved, known = self._read_checkpoint_metrics()
+        line = {**(known if saved == step else {}), **metrics}
+        if line and all(other["step"] != step for other in self.read_metrics()):
+            self.write_metrics(step, line)
+
+    def _read_checkpoint_metrics(self) -> tuple[int, dict[str, float]]:
+        saved = _read_json(self._checkpoint_metrics, dict)
+        return (-1, {}) if saved is None else (saved["step"], saved["metrics"])
+
+    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]], *, more: bool = False) -> None:
+        """Write the file of `step`, or add `more` rows to it."""
+        self._trajectories.mkdir(exist_ok=True)
+        before = self._step_file(step).read_text() if more else ""
+        _replace(self._step_file(step), before + "".join(json.dumps(row) + "\n" for row in rows))
+
+    def trajectory_steps(self) -> list[int]:
+        """The steps whose trajectories were recorded, ascending."""
+        return sorted(int(path.stem) for path in self._trajectories.glob("*.jsonl"))
+
+    def read_trajectories(self, step: int) -> list[dict[str, Any]]:
+        """What was written for `step`. Raises ValueError, with the steps that there are, when it is not one of them."""
+        if not (steps := self.trajectory_steps()):
+            raise ValueError(f"{self._trajectories}: no recorded trajectories")
+        if step not in steps:
+            raise ValueError(f"{self._trajectories}: no step {step}; recorded: {', '.join(map(str, steps))}")
+        return [json.loads(line) for line in self._step_file(step).read_text().splitlines()]
+
+    def _step_file(self, step: int) -> Path:
+        return self._trajectories / f"{step}.jsonl"
+
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _replace(self.dir / "summary.json", json.dumps(summary, indent=2))
+        _replace(self._summary, json.dumps(summary, indent=2))
 
-    @staticmethod
-    def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    def read_summary(self) -> dict[str, Any] | None:
+        """None until the run has ended well."""
+        return _read_json(self._summary, dict)
+
+    def _lines(self, path: Path) -> Iterator[dict[str, Any]]:
         if not path.exists():
             return
         with path.open() as f:
-            for line in f:
-                if line.endswith("\n"):  # the writer may be in the middle of the last one
+            for number, line in enumerate(f, 1):
+                if not line.endswith("\n"):  # the writer may be in the middle of it
+                    return
+                try:
                     yield json.loads(line)
+                except ValueError:
+                    self._say_once(f"{path}: line {number} is no JSON, passed over: its writer was killed")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> int | None:
+    """The step of the checkpoint that verl goes on from with trainer.resume_mode=auto, None where there is none.
+
+    verl empties its tracker file before it writes the step, and does so when all else of the checkpoint is written. So
+    where a kill left it empty, the checkpoint written last is whole, and its step is put into the file.
+
+    Args:
+        folder: trainer.default_local_dir.
+
+    Raises:
+        RecordError: the tracker names a checkpoint that is not there (verl would start over), or nothing at all.
+    """
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        return None
+    text = tracker.read_text(errors="replace")
+    remedy = "put the checkpoint back, or delete this file to start over"
+    if text.strip().isdecimal():
+        if not tracker.with_name(f"global_step_{int(text)}").is_dir():
+            raise RecordError(f"{tracker} names step {int(text)}, but there is no global_step_{int(text)}: {remedy}")
+        return int(text)
+    written = {path.parent.name: path.stat().st_mtime for path in tracker.parent.glob("global_step_*/data.pt")}
+    if not written:
+        raise RecordError(f"{tracker} names no step, and there is no checkpoint: {remedy}")
+    step = int(max(written, key=lambda name: written[name]).removeprefix("global_step_"))
+    logger.warning(f"{tracker} was cut off; its checkpoint is that of step {step}")
+    _replace(tracker, str(step))
+    return step
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """What the file holds, None when it is not there. Raises RecordError."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(errors="replace"))
+    except ValueError:
+        found = None
+    if not isinstance(found, kind):
+        raise RecordError(f"{path} is no JSON {kind.__name__}, its writing was cut off: delete it")
+    return found
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if _is_number(v)}
 
 
 def _is_number(value: Any) -> bool:

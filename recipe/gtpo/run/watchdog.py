@@ -2,7 +2,7 @@
 
 A dead rollout server or agent-loop worker makes verl's trainer wait for ever: nothing is left that would finish the
 batch. `ActorWatch` notices in the trainer's process and ends it; the command that started the run then ends too
-(recipe/gtpo/main.py). The first cause goes to `run_dir/cause.txt`, so that it can be the last line the user reads.
+(recipe/gtpo/main.py). The first cause goes to the run's record, so that it can be the last line the user reads.
 """
 
 from __future__ import annotations
@@ -13,26 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import ray
 
-CAUSE_FILE = "cause.txt"
-
-
-def write_cause(run_dir: str | os.PathLike[str], cause: str) -> None:
-    """Keep the first cause only: what follows it is a consequence."""
-    try:
-        with open(Path(run_dir) / CAUSE_FILE, "x") as f:
-            f.write(cause + "\n")
-    except FileExistsError:
-        return
-
-
-def read_cause(run_dir: str | os.PathLike[str]) -> str | None:
-    path = Path(run_dir) / CAUSE_FILE
-    return path.read_text().strip() if path.exists() else None
+from recipe.gtpo.run.record import RunRecord
 
 
 class ActorWatch:
@@ -42,13 +27,13 @@ class ActorWatch:
 
     Args:
         actors: (what it is, handle) pairs.
-        run_dir: where the cause goes.
+        record: where the cause goes.
         poll_seconds: time between two looks.
     """
 
-    def __init__(self, actors: Iterable[tuple[str, Any]], run_dir: str, poll_seconds: float) -> None:
+    def __init__(self, actors: Iterable[tuple[str, Any]], record: RunRecord, poll_seconds: float) -> None:
         self._actors = list(actors)
-        self._run_dir = run_dir
+        self._record = record
         self._poll_seconds = poll_seconds
         self._questions = {_ask(handle): (name, handle) for name, handle in self._actors}
         self._lock = threading.Lock()
@@ -89,7 +74,7 @@ class ActorWatch:
         while not self._stop.wait(self._poll_seconds):
             dead = self.find_dead()
             if dead is not None and not self._stop.is_set():
-                write_cause(self._run_dir, dead)
+                self._record.write_cause(dead)
                 print(f"gtpo: {dead}; ending the run", file=sys.stderr, flush=True)
                 # The main thread may be in a call that never returns; the driver sees this process go and cleans up.
                 os._exit(1)

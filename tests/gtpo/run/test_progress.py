@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 import pytest
 from omegaconf import OmegaConf
 
+from recipe.gtpo.run import progress
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy
 from recipe.gtpo.run.record import RunRecord
 
@@ -96,3 +98,17 @@ def test_a_resumed_run_goes_on_from_the_steps_it_has(record):
         record.write_metrics(2, training(0.75))
     assert "held-out" not in out.getvalue()  # said by the run before
     assert "2/4" in out.getvalue() and "1/4" in out.getvalue()
+
+
+def test_steps_that_a_resumed_run_does_again_are_shown_again(record, monkeypatch):
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
+    for step in range(4):
+        record.write_metrics(step, training(0.1))
+    out = io.StringIO()
+    with Progress(record, total_steps=4, out=out) as shown:
+        record.forget_after(1)  # the trainer, when it has loaded its checkpoint
+        deadline = time.monotonic() + 10
+        while shown._seen != 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        record.write_metrics(2, training(0.25))
+    assert "2/4" in out.getvalue() and "acc=0.25" in out.getvalue()

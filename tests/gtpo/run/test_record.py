@@ -5,13 +5,15 @@ these files.
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.record import RecordError, RunRecord, latest_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -34,6 +36,30 @@ def test_a_start_says_what_ran(record):
 def test_a_resumed_run_has_one_entry_a_start(record):
     record.write_start(seed=8)
     assert [start["seed"] for start in json.loads((record.dir / "versions.json").read_text())] == [7, 8]
+    assert [start["seed"] for start in record.read_starts()] == [7, 8]
+
+
+def test_the_first_cause_of_a_start_s_end_stays(record):
+    assert record.read_cause() is None
+    record.write_cause("the rollout server died: pid 7")
+    record.write_cause("RuntimeError: no trajectories")
+    assert record.read_cause() == "the rollout server died: pid 7"
+    record.drop_cause()
+    assert record.read_cause() is None
+    record.drop_cause()
+
+
+def test_logs_lie_by_start(record, tmp_path):
+    (tmp_path / "ray").mkdir()
+    for start in ("0", "1"):
+        (tmp_path / "ray" / "worker.err").write_text(start)
+        record.keep_logs(tmp_path / "ray")
+        record.write_traceback(f"Traceback {start}")
+        record.write_start(seed=7)
+    for start in ("0", "1"):
+        folder = record.dir / "logs" / start
+        assert (folder / "worker.err").read_text() == start
+        assert (folder / "driver.txt").read_text() == f"Traceback {start}"
 
 
 def test_metrics_are_one_json_line_a_step(record):
@@ -66,6 +92,100 @@ def test_a_half_written_last_line_is_not_read_yet(record):
     assert [line["step"] for line in record.read_metrics()] == [1]
 
 
+def test_what_a_killed_writer_left_costs_no_line_after_it_and_is_said_once(record, caplog):
+    record.write_metrics(1, {"a": 1})
+    with record.metrics_path.open("a") as f:
+        f.write('{"step": 2, "metr')
+    resumed = RunRecord(record.dir)
+    resumed.write_metrics(2, {"a": 2})
+    resumed.write_metrics(3, {"a": 3})
+    for _ in range(3):
+        assert [line["step"] for line in resumed.read_metrics()] == [1, 2, 3]
+    (said,) = caplog.messages
+    assert said == f"{record.metrics_path}: line 2 is no JSON, passed over: its writer was killed"
+    resumed.forget_after(3)
+    assert [json.loads(line)["step"] for line in record.metrics_path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_good_line_glued_to_a_torn_one_is_said_not_swallowed(record, caplog):
+    record.metrics_path.write_text('{"step": 1, "metr{"step": 1, "metrics": {}}\n{"step": 2, "metrics": {}}\n')
+    assert [line["step"] for line in record.read_metrics()] == [2]
+    assert "line 1 is no JSON" in caplog.text
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(record):
+    for step in range(6):
+        record.write_metrics(step, {"a": step})
+        record.write_trajectories(step, [{"group": "a"}])
+    (record.dir / "trajectories" / "6.jsonl.tmp").write_text("half")
+    record.write_checkpoint_metrics(5, {"a": 5})
+    record.forget_after(3)
+    assert [line["step"] for line in record.read_metrics()] == record.trajectory_steps() == [0, 1, 2, 3]
+    assert {path.name for path in (record.dir / "trajectories").iterdir()} == {f"{step}.jsonl" for step in range(4)}
+    record.complete(5, {})
+    assert len(record.read_metrics()) == 4  # the metrics of the lost step are gone too
+
+
+def test_a_checkpoint_without_its_line_gets_it_from_what_was_saved_with_it(record):
+    record.write_checkpoint_metrics(2, {"a": 0.5, "word": "x"})
+    record.complete(2, {"val": 0.25})
+    record.complete(2, {"val": 0.75})  # it has one
+    assert record.read_metrics() == [{"step": 2, "metrics": {"a": 0.5, "val": 0.25}}]
+    record.complete(4, {"val": 0.5})  # a checkpoint that another run saved
+    assert record.read_metrics()[1] == {"step": 4, "metrics": {"val": 0.5}}
+    record.complete(6, {})
+    assert len(record.read_metrics()) == 2  # nothing is known of it
+
+
+@pytest.mark.parametrize("torn", ["", "[", '{"steps": [0', "\0\0\0", "7"])
+def test_a_torn_file_is_named_in_one_line(record, torn):
+    reads = {
+        "versions.json": record.read_starts,
+        "summary.json": record.read_summary,
+        "checkpoint_metrics.json": lambda: record.complete(1, {}),
+    }
+    for name, read in reads.items():
+        (record.dir / name).write_text(torn)
+        with pytest.raises(RecordError, match=rf"{name} is no JSON (list|dict), its writing was cut off: delete it$"):
+            read()
+
+
+def checkpoint(folder, step, age):
+    data = folder / f"global_step_{step}" / "data.pt"
+    data.parent.mkdir()
+    data.touch()
+    os.utime(data, (1e9 - age, 1e9 - age))
+
+
+def test_the_latest_checkpoint_is_the_one_that_verl_goes_on_from(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("4")
+    checkpoint(tmp_path, 4, age=0)
+    assert latest_checkpoint(tmp_path) == 4
+    assert find_latest_ckpt_path(str(tmp_path)) == str(tmp_path / "global_step_4")
+
+
+@pytest.mark.parametrize("torn", ["", "\0"])
+def test_a_torn_tracker_is_mended_with_the_checkpoint_written_last(tmp_path, torn):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text(torn)
+    with pytest.raises(RecordError, match=r"names no step, and there is no checkpoint: .*delete this file"):
+        latest_checkpoint(tmp_path)
+    for step, age in ((8, 30), (10, 10), (20, 20)):  # 20 is from an earlier attempt
+        checkpoint(tmp_path, step, age)
+    (tmp_path / "global_step_12").mkdir()  # only begun
+    assert latest_checkpoint(tmp_path) == 10
+    assert find_latest_ckpt_path(str(tmp_path)) == str(tmp_path / "global_step_10")
+
+
+def test_a_tracker_whose_checkpoint_is_gone_is_named(tmp_path):
+    """verl would start over, and the record with it."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    with pytest.raises(RecordError, match="names step 4, but there is no global_step_4: put the checkpoint back"):
+        latest_checkpoint(tmp_path)
+
+
 def test_a_run_without_metrics_has_none(record):
     assert record.read_metrics() == []
 
@@ -73,9 +193,21 @@ def test_a_run_without_metrics_has_none(record):
 def test_trajectories_are_one_file_a_step_written_whole(record):
     record.write_trajectories(3, iter([{"group": "a"}, {"group": "b"}]))
     record.write_trajectories(3, [{"group": "c"}])  # the step is done again after a resume
+    record.write_trajectories(10, [])
     folder = record.dir / "trajectories"
-    assert [path.name for path in folder.iterdir()] == ["3.jsonl"]  # no temporary file is left
+    assert {path.name for path in folder.iterdir()} == {"3.jsonl", "10.jsonl"}  # no temporary file is left
     assert (folder / "3.jsonl").read_text() == '{"group": "c"}\n'
+    assert record.trajectory_steps() == [3, 10]
+    assert record.read_trajectories(3) == [{"group": "c"}] and record.read_trajectories(10) == []
+
+
+def test_trajectories_that_are_not_there_are_named(record):
+    with pytest.raises(ValueError, match="trajectories: no recorded trajectories"):
+        record.read_trajectories(1)
+    record.write_trajectories(3, [])
+    record.write_trajectories(10, [])
+    with pytest.raises(ValueError, match="trajectories: no step 1; recorded: 3, 10"):
+        record.read_trajectories(1)
 
 
 def test_a_row_that_cannot_be_written_leaves_the_earlier_file(record):
@@ -86,6 +218,7 @@ def test_a_row_that_cannot_be_written_leaves_the_earlier_file(record):
 
 
 def test_the_summary_replaces_the_one_before(record):
+    assert record.read_summary() is None
     record.write_summary({"accuracy": [0.1, 0.2]})
     record.write_summary({"accuracy": [0.1, 0.9]})
-    assert json.loads((record.dir / "summary.json").read_text()) == {"accuracy": [0.1, 0.9]}
+    assert json.loads((record.dir / "summary.json").read_text()) == {"accuracy": [0.1, 0.9]} == record.read_summary()

@@ -10,7 +10,8 @@ import time
 import pytest
 import ray
 
-from recipe.gtpo.run.watchdog import ActorWatch, read_cause, write_cause
+from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.watchdog import ActorWatch
 
 pytestmark = pytest.mark.e2e
 
@@ -47,7 +48,7 @@ def _ray():
 def test_a_dead_actor_is_found_and_named(tmp_path):
     part = Part.remote()
     pid = ray.get(part.pid.remote())
-    watch = ActorWatch([("rollout server", part)], str(tmp_path), poll_seconds=1)
+    watch = ActorWatch([("rollout server", part)], RunRecord(tmp_path), poll_seconds=1)
     ray.get(part.pid.remote())  # by now the watch holds an answer from before the death
     os.kill(pid, signal.SIGKILL)
     dead = watch.find_dead(timeout=30)
@@ -57,14 +58,7 @@ def test_a_dead_actor_is_found_and_named(tmp_path):
 def test_a_busy_actor_is_not_dead(tmp_path):
     part = BusyPart.remote()
     working = part.work.remote(3)
-    watch = ActorWatch([("training worker", part)], str(tmp_path), poll_seconds=1)
+    watch = ActorWatch([("training worker", part)], RunRecord(tmp_path), poll_seconds=1)
     assert watch.find_dead(timeout=1.5) is None
     ray.get(working)
     assert watch.find_dead(timeout=1.0) is None
-
-
-def test_the_first_cause_stays(tmp_path):
-    assert read_cause(tmp_path) is None
-    write_cause(tmp_path, "the rollout server died: pid 7")
-    write_cause(tmp_path, "RuntimeError: no trajectories")
-    assert read_cause(tmp_path) == "the rollout server died: pid 7"

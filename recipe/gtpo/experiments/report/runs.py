@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,10 +32,11 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """Raises ValueError for a run without a validation before and after training."""
+        """Raises ValueError for a run that has not finished, or without a validation before and after training."""
         record = RunRecord(folder)
-        summary = json.loads((folder / "summary.json").read_text())
-        starts = json.loads((folder / "versions.json").read_text())
+        summary, starts = record.read_summary(), record.read_starts()
+        if summary is None or not starts:
+            raise ValueError(f"{folder}: a finished run has a summary.json and a versions.json")
         run = cls(
             dir=folder,
             method=summary["method"],
@@ -134,9 +134,9 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _finished(path: Path) -> list[Path]:
     """The run folder itself, or those in a folder of run folders. Raises ValueError where there is none."""
-    if (path / "summary.json").exists():
+    if RunRecord(path).read_summary() is not None:
         return [path]
-    found = sorted(summary.parent for summary in path.glob("*/summary.json"))
+    found = sorted(folder for folder in path.glob("*") if RunRecord(folder).read_summary() is not None)
     if not found:
         raise ValueError(f"{path}: no finished run (no summary.json in it or in its folders)")
     return found

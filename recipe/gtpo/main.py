@@ -26,7 +26,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
-from recipe.gtpo.run.progress import Progress, summarize  # noqa: E402
+from recipe.gtpo.run.identity import claim  # noqa: E402
+from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
@@ -165,16 +166,22 @@ def run(config: DictConfig) -> int:
         check(config, dict(HydraConfig.get().runtime.choices))
         prepare(config)
         validate(config)
+        claim(record, config)
         resumes = config.trainer.resume_mode == "auto"
         checkpoint = latest_checkpoint(config.trainer.default_local_dir) if resumes else None
-        if finished(config, record, checkpoint):
+        if finished(config, record, checkpoint) and not config.trainer.val_only:
             summarize(record, config)
-            say("this run is complete, nothing was trained; to train again, set seed= or trainer.experiment_name=")
+            say("this run is complete, nothing was trained; to train again, set seed= or run_dir=")
             return 0
         if checkpoint is not None:
             say(f"going on from the checkpoint of step {checkpoint}")
         train(config, record)
-        summarize(record, config, seconds=time.monotonic() - began)
+        if config.trainer.val_only:
+            evaluation = record.read_evaluations()[-1]
+            accuracy = validation_accuracy(evaluation["metrics"])
+            say(f"step {evaluation['step']}: held-out accuracy {accuracy:.3f}; see {record.dir}/evaluations.jsonl")
+        else:
+            summarize(record, config, seconds=time.monotonic() - began)
         return 0
     except (ConfigError, RecordError, ServerStartError) as e:
         return _end(str(e))

@@ -154,7 +154,8 @@ class GTPOTrainerMixin(_Trainer):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self._first = self.global_steps  # the checkpoint's step, 0 without one
-        self.record.forget_after(self._first or -1)
+        if not self.config.trainer.val_only:  # which trains no step again
+            self.record.forget_after(self._first or -1)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         self._step_metrics = metrics
@@ -178,7 +179,9 @@ class GTPOTrainerMixin(_Trainer):
             raise RuntimeError(
                 "every validation rollout failed; the run's logs say why (the worker-*.err of AgentLoopWorkerTQ)"
             ) from e
-        if self.global_steps == self._first:  # before training; later ones come with their step's metrics
+        if self.config.trainer.val_only:
+            self.record.write_evaluation(self.global_steps, metrics)
+        elif self.global_steps == self._first:  # before training; later ones come with their step's metrics
             self.record.complete(self._first, metrics)
         return metrics
 

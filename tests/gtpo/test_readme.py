@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -206,7 +207,7 @@ def test_the_results_are_those_of_the_results_page():
 def test_the_caption_s_numbers_are_drawn():
     from recipe.gtpo.experiments import draw_credit
 
-    (group,) = draw_credit.read_groups(draw_credit.EXAMPLE).values()
+    (group,) = draw_credit.by_prompt(map(json.loads, draw_credit.EXAMPLE.read_text().splitlines())).values()
     (row,) = [i for i, one in enumerate(group) if one.acc and one.turns[0].broken]
     drawn = (draw_credit.grpo_advantages(group)[row], draw_credit.gtpo_advantages(group)[row][0])
     assert re.findall(r"\((\+[\d.]+)\)", README.split("\n## ")[0]) == [f"{value:+.2f}" for value in drawn]

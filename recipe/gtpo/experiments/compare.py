@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from recipe.gtpo.experiments.report import show_report
 from recipe.gtpo.run.checks import ConfigError, config_file
+from recipe.gtpo.run.identity import same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
 
 MODULES = {"verl": "recipe.gtpo.main", "twin": "recipe.gtpo.experiments.twin"}
@@ -93,12 +94,30 @@ class Cell:
         return self.dir.name
 
     @property
+    def overrides(self) -> tuple[str, ...]:
+        """What its program is given: the command behind `python -m MODULE`."""
+        return self.command[3:]
+
+    @property
     def complete(self) -> bool:
         """Whether the run has said its last word, at the wanted number of steps."""
         summary = self.dir / "summary.json"
         if not summary.exists():
             return False
         return self.steps is None or json.loads(summary.read_text())["steps"][1] >= self.steps
+
+
+def refuse_others(cells: Sequence[Cell]) -> None:
+    """Raise ValueError where a cell's folder holds a run of other overrides: counted as done, it would be reported as
+    what it is not."""
+    for cell in cells:
+        starts = RunRecord(cell.dir).read_starts()
+        before = starts[-1]["command"][1:] if starts else cell.overrides
+        if not same_overrides(before, cell.overrides):
+            raise ValueError(
+                f"{cell.dir} was made by other overrides: {' '.join(before)}; here: {' '.join(cell.overrides)}. "
+                "Give this matrix another out="
+            )
 
 
 def parse_integers(key: str, text: str) -> list[int]:
@@ -335,6 +354,7 @@ def main(arguments: Sequence[str]) -> int:
         own, overrides = parse(arguments)
         cells = matrix(own, overrides)
         parallel, hours = at_once(own), float(own["hours"])
+        refuse_others(cells)
     except ValueError as e:
         print(f"compare: error: {e}", file=sys.stderr)
         return 1

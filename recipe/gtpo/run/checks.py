@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
+from recipe.gtpo.run.identity import variant
 from recipe.gtpo.tasks.task import Task, load_task
 
 #: hardware -> rollouts that make sense on it.
@@ -35,9 +36,10 @@ def config_file(group: str, name: str) -> Path:
 
 
 def register() -> None:
-    """Make the options (`gtpo_options`) and the resolver `gtpo_config` known; call before hydra composes."""
+    """Make the options (`gtpo_options`) and our resolvers known; call before hydra composes."""
     ConfigStore.instance().store(name="gtpo_options", node=asdict(GTPOOptions()))
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
+    OmegaConf.register_new_resolver("gtpo_variant", lambda: variant(), replace=True)
 
 
 def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:

@@ -19,6 +19,7 @@ _SHOWN = {
     "turns": "gtpo/turns/mean",
     "tool_errors": "gtpo/tool/error_rate",
     "infra": "gtpo/rows/infra_total",  # trajectories that the tool server failed: should be 0
+    "lost": "gtpo/rows/lost_total",  # trajectories that something else of ours failed: should be 0
 }
 _POLL_SECONDS = 0.5
 
@@ -93,17 +94,16 @@ def validation_mean(metrics: Mapping[str, float], name: str) -> float | None:
 
 def summarize(record: RunRecord, config: DictConfig, seconds: float | None = None) -> dict[str, Any]:
     """Write summary.json and print it: validation before and after, and where everything is."""
-    validated = [line for line in record.read_metrics() if validation_accuracy(line["metrics"]) is not None]
+    lines = record.read_metrics()
+    validated = [line for line in lines if validation_accuracy(line["metrics"]) is not None]
     if not validated:
+        bare = _about(config) | {"steps": [0, lines[-1]["step"] if lines else 0], "accuracy": [None, None]}
+        record.write_summary(bare)
         print(f"gtpo: done, without validation; outputs in {record.dir}")
-        return {}
+        return bare
     first, last = validated[0], validated[-1]
     names = ("first_turn_call", "malformed_call", "tool_error", "turns")
-    summary: dict[str, Any] = {
-        "method": config.method,
-        "task": config.task.name,
-        "horizon": OmegaConf.select(config, "task.horizon"),
-        "seed": config.seed,
+    summary: dict[str, Any] = _about(config) | {
         "steps": [first["step"], last["step"]],
         "accuracy": [validation_accuracy(first["metrics"]), validation_accuracy(last["metrics"])],
         **{name: [validation_mean(line["metrics"], name) for line in (first, last)] for name in names},
@@ -126,3 +126,12 @@ def summarize(record: RunRecord, config: DictConfig, seconds: float | None = Non
             print(f"{label:28}{before:10.3f}{after:10.3f}")
     print(f"outputs: {record.dir}", flush=True)
     return summary
+
+
+def _about(config: DictConfig) -> dict[str, Any]:
+    return {
+        "method": config.method,
+        "task": config.task.name,
+        "horizon": OmegaConf.select(config, "task.horizon"),
+        "seed": config.seed,
+    }

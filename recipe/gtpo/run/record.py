@@ -1,6 +1,7 @@
 """What a run leaves on disk, and the only code that knows the layout.
 
     run_dir/
+        config.json                the config of its first start, flat: the folder belongs to it (identity.py)
         versions.json              packages, commit, machine, seed, command: one entry a start
         metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
         trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
@@ -8,11 +9,12 @@
                                    between the checkpoint and the step's line, the next start makes the line of them
         logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
                                    driver.txt, the traceback of a command that failed
+        evaluations.jsonl          trainer.val_only: one line an evaluation, {"step": n, "metrics": {...}}
         cause.txt                  why the latest start ended early, in one line
         summary.json               what the last lines of the terminal said
 
     and what others write there:
-        hydra/, main.log           hydra: the composed config, the overrides, its log
+        hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, its log
         checkpoints/               verl (trainer.default_local_dir)
         tensorboard/               verl: the curves
         terminal.log               experiments/compare.py: the command's output, where a comparison started it
@@ -56,7 +58,9 @@ class RunRecord:
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.dir = Path(run_dir)
         self.metrics_path = self.dir / "metrics.jsonl"
+        self._config = self.dir / "config.json"
         self._versions = self.dir / "versions.json"
+        self._evaluations = self.dir / "evaluations.jsonl"
         self._summary = self.dir / "summary.json"
         self._cause = self.dir / "cause.txt"
         self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
@@ -82,6 +86,14 @@ class RunRecord:
             }
         )
         _replace(self._versions, json.dumps(starts, indent=2))
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        _replace(self._config, json.dumps(config, indent=1))
+
+    def read_config(self) -> dict[str, Any] | None:
+        """None before the first start."""
+        return _read_json(self._config, dict)
 
     def read_starts(self) -> list[dict[str, Any]]:
         return _read_json(self._versions, list) or []
@@ -131,6 +143,14 @@ class RunRecord:
         """All lines so far by step, the latest for each. What is left of a killed writer's line is passed over."""
         by_step = {line["step"]: line for line in self._lines(self.metrics_path)}
         return [by_step[step] for step in sorted(by_step)]
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the validation of a run that only validates: its step has its line in metrics.jsonl already."""
+        with self._evaluations.open("a") as f:
+            f.write(json.dumps({"step": step, "metrics": _numbers(metrics)}) + "\n")
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        return list(self._lines(self._evaluations))
 
     def write_checkpoint_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """What is known of a step when it is saved: `complete` makes the line of it if the run dies before it does."""

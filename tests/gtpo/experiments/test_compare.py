@@ -237,3 +237,16 @@ def test_an_interrupt_ends_what_runs(tmp_path):
 def test_an_unknown_method_ends_the_command_with_one_line(capsys):
     assert compare.main(["methods=nope"]) == 1
     assert capsys.readouterr().err.startswith("compare: error: unknown method 'nope'")
+
+
+def test_finished_cells_of_other_overrides_are_not_counted_as_done(tmp_path, capsys):
+    """The same out= with another learning rate used to report the first rate's runs as the second's."""
+    arguments = ["methods=gtpo", "seeds=1", f"out={tmp_path}"]
+    (one,) = matrix(*parse([*arguments, "actor_rollout_ref.actor.optim.lr=1e-3"]))
+    one.dir.mkdir()
+    start = {"command": ["main.py", *one.overrides]}
+    (one.dir / "versions.json").write_text(json.dumps([start]))
+    compare.refuse_others([one])
+    compare.refuse_others(matrix(*parse([*arguments, "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.save_freq=5"])))
+    assert compare.main([*arguments, "actor_rollout_ref.actor.optim.lr=2e-3"]) == 1
+    assert "was made by other overrides" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from omegaconf import DictConfig  # noqa: E402
 from recipe.gtpo.experiments.twin.settings import Settings, refuse_unread  # noqa: E402
 from recipe.gtpo.experiments.twin.training import train  # noqa: E402
 from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
+from recipe.gtpo.run.identity import claim  # noqa: E402
+from recipe.gtpo.run.record import RecordError, RunRecord  # noqa: E402
 
 
 @hydra.main(config_path="../../config", config_name="gtpo_trainer", version_base=None)
@@ -24,7 +26,8 @@ def main(config: DictConfig) -> None:
         refuse_unread(hydra_config.overrides.task)
         check(config, dict(hydra_config.runtime.choices))
         settings = Settings.of(config, prepare(config))
-    except ConfigError as e:
+        claim(RunRecord(settings.run_dir), config)
+    except (ConfigError, RecordError) as e:
         print(f"twin: error: {e}", file=sys.stderr)
         sys.exit(1)
     train(settings)

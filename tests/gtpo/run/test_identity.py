@@ -1,0 +1,68 @@
+"""A run folder belongs to one config: what makes another run, what does not, and what is said of a mismatch."""
+
+from __future__ import annotations
+
+import pytest
+from composition import compose
+from omegaconf import OmegaConf
+
+from recipe.gtpo.run.identity import FREE, claim, flatten, same_overrides, variant
+from recipe.gtpo.run.record import RecordError, RunRecord
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_readmes_own_next_commands_get_folders_of_their_own():
+    """They used to print the first run's numbers."""
+    names = {variant([one]) for one in ("algorithm.gtpo.baseline=turn", "actor_rollout_ref.actor.optim.lr=2e-4", "x=1")}
+    assert len(names) == 3 and all(len(name) == 7 and name.startswith("-") for name in names)
+
+
+def test_what_is_named_anyway_or_only_prolongs_a_run_is_no_variant():
+    free = ["trainer.total_training_steps=9", "tool_server.workers=4", "run_dir=x", "watchdog.poll_seconds=2"]
+    assert variant(["method=grpo", "seed=2", "task=arithmetic", "hardware=cpu", "rollout=transformers", *free]) == ""
+    assert variant(["a=1", "b=2"]) == variant(["b=2", "a=1", "seed=3"]) != variant(["a=1"])
+
+
+def test_every_free_key_is_one_of_the_config():
+    """A free key that the config does not know would be a typo that lets a difference through."""
+    config = compose()
+    assert [key for key in FREE if key not in ("experiment", "matrix") and not known(config, key)] == []
+
+
+def known(config, key):
+    parent, _, name = key.rpartition(".")
+    return name in (OmegaConf.select(config, parent) if parent else config)
+
+
+def config_of(**changes):
+    return OmegaConf.merge({"seed": 1, "actor": {"lr": 5e-4}, "trainer": {"total_training_steps": 2}}, changes)
+
+
+def test_the_same_config_may_go_on_and_go_on_for_longer(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    claim(record, config_of())
+    claim(record, config_of())
+    claim(record, config_of(trainer={"total_training_steps": 9}))
+    assert record.read_config()["trainer.total_training_steps"] == 2  # the first start's
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path):
+    record = RunRecord(tmp_path)
+    claim(record, config_of())
+    with pytest.raises(RecordError) as refused:
+        claim(record, config_of(actor={"lr": 2e-4}, data={"train_files": "other.parquet"}))
+    message = str(refused.value)
+    assert "actor.lr=0.0005 there, 0.0002 here; data.train_files=None there, other.parquet here" in message
+    assert "run_dir=" in message and "\n" not in message
+
+
+def test_a_config_is_flat_and_survives_its_file(tmp_path):
+    record = RunRecord(tmp_path)
+    record.write_config(flat := flatten({"a": {"b": 1, "c": [1, 2], "d": {}}, "e": None, "f": True}))
+    assert record.read_config() == flat == {"a.b": 1, "a.c": "[1, 2]", "a.d": "{}", "e": None, "f": True}
+
+
+def test_command_lines_are_the_same_run_in_any_order_and_for_any_length():
+    assert same_overrides(["a=1", "b=2", "run_dir=x"], ["b=2", "a=1", "trainer.total_training_steps=9"])
+    assert not same_overrides(["a=1"], ["a=2"])

@@ -56,7 +56,7 @@ class GTPOTrainerMixin(_Trainer):
         super().__init__(config)
         self.record = RunRecord(config.run_dir)
         self._lost = 0  # trajectories of this start
-        self._first = 0
+        self._loaded_step = 0
         self._step_metrics: dict[str, Any] = {}
 
     def _build_replay_buffer(self):
@@ -153,9 +153,9 @@ class GTPOTrainerMixin(_Trainer):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        self._first = self.global_steps  # the checkpoint's step, 0 without one
+        self._loaded_step = self.global_steps  # the checkpoint's step, 0 without one
         if not self.config.trainer.val_only:  # which trains no step again
-            self.record.forget_after(self._first or -1)
+            self.record.forget_after(self._loaded_step or -1)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         self._step_metrics = metrics
@@ -166,7 +166,7 @@ class GTPOTrainerMixin(_Trainer):
         super()._save_checkpoint()
 
     def on_train_begin(self) -> None:
-        self.record.complete(self._first, {})  # where verl does not validate before training
+        self.record.complete(self._loaded_step, {})  # where verl does not validate before training
         super().on_train_begin()
 
     def _validate(self) -> dict[str, float]:
@@ -181,8 +181,8 @@ class GTPOTrainerMixin(_Trainer):
             ) from e
         if self.config.trainer.val_only:
             self.record.write_evaluation(self.global_steps, metrics)
-        elif self.global_steps == self._first:  # before training; later ones come with their step's metrics
-            self.record.complete(self._first, metrics)
+        elif self.global_steps == self._loaded_step:  # before training; later ones come with their step's metrics
+            self.record.complete(self._loaded_step, metrics)
         return metrics
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:

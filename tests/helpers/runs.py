@@ -58,7 +58,7 @@ class Run:
             assert time.monotonic() < deadline, f"not after {seconds} s:\n{self.text()[-3000:]}"
             time.sleep(0.2)
 
-    def wait_for_step(self, step: int, seconds: float = 240) -> None:
+    def wait_for_step(self, step: int, seconds: float = 400) -> None:
         self.wait_until(lambda: any(line["step"] >= step for line in self.record.read_metrics()), seconds)
         self.look()
 

@@ -25,7 +25,8 @@ import ray  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
-from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
+from recipe.gtpo.run.checks import check, prepare, register  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
@@ -112,7 +113,7 @@ def validate(config: DictConfig) -> None:
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError) as e:
-        raise ConfigError(str(e)) from e
+        raise ConfigError(str(e) or one_line(e)) from e
 
 
 def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> bool:
@@ -190,12 +191,12 @@ def run(config: DictConfig) -> int:
         return _end(cause) if cause else _end("interrupted", status=130)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
-        cause = record.read_cause() or f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+        cause = record.read_cause() or one_line(e)
         return _end(f"{cause} (whole report: {record.logs})")
 
 
 def _end(cause: str, status: int = 1) -> int:
-    print(f"gtpo: error: {cause}", file=sys.stderr, flush=True)
+    print(f"gtpo: error: {plain(cause)}", file=sys.stderr, flush=True)
     return status
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
+from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.identity import variant
 from recipe.gtpo.tasks.task import Task, load_task
 
@@ -54,10 +55,6 @@ def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     with open_dict(config):
         del config["hydra"]
     return config, choices
-
-
-class ConfigError(Exception):
-    """A configuration that cannot run. The message is one line: what is wrong and what to do."""
 
 
 def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:

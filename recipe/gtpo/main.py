@@ -28,6 +28,7 @@ from omegaconf import DictConfig, open_dict  # noqa: E402
 from recipe.gtpo.run.checks import check, prepare, register  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
+from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
@@ -165,7 +166,8 @@ def run(config: DictConfig) -> int:
     record.drop_cause()
     try:
         check(config, dict(HydraConfig.get().runtime.choices))
-        prepare(config)
+        check_machine(config)
+        prepare(config, say)
         validate(config)
         claim(record, config)
         resumes = config.trainer.resume_mode == "auto"

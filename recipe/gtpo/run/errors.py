@@ -32,6 +32,8 @@ def one_line(error: BaseException) -> str:
         if not isinstance(inner, BaseException) or inner is error:
             break
         error = inner
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # of a YAML file: the first of many lines says least
+        return f"{type(error).__name__}: line {mark.line + 1} of {mark.name}: {error.problem}"  # type: ignore[attr-defined]
     text = plain(str(error)).strip()
     if raised := _RAISED.match(text):  # of an error that could not be sent, or of an actor that failed to start
         return raised[1].strip()

@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from ray import cloudpickle as pickle
 from ray.exceptions import ActorDiedError, RayTaskError
 from transformers import GPT2Config
@@ -87,6 +88,12 @@ def test_what_a_class_raised_that_hydra_called_is_the_cause():
 )
 def test_an_error_of_this_process_is_its_type_and_first_line(error, line):
     assert one_line(error) == line
+
+
+def test_a_fault_in_a_yaml_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "tools.yaml").write_text("tools:\n  - config: {a: 1\n  - b\n")
+    line = one_line(raised(OmegaConf.load, tmp_path / "tools.yaml"))
+    assert line.startswith(f"ParserError: line 4 of {tmp_path}/tools.yaml: expected ','")
 
 
 def test_an_error_that_is_its_own_cause_does_not_hang():

@@ -31,6 +31,7 @@ from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
+from recipe.gtpo.run.tools import check_tools  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 
@@ -138,6 +139,7 @@ def train(config: DictConfig, record: RunRecord) -> None:
             variables["GTPO_TOOL_SERVER_URL"] = config.tool_server.url
             if config.tool_server.token is not None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
+        check_tools(config, variables, say)
         say("starting Ray, the policy and the rollout servers")
         try:
             watch = watch_tool_server(server, record, config.watchdog.poll_seconds)

@@ -76,20 +76,20 @@ def compute_gtpo_advantage(
         token_level_rewards: (B, L). A turn's reward is what lies on its tokens and on the tokens after it up to the
             next turn; rows without a turn are ignored.
         response_mask: (B, L), non-zero on tokens that are trained on.
-        index: (B,) the prompt of each row (verl's uid).
+        index: (B,) the prompt of each row (verl's uid), as any labels that are hashable; 1 and "1" are two.
         config: verl's `config.algorithm`; our options are its key `gtpo` (absent: the defaults).
         turn_ids: (B, L); without it those of `recorded_turns`; without those the runs of `response_mask` are the
             turns. A masked token inside a recorded turn (rollout correction rejects tokens) gets 0 and changes nothing
             else; a row whose tokens are all rejected still counts in its pool, as in verl's GRPO.
         solved: (B,) bool, the raw outcomes, as for `recorded_turns`.
 
-    Raises ValueError, naming the row, when turns and mask disagree, a reward is not finite, or an option needs a record
-    that is not there.
+    Raises ValueError, naming the row, when turns and mask disagree, a reward is not finite, or a row has no group id;
+    and when an option needs a record that is not there.
     """
     options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
     # verl computes advantages on the CPU, and so do we: what lies on another device is moved here, the results back.
     device = token_level_rewards.device
-    token_level_rewards, response_mask = token_level_rewards.cpu(), response_mask.cpu()
+    token_level_rewards, response_mask = _plain(token_level_rewards), _plain(response_mask)
     record = _RECORDED.get()
     if turn_ids is None and record is not None:
         turn_ids, solved = record
@@ -105,6 +105,12 @@ def compute_gtpo_advantage(
     solved = None if solved is None else solved.cpu()
     returns, advantages = turn_advantages(turn_rewards, turn_mask, index, options, solved)
     return spread_to_tokens(advantages, runs).to(device), spread_to_tokens(returns, runs).to(device)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, in a type that numpy has: bfloat16 is none."""
+    tensor = tensor.cpu()
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _fit(turn_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,13 @@ import ray  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
-from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
+from recipe.gtpo.run.checks import check, prepare, register  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
+from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
+from recipe.gtpo.run.tools import check_tools  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 
@@ -113,7 +116,7 @@ def validate(config: DictConfig) -> None:
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError) as e:
-        raise ConfigError(str(e)) from e
+        raise ConfigError(str(e) or one_line(e)) from e
 
 
 def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> bool:
@@ -137,6 +140,7 @@ def train(config: DictConfig, record: RunRecord) -> None:
             variables["GTPO_TOOL_SERVER_URL"] = config.tool_server.url
             if config.tool_server.token is not None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
+        check_tools(config, variables, say)
         say("starting Ray, the policy and the rollout servers")
         try:
             watch = watch_tool_server(server, record, config.watchdog.poll_seconds)
@@ -165,7 +169,8 @@ def run(config: DictConfig) -> int:
     record.drop_cause()
     try:
         check(config, dict(HydraConfig.get().runtime.choices))
-        prepare(config)
+        check_machine(config)
+        prepare(config, say)
         validate(config)
         claim(record, config)
         gc.freeze()  # all is imported; the process ends a second sooner when it does not look for cycles in verl
@@ -193,12 +198,12 @@ def run(config: DictConfig) -> int:
         return _end(cause) if cause else _end("interrupted", status=130)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
-        cause = record.read_cause() or f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+        cause = record.read_cause() or one_line(e)
         return _end(f"{cause} (whole report: {record.logs})")
 
 
 def _end(cause: str, status: int = 1) -> int:
-    print(f"gtpo: error: {cause}", file=sys.stderr, flush=True)
+    print(f"gtpo: error: {plain(cause)}", file=sys.stderr, flush=True)
     return status
 
 

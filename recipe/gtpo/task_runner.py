@@ -9,7 +9,7 @@ import ray
 from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1
 
-import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
+from recipe.gtpo.run.errors import one_line
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.watchdog import ActorWatch
 
@@ -30,12 +30,15 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         self._watch.start()
 
     def run(self, config: DictConfig) -> None:
+        # Ray sends this class by value: in the process that runs it, nothing has imported the module that it stands in.
+        import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
+
         try:
             super().run(config)
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer.
             cause = self._watch.find_dead(timeout=3.0) if self._watch is not None else None
-            RunRecord(config.run_dir).write_cause(cause or f"{type(e).__name__}: {_first_line(e)}")
+            RunRecord(config.run_dir).write_cause(cause or one_line(e))
             raise
         finally:
             if self._watch is not None:
@@ -52,8 +55,3 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
             yield "agent loop worker", worker
         for worker in trainer.get_reward_handles() or ():
             yield "reward worker", worker
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""

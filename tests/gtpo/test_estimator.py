@@ -114,6 +114,22 @@ def test_group_ids_must_match_the_rows():
         compute_gtpo_advantage(BATCH.rewards, BATCH.mask, BATCH.uids[:2], turn_ids=BATCH.turn_ids)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, torch.bool], ids=str)
+def test_the_type_of_rewards_and_mask_changes_nothing(kind):
+    rewards = (BATCH.rewards > 0).float()
+    expected = compute_gtpo_advantage(rewards, BATCH.mask, BATCH.uids)
+    for r, mask in ((rewards.to(kind), BATCH.mask), (rewards, BATCH.mask.to(kind))):
+        found = compute_gtpo_advantage(r, mask, BATCH.uids)
+        assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, found, strict=True))
+
+
+def test_group_ids_that_are_tuples_or_of_mixed_types_make_the_same_groups():
+    expected = compute_gtpo_advantage(*BATCH.args)  # of the groups a, a, b
+    for uids in ([(0, 1), (0, 1), (0, 2)], [1, 1, "1"]):
+        found = compute_gtpo_advantage(BATCH.rewards, BATCH.mask, uids)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_kl_in_the_reward_is_summed_over_the_turn():
     dense = BATCH.rewards - 0.01 * torch.arange(7)
     _, returns = compute_gtpo_advantage(dense, BATCH.mask, BATCH.uids, {"gtpo": {"gamma": 0.0}}, BATCH.turn_ids)

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 import pytest
 import ray
 import verl  # noqa: F401  loads the plugin
+from ray import cloudpickle
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
@@ -122,6 +123,29 @@ def test_ray_keeps_the_class_inside_an_actor_where_the_task_runner_takes_it():
     assert issubclass(GTPOTaskRunner.__ray_metadata__.modified_class, inside)
     # what our subclass extends, by name
     assert callable(inside.run) and callable(inside.init_agent_loop_manager)
+
+
+RUN = """
+import sys
+from pathlib import Path
+import verl
+from ray import cloudpickle
+from verl.trainer.ppo.v1 import get_trainer_cls
+runner = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
+runner.__bases__[0].run = lambda self, config: print(get_trainer_cls(config).__name__)
+object.__new__(runner).run("gtpo_sync")
+"""
+
+
+def test_the_task_runner_knows_our_trainers_in_a_process_that_imported_nothing_of_ours(tmp_path):
+    """Ray sends the class of an actor by value, so what its module imports is not imported there."""
+    sent = tmp_path / "runner"
+    sent.write_bytes(cloudpickle.dumps(GTPOTaskRunner.__ray_metadata__.modified_class))
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(sent)]
+    environment = {**os.environ, "VERL_PLATFORM": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "GTPOTrainerSync"
 
 
 def test_ray_keeps_its_node_where_the_logs_are_looked_for():

@@ -75,6 +75,8 @@ _CELL_SETS = {
     "steps": "trainer.total_training_steps",
     "horizon": "task.horizon",
 }
+#: The flag of hydra that a cell may be given, with its folder in the next argument.
+_CONFIG_DIR = "--config-dir"
 _POLL_SECONDS = 1.0
 
 
@@ -135,18 +137,35 @@ def parse_integers(key: str, text: str) -> list[int]:
     return integers
 
 
+def parse_count(key: str, text: str) -> int:
+    """A whole number from 1. Raises ValueError, which names `key`."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{key}={text}: a whole number, at least 1")
+    return count
+
+
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """This command's own keys with their defaults, and what goes to the runs.
 
-    Raises ValueError for an unknown experiment, and for one whose `matrix` has a key that is none of this command's.
+    Raises ValueError for an unknown experiment, for one whose `matrix` has a key that is none of this command's, and
+    for an argument that a cell cannot be given.
     """
-    given, rest = {}, []
+    given: dict[str, str] = {}
+    rest: list[str] = []
     for argument in arguments:
-        key, _, value = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if key in DEFAULTS:
-            given[key] = value
-        else:
-            rest.append(argument)
+            given[key] = value.strip()
+            continue
+        if key in ("-m", "--multirun", "hydra.mode"):
+            raise ValueError(f"{argument}: the matrix is methods=, seeds= and horizons=; hydra's own is not for cells")
+        if not equals and not argument.startswith("~") and _CONFIG_DIR not in (argument, *rest[-1:]):
+            raise ValueError(f"{argument}: no KEY=VALUE (in a list, write A,B without a space)")
+        rest.append(argument)
     own = DEFAULTS | given
     if own["experiment"]:
         published = OmegaConf.load(config_file("experiment", own["experiment"])).get("matrix", {})
@@ -164,7 +183,7 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
         ValueError: an unknown method or engine, malformed seeds or horizons, an override that a cell sets itself or
             that the engine does not read.
     """
-    methods = own["methods"].split(",")
+    methods = [method.strip() for method in own["methods"].split(",")]
     for method in methods:
         config_file("method", method)
     if len(set(methods)) < len(methods):
@@ -186,13 +205,13 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
         stack = []
     else:
         stack = own["stack"].split()
-    steps = int(own["steps"]) if own["steps"] else None
+    steps = parse_count("steps", own["steps"]) if own["steps"] else None
     cells = []
     for seed in parse_integers("seeds", own["seeds"]):
         for horizon in horizons:
             for method in methods:
                 name = f"{method}-seed{seed}" if horizon is None else f"{method}-h{horizon}-seed{seed}"
-                run_dir = Path(own["out"]).resolve() / name
+                run_dir = out_folder(own) / name
                 settings = {"method": method, "seed": seed, "run_dir": run_dir, "steps": steps, "horizon": horizon}
                 given = [f"{_CELL_SETS[key]}={value}" for key, value in settings.items() if value is not None]
                 command = (sys.executable, "-m", MODULES[own["engine"]], *stack, *given, *overrides)
@@ -335,10 +354,23 @@ def at_once(own: Mapping[str, str]) -> int:
             f"ray={own['ray']} needs parallel=, the number of cells that the cluster's GPUs hold at once: "
             "free GPUs / (trainer.nnodes x trainer.n_gpus_per_node). A cell that finds fewer fails, it does not wait"
         )
-    parallel = int(own["parallel"] or 1)
-    if parallel < 1:
-        raise ValueError(f"parallel={parallel}: at least 1")
-    return parallel
+    return parse_count("parallel", own["parallel"] or "1")
+
+
+def hours_a_cell(own: Mapping[str, str]) -> float:
+    """The limit of a cell. Raises ValueError for what is no time."""
+    try:
+        hours = float(own["hours"])
+    except ValueError:
+        hours = 0.0
+    if not hours > 0:
+        raise ValueError(f"hours={own['hours']}: a number above 0, the limit of a cell")
+    return hours
+
+
+def out_folder(own: Mapping[str, str]) -> Path:
+    """Where all cells are; the shell leaves the `~` of `out=~/m` alone."""
+    return Path(own["out"]).expanduser().resolve()
 
 
 def _step(run_dir: Path) -> int:
@@ -353,7 +385,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         own, overrides = parse(arguments)
         cells = matrix(own, overrides)
-        parallel, hours = at_once(own), float(own["hours"])
+        parallel, hours = at_once(own), hours_a_cell(own)
         refuse_others(cells)
     except ValueError as e:
         print(f"compare: error: {e}", file=sys.stderr)
@@ -368,7 +400,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("compare: error: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    out = Path(own["out"])
+    out = out_folder(own)
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:
         print(f"compare: failed: {name}, see {out / name / 'terminal.log'}")

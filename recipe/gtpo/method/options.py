@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -68,7 +69,8 @@ class GTPOOptions:
 
     def __post_init__(self) -> None:
         _check(ROOT, "gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
-        _check(ROOT, "format_penalty", self.format_penalty, self.format_penalty <= 0, "0 or below: it is added")
+        penalty_ok = -math.inf < self.format_penalty <= 0
+        _check(ROOT, "format_penalty", self.format_penalty, penalty_ok, "0 or below, and finite: it is added")
         _check(ROOT, "min_pool", self.min_pool, self.min_pool >= 2, "at least 2: one return has no standard deviation")
 
     @classmethod
@@ -103,7 +105,9 @@ def _hints(cls: type) -> dict[str, Any]:
 def _coerce(kind: Any, value: Any, path: str) -> Any:
     """`value` as `kind`: a dataclass, a Literal of words, or bool/int/float/str. An int may stand for a float."""
     if is_dataclass(kind):
-        return _build(kind, {} if value is None else value, path)  # type: ignore[arg-type]
+        if value is None and "enable" in _hints(kind):  # type: ignore[arg-type]
+            raise ValueError(f"{path}: null says neither on nor off; set {path}.enable=false to turn it off")
+        return _build(kind, value, path)  # type: ignore[arg-type]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{path}: {value!r} is not one of {', '.join(get_args(kind))}")

@@ -76,11 +76,25 @@ def pool_statistics(
 
 
 def group_index(group_ids: GroupIds) -> torch.Tensor:
-    """(B,) labels of any kind as (B,) integers from 0."""
+    """(B,) labels of any hashable kind as (B,) integers from 0. Labels are one group when Python says they are equal.
+
+    Raises ValueError, naming the row, for a label that is None or NaN, or that cannot be compared.
+    """
     if isinstance(group_ids, torch.Tensor):
         return torch.unique(group_ids, return_inverse=True)[1].cpu()
-    labels = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(list(group_ids))
-    return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+    # By hash, not by numpy's sort: an array of labels would make the texts "1" and "1" of [1, "1"].
+    labels = group_ids.tolist() if isinstance(group_ids, np.ndarray) else list(group_ids)
+    seen: dict[Any, int] = {}
+    index = []
+    for row, label in enumerate(labels):
+        try:
+            known = label is not None and label == label
+            index.append(seen.setdefault(label, len(seen)))
+        except TypeError:
+            known = False
+        if not known:
+            raise ValueError(f"row {row}: a group id must be a number, a text or a tuple of them, not {label!r}")
+    return torch.tensor(index, dtype=torch.long)
 
 
 def zero_spread_share(

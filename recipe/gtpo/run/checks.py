@@ -15,7 +15,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
+from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.identity import variant
+from recipe.gtpo.run.inputs import Say, check_choices, check_data, check_reward, expand_paths
+from recipe.gtpo.run.model import check_model
 from recipe.gtpo.tasks.task import Task, load_task
 
 #: hardware -> rollouts that make sense on it.
@@ -56,10 +59,6 @@ def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     return config, choices
 
 
-class ConfigError(Exception):
-    """A configuration that cannot run. The message is one line: what is wrong and what to do."""
-
-
 def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     """Raise ConfigError where a run could not start or would not mean what it says.
 
@@ -91,6 +90,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
+    check_choices(config)
     return options
 
 
@@ -98,13 +98,18 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
 _UNUSED_MANDATORY = {"reward.reward_model.rollout.name"}
 
 
-def prepare(config: DictConfig) -> Task:
+def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     """Have the task prepare itself, fill what the config leaves open, and settle every interpolation.
 
-    Raises ConfigError with the task's own reason, and for a model, data or reward file that is not there.
+    Raises ConfigError with the task's own reason, and for a reward function, data or a model that no run can use.
+
+    Args:
+        say: told what there is, in lines for the terminal.
     """
+    expand_paths(config)
     try:
         task = load_task(config)
+        check_reward(config, task)  # before what may take minutes
         made = task.prepare()
     except InstantiationException as e:  # hydra's wrapper, whose first line does not say what is wrong
         raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
@@ -113,36 +118,10 @@ def prepare(config: DictConfig) -> Task:
     for key, value in made.items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, value)
-    check_paths(config, task)
+    prompts = check_data(config, say)
+    check_model(config, prompts, say)
     config.run_dir = str(Path(config.run_dir).resolve())
     config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
     OmegaConf.resolve(config)
     return task
-
-
-def check_paths(config: DictConfig, task: Task) -> None:
-    """Raise ConfigError for a model, data or reward file that is not there."""
-    reward = config.reward.custom_reward_function.path
-    if reward is None and not task.scores:
-        raise ConfigError("reward.custom_reward_function.path is not set: a Python file with compute_score(...)")
-    if reward is not None and not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
-        raise ConfigError(f"reward.custom_reward_function.path={reward} does not exist")
-    model = config.actor_rollout_ref.model.path
-    if model is None:
-        raise ConfigError("actor_rollout_ref.model.path is not set: a local folder or a hub name")
-    looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_local and not Path(os.path.expanduser(model)).is_dir():
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={model} is not a folder: download the model there, or give its hub name "
-            "(for example Qwen/Qwen2.5-7B-Instruct)"
-        )
-    for key in ("train_files", "val_files"):
-        files = config.data[key]
-        if files is None:
-            raise ConfigError(f"data.{key} is not set: a parquet or jsonl file in verl's format")
-        for file in [files] if isinstance(files, str) else files:
-            if not Path(os.path.expanduser(file)).is_file():
-                raise ConfigError(
-                    f"data.{key}: {file} does not exist; its columns: README.md, section 'Your own data and reward'"
-                )

@@ -114,6 +114,13 @@ def test_a_published_result_composes_to_what_its_page_says(name):
         (["trainer.total_training_steps=5"], "a cell sets this itself"),
         (["seed=5"], "a cell sets this itself"),
         (["methods=gtpo,gtpo"], "methods=gtpo,gtpo: each once"),
+        (["methods=gtpo, gtpo"], "methods=gtpo, gtpo: each once"),
+        (["methods=gtpo,", "grpo"], "grpo: no KEY=VALUE .in a list, write A,B without a space"),
+        (["--multirun"], "--multirun: the matrix is methods=, seeds= and horizons="),
+        (["-m", "seed=1,2"], "-m: the matrix is methods=, seeds= and horizons="),
+        (["--cfg", "job"], "--cfg: no KEY=VALUE"),
+        (["steps=abc"], "steps=abc: a whole number, at least 1"),
+        (["steps=0"], "steps=0: a whole number, at least 1"),
         (["engine=twin", "trainer.save_freq=5"], "the plain-PyTorch engine does not read trainer.save_freq"),
         (["experiment=horizon7"], "unknown experiment 'horizon7'; experiments: horizon4, horizon6"),
     ],
@@ -121,6 +128,37 @@ def test_a_published_result_composes_to_what_its_page_says(name):
 def test_a_wrong_matrix_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         matrix(*parse(arguments))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("hours=0", "compare: error: hours=0: a number above 0, the limit of a cell"),
+        ("hours=-1", "compare: error: hours=-1: a number above 0, the limit of a cell"),
+        ("hours=nan", "compare: error: hours=nan: a number above 0, the limit of a cell"),
+        ("hours=day", "compare: error: hours=day: a number above 0, the limit of a cell"),
+        ("parallel=x", "compare: error: parallel=x: a whole number, at least 1"),
+        ("steps=abc", "compare: error: steps=abc: a whole number, at least 1"),
+        ("--multirun", "compare: error: --multirun: the matrix is methods=, seeds= and horizons=; hydra's own is not"),
+    ],
+)
+def test_a_number_that_is_none_ends_the_command_with_one_line(argument, message, tmp_path, capsys):
+    assert compare.main([argument, f"out={tmp_path}"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_spaces_in_a_list_and_the_home_folder_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cells = matrix(*parse(["methods=gtpo, grpo", "seeds= 1, 2", "out=~/m", "parallel= 2"]))
+    assert [c.name for c in cells] == ["gtpo-seed1", "grpo-seed1", "gtpo-seed2", "grpo-seed2"]
+    assert {c.dir.parent for c in cells} == {tmp_path / "m"} and f"run_dir={cells[0].dir}" in cells[0].command
+
+
+def test_a_cell_may_be_given_a_folder_of_configs_and_a_key_less():
+    (one,) = matrix(*parse(["methods=gtpo", "seeds=1", "~trainer.logger", "--config-dir", "/my/config"]))
+    assert one.command[-3:] == ("~trainer.logger", "--config-dir", "/my/config")
 
 
 def test_seeds_are_a_list_or_a_range_with_both_ends():

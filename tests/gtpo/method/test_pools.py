@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from recipe.gtpo.method.advantage import normalize_returns
-from recipe.gtpo.method.pools import zero_spread_share
+from recipe.gtpo.method.pools import group_index, zero_spread_share
 
 pytestmark = pytest.mark.unit
 
@@ -26,3 +27,35 @@ def test_zero_spread_share_weighs_each_pool_once():
     assert zero_spread_share(returns, exists, ["p", "p", "q", "r"], "batch") == 0.0
     assert zero_spread_share(returns, exists, ["p", "p", "q", "q"], "turn") == pytest.approx(3 / 4)
     assert zero_spread_share(returns, torch.zeros_like(exists), ["p"] * 4) == 0.0
+
+
+def objects(*labels):
+    array = np.empty(len(labels), dtype=object)
+    array[:] = labels
+    return array
+
+
+@pytest.mark.parametrize(
+    ("labels", "same"),
+    [
+        (["a", "b", "a"], [0, 1, 0]),
+        ([1, "1", 1], [0, 1, 0]),
+        ([(1, 2), (1, 3), (1, 2)], [0, 1, 0]),
+        (objects((1, 2), (1, 3), (1, 2)), [0, 1, 0]),
+        (objects(1, "1", ("1",)), [0, 1, 2]),
+        (np.array([7, 3, 7]), [0, 1, 0]),
+        (np.array(["x", "y", "x"]), [0, 1, 0]),
+        (torch.tensor([3, 7, 3]), [0, 1, 0]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_group_ids_are_labels_of_any_kind_and_none_is_merged_with_another(labels, same):
+    assert group_index(labels).tolist() == same
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), [1], {"uid": 1}], ids=str)
+@pytest.mark.parametrize("wrap", [list, lambda labels: objects(*labels)], ids=["list", "array"])
+def test_a_group_id_that_is_none_or_cannot_be_compared_names_its_row(label, wrap):
+    with pytest.raises(ValueError, match="row 1: a group id must be a number, a text or a tuple of them, not"):
+        group_index(wrap(["a", label, "a"]))

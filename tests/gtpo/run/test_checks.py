@@ -26,9 +26,8 @@ from verl.tools.tool_registry import load_all_tools
 from recipe.gtpo.agent_loop import GTPOAgentLoop
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, check_paths, prepare
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
-from recipe.gtpo.tasks.task import load_task
 
 pytestmark = pytest.mark.unit
 
@@ -232,57 +231,7 @@ def test_what_verl_refuses_is_refused_before_anything_starts(default):
         validate(config)
 
 
-# -- paths ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def paths(default, tmp_path):
-    config, _ = default
-    (tmp_path / "model").mkdir()
-    (tmp_path / "train.parquet").touch()
-    config.actor_rollout_ref.model.path = str(tmp_path / "model")
-    config.data.train_files = config.data.val_files = str(tmp_path / "train.parquet")
-    return config
-
-
-def path_refusal(config: DictConfig) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check_paths(config, load_task(config))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_paths_that_exist_pass_and_so_does_a_hub_name(paths):
-    check_paths(paths, load_task(paths))
-    paths.actor_rollout_ref.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    paths.data.train_files = [paths.data.train_files, paths.data.val_files]
-    check_paths(paths, load_task(paths))
-
-
-def test_a_missing_model_folder_is_named_with_the_remedy(paths, tmp_path):
-    paths.actor_rollout_ref.model.path = str(tmp_path / "absent")
-    message = path_refusal(paths)
-    assert f"{tmp_path / 'absent'} is not a folder" in message and "download the model there" in message
-
-
-def test_no_reward_function_is_named_by_its_key(paths):
-    check_paths(paths, load_task(paths))  # task=arithmetic scores itself
-    paths.task = {"_target_": "recipe.gtpo.tasks.task.OwnData", "name": "verl_data", "answer": "boxed"}
-    assert path_refusal(paths).startswith("reward.custom_reward_function.path is not set")
-
-
-def test_no_model_at_all_is_named_by_its_key(paths):
-    paths.actor_rollout_ref.model.path = None
-    assert path_refusal(paths).startswith("actor_rollout_ref.model.path is not set")
-
-
-@pytest.mark.parametrize("key", ["train_files", "val_files"])
-def test_a_missing_data_file_is_named_with_its_key(paths, tmp_path, key):
-    paths.data[key] = [paths.data.train_files, str(tmp_path / "absent.parquet")]
-    message = path_refusal(paths)
-    assert message.startswith(f"data.{key}: {tmp_path / 'absent.parquet'} does not exist") and "README" in message
-    paths.data[key] = None
-    assert path_refusal(paths).startswith(f"data.{key} is not set")
+# -- what a task refuses ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

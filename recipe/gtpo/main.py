@@ -47,14 +47,24 @@ def tool_server(config: DictConfig) -> Iterator[ServerHandle | None]:
     Raises ServerStartError / ConfigError when there is none: no worker has been started by then.
     """
     options = config.tool_server
+    limits = {name: value for name, value in options.limits.items() if value is not None}
     if options.url is not None:
+        if limits or options.packages is not None:
+            raise ConfigError(
+                f"tool_server.limits and tool_server.packages are for a server that the run starts; the one at "
+                f"tool_server.url={options.url} has its own: give them on its command line"
+            )
         _check_health(options.url, options.token)
         yield None
         return
+    say("starting the tool server")
     handle = start_server(
         isolation=options.isolation,
         unsafe_no_isolation=options.unsafe_no_isolation,
         workers=options.workers,
+        limits=limits,
+        packages=options.packages,
+        progress=lambda line: say(f"tool server: {line.split(' tool_server ')[-1].removeprefix('INFO ')}"),
     )
     try:
         say(f"tool server at {handle.url}, isolation: {handle.isolation}")

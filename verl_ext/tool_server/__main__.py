@@ -7,11 +7,15 @@ import asyncio
 import ipaddress
 import json
 import logging
+import math
 import os
 import signal
+import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from aiohttp import web
 
@@ -20,44 +24,105 @@ from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.isolation import TierUnavailable
 from verl_ext.tool_server.probe import reach_tier
-from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, ensure_runtime
+from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, default_cache_dir, ensure_runtime
 from verl_ext.tool_server.types import KIB, MIB, Limits
 
 TOKEN_VARIABLE = "TOOL_SERVER_TOKEN"
-EXIT_CANNOT_START = 3
+EXIT_WRONG_USAGE, EXIT_CANNOT_START = 2, 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_WRONG_USAGE, f"tool_server: error: {message}\n")
+
+
+def _number(kind: Callable[[str], float], least: float, above: bool = False, most: float = math.inf) -> Any:
+    """An argparse type: a finite number from ``least`` (``above``: exclusively) to ``most``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if value < least or value > most or (above and value == least):
+            wanted = f"above {least:g}" if above else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}" + f" and at most {most:g}" * (most < math.inf))
+        return value
+
+    return parse
+
+
+_SECONDS = {"type": _number(float, 0, above=True), "metavar": "SECONDS"}
+_COUNT, _COUNT_FROM_0 = {"type": _number(int, 1), "metavar": "N"}, {"type": _number(int, 0), "metavar": "N"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     limits = Limits()
-    parser = argparse.ArgumentParser(prog="python -m verl_ext.tool_server", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help=f"other than loopback needs ${TOKEN_VARIABLE}")
-    parser.add_argument("--port", type=int, default=8080, help="0: any free port, see --ready-file")
-    parser.add_argument("--ready-file", type=Path, help="gets one JSON {url, pid, isolation} once requests are served")
-    parser.add_argument("--parent-pid", type=int, help="exit, with everything started, when this process ends")
-    parser.add_argument("--isolation", choices=["auto", "strong", "standard"], default="auto")
-    parser.add_argument("--unsafe-no-isolation", action="store_true", help="nothing but rlimits around the code")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="executions at once")
-    parser.add_argument("--queue-size", type=int, default=1024, help="requests that may wait; more get 429")
-    parser.add_argument("--queue-seconds", type=float, default=60.0, help="longest wait for a worker")
-    parser.add_argument("--drain-seconds", type=float, default=20.0, help="time running work gets on SIGTERM")
-    parser.add_argument("--max-sessions", type=int, default=64, help="each holds a zygote of its own")
-    parser.add_argument("--session-idle-seconds", type=float, default=600.0, help="a session ends after so long unused")
-    parser.add_argument("--wall-seconds", type=float, default=limits.wall_seconds)
-    parser.add_argument("--cpu-seconds", type=int, default=limits.cpu_seconds)
-    parser.add_argument("--memory-mib", type=int, default=limits.memory_bytes // MIB)
-    parser.add_argument("--scratch-mib", type=int, default=limits.scratch_bytes // MIB, help="private /tmp (strong)")
-    parser.add_argument("--open-files", type=int, default=limits.open_files)
-    parser.add_argument("--threads", type=int, default=limits.threads)
-    parser.add_argument("--code-kib", type=int, default=limits.code_bytes // KIB)
-    parser.add_argument("--output-kib", type=int, default=limits.output_kept_bytes // KIB, help="kept, head and tail")
-    parser.add_argument("--output-kill-mib", type=int, default=limits.output_kill_bytes // MIB)
-    parser.add_argument("--packages", default=",".join(DEFAULT_PACKAGES), help="what executed code can import")
-    parser.add_argument("--runtime-dir", type=Path, help="where the tool runtime is kept")
+    parser = _Parser(
+        prog="python -m verl_ext.tool_server",
+        usage="%(prog)s [options]",
+        description=f"Run model-written Python, isolated, over HTTP. Where ${TOKEN_VARIABLE} is set, requests need it.",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, default: Any, text: str, **options: Any) -> None:
+        shown = f" (default: {default})" if default not in (None, False) else ""  # those say it in words
+        parser.add_argument(name, default=default, help=text + shown, **options)
+
+    tiers = ["auto", "strong", "standard"]
+    port = {"type": _number(int, 0, most=65535), "metavar": "N"}
+    add("--host", "127.0.0.1", f"Address to listen on; other than loopback needs ${TOKEN_VARIABLE}.")
+    add("--port", 8080, "Port to listen on; 0 takes any free one, see --ready-file.", **port)
+    add("--ready-file", None, "Gets one JSON {url, pid, isolation} once requests are served; default: none.", type=Path)
+    add("--parent-pid", None, "Exit, with everything started, when this process ends; default: none.", **_COUNT)
+    add("--isolation", "auto", "Tier to run in; auto takes strong where it holds, else standard.", choices=tiers)
+    add(
+        "--unsafe-no-isolation", False, "Run code with nothing but rlimits around it; default: no.", action="store_true"
+    )
+    add("--workers", len(os.sched_getaffinity(0)), "Executions at once; by default one for each CPU.", **_COUNT)
+    add("--queue-size", 1024, "Requests that may wait; more are answered 429.", **_COUNT_FROM_0)
+    add("--queue-seconds", 60.0, "Longest wait for a worker; then the client is to ask again.", **_SECONDS)
+    add(
+        "--drain-seconds",
+        20.0,
+        "Time that running work gets to end on SIGTERM.",
+        type=_number(float, 0),
+        metavar="SECONDS",
+    )
+    add("--max-sessions", 64, "Sessions open at once; each holds an interpreter of its own.", **_COUNT_FROM_0)
+    add("--session-idle-seconds", 600.0, "A session ends after so long without a turn.", **_SECONDS)
+    add("--wall-seconds", limits.wall_seconds, "Wall time of one execution; a request may ask for less.", **_SECONDS)
+    add("--cpu-seconds", limits.cpu_seconds, "CPU time of one execution, whole seconds.", **_COUNT)
+    add(
+        "--memory-mib",
+        limits.memory_bytes // MIB,
+        "Memory of one execution, as address space beyond the libraries.",
+        **_COUNT,
+    )
+    add("--scratch-mib", limits.scratch_bytes // MIB, "Size of its private /tmp, in the tier strong.", **_COUNT)
+    add("--open-files", limits.open_files, "Files it may have open, at least 8.", type=_number(int, 8), metavar="N")
+    add("--threads", limits.threads, "Threads it may have.", **_COUNT)
+    add("--code-kib", limits.code_bytes // KIB, "Longest program; a longer one gets an error.", **_COUNT)
+    add(
+        "--output-kib",
+        limits.output_kept_bytes // KIB,
+        "Output kept, half from the head, half from the tail.",
+        **_COUNT,
+    )
+    add("--output-kill-mib", limits.output_kill_bytes // MIB, "Output that gets a program killed.", **_COUNT)
+    add("--packages", ",".join(DEFAULT_PACKAGES), "What programs can import, of what is installed here; by comma.")
+    add("--runtime-dir", None, f"Where the tool runtime is kept; default: {default_cache_dir()}.", type=Path)
     arguments = parser.parse_args(argv)
-    if arguments.workers < 1 or arguments.queue_size < 0:
-        parser.error("--workers must be at least 1 and --queue-size at least 0")
+    if arguments.output_kib * KIB > arguments.output_kill_mib * MIB:
+        parser.error("argument --output-kib: more than --output-kill-mib, so no program would live to write it")
     if not is_loopback(arguments.host) and not os.environ.get(TOKEN_VARIABLE):
         parser.error(f"--host {arguments.host} can be reached from elsewhere: set ${TOKEN_VARIABLE}")
+    if arguments.ready_file is not None and not os.access(arguments.ready_file.parent, os.W_OK):
+        parser.error(f"argument --ready-file: cannot write in {arguments.ready_file.parent}")
     return arguments
 
 
@@ -98,6 +163,17 @@ def watch_parent(pid: int, loop: asyncio.AbstractEventLoop, stop: asyncio.Event)
     loop.add_reader(descriptor, gone)
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise ``OSError`` when the address cannot be had: at once, not after all the work of starting."""
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(address)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
 def write_ready_file(path: Path, content: dict[str, object]) -> None:
     """Write atomically: whoever sees the file sees all of it."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
@@ -110,14 +186,18 @@ async def serve(arguments: argparse.Namespace) -> None:
 
     Raises:
         TierUnavailable, RuntimeBuildError, WorkerLost: the server cannot start safely.
+        OSError: it cannot have its address.
     """
+    require_free(arguments.host, arguments.port)
     loop = asyncio.get_running_loop()
     stop, parent_gone = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.parent_pid:
         watch_parent(arguments.parent_pid, loop, parent_gone)
-    packages = [name for name in arguments.packages.split(",") if name]
+    packages = [name.strip() for name in arguments.packages.split(",") if name.strip()]
+    names = ", ".join(packages) or "none"
+    logging.info("starting: isolation %s, %d workers, packages %s", arguments.isolation, arguments.workers, names)
     runtime = await asyncio.to_thread(ensure_runtime, arguments.runtime_dir, packages)
     wanted = "none" if arguments.unsafe_no_isolation else arguments.isolation
     tier = await reach_tier(wanted, runtime)
@@ -144,7 +224,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         host, port = runner.addresses[0][:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         isolation = tier.isolation.value
-        logging.info("serving on %s, isolation %s, %d workers", url, isolation, arguments.workers)
+        logging.info("serving on %s, isolation %s, %d workers (Ctrl-C ends it)", url, isolation, arguments.workers)
         if arguments.ready_file:
             write_ready_file(arguments.ready_file, {"url": url, "pid": os.getpid(), "isolation": isolation})
         waits = [asyncio.ensure_future(event.wait()) for event in (stop, parent_gone)]

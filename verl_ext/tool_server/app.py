@@ -20,13 +20,17 @@ from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher, Overloaded
 from verl_ext.tool_server.metrics import render_metrics
 from verl_ext.tool_server.sessions import RequestRefused
-from verl_ext.tool_server.types import MAX_ID, ExecutionRequest, ExecutionResult, Outcome
+from verl_ext.tool_server.types import MAX_ID, ExecutionRequest, ExecutionResult, Limits, Outcome, check_seconds
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_BATCH = 1024
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 TOKEN = web.AppKey("token", str)
+_RUN_CODE_FIELDS = frozenset(
+    {"code", "language", "stdin", "run_timeout", "compile_timeout", "memory_limit_MB", "files", "fetch_files"}
+    | {"echo", "session_id", "request_id"}  # ours
+)
 _OPEN_PATHS = ("/healthz",)  # probes of an orchestrator carry no token; the answer tells nothing worth one
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -138,17 +142,44 @@ async def run_code(request: web.Request) -> web.Response:
     Script semantics as there: no echo of a last expression unless the extra field ``echo`` asks for it.
     """
     body = await _json_body(request)
+    dispatcher = request.app[DISPATCHER]
+    result = await dispatcher.execute(sandbox_fusion_request(body, dispatcher.limits))
+    if result.busy:  # to its clients an error in the answer is final
+        raise Overloaded(dispatcher.retry_after(), result.detail)
+    return web.json_response(sandbox_fusion_answer(result))
+
+
+def sandbox_fusion_request(body: object, limits: Limits) -> ExecutionRequest:
+    """Read SandboxFusion's ``RunCodeRequest``.
+
+    Raises:
+        ValueError: a field is wrong or unknown; the message names it.
+        RequestRefused: a field asks for what this server does not do.
+    """
     if not isinstance(body, dict):
         raise ValueError("the body must be a JSON object")
+    unknown = sorted(set(body) - _RUN_CODE_FIELDS)
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_RUN_CODE_FIELDS))}")
     if body.get("language", "python") != "python":
         raise RequestRefused(f"language {body.get('language')!r} is not served here, only 'python'")
-    if body.get("files") or body.get("fetch_files"):
-        raise RequestRefused("'files' and 'fetch_files' are not served here")
-    known = {"code": body.get("code"), "stdin": body.get("stdin"), "timeout": body.get("run_timeout")}
-    known |= {"echo": body.get("echo", False)}
-    known |= {name: body.get(name) for name in ("session_id", "request_id")}
-    result = await request.app[DISPATCHER].execute(ExecutionRequest.from_dict(known))
-    return web.json_response(sandbox_fusion_answer(result))
+    for name in ("files", "fetch_files"):
+        if body.get(name):
+            raise RequestRefused(f"{name!r} is not served here")
+    check_seconds("run_timeout", body.get("run_timeout"))
+    check_seconds("compile_timeout", body.get("compile_timeout"))  # nothing is compiled, so any will do
+    megabytes = body.get("memory_limit_MB")
+    if megabytes is not None and (isinstance(megabytes, bool) or not isinstance(megabytes, int | float)):
+        raise ValueError("'memory_limit_MB' must be a number")
+    if megabytes is not None and 0 <= megabytes < limits.memory_bytes / 1e6:  # a negative one: none
+        raise RequestRefused(
+            f"'memory_limit_MB' below this server's own {limits.memory_bytes / 1e6:.0f} is not served here; "
+            "its --memory-mib lowers it for all"
+        )
+    fields = {"code": body.get("code"), "stdin": body.get("stdin"), "timeout": body.get("run_timeout")}
+    fields |= {"echo": body.get("echo", False)}
+    fields |= {name: body.get(name) for name in ("session_id", "request_id")}
+    return ExecutionRequest.from_dict(fields)
 
 
 def sandbox_fusion_answer(result: ExecutionResult) -> dict[str, Any]:

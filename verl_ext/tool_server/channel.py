@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from verl_ext.tool_server.types import ExecutionRequest, Limits
 BACKSTOP_SECONDS = 2.0  # a carrier that has not enforced a deadline this long after it is given up
 _READ_CHUNK = 256 * 1024
 _ANCILLARY_BYTES = 256
+_LINE_MARK_BYTES = 16  # nothing a program prints by chance
 
 
 class WorkerLost(RuntimeError):
@@ -31,16 +33,34 @@ class NotStarted(WorkerLost):
 
 
 class Capture:
-    """Head and tail of a byte stream in bounded memory."""
+    """Head and tail of a byte stream in bounded memory.
 
-    def __init__(self, kept: int) -> None:
+    ``line_mark``: taken out where it first appears (in one piece); what follows it starts on a line of its own.
+    """
+
+    def __init__(self, kept: int, line_mark: bytes = b"") -> None:
         self._half = kept // 2
         self._head = bytearray()
         self._tail = bytearray()
+        self._mark = line_mark
+        self._end_line = False  # a line's end is due before anything more
+        self._last = b""
         self.total = 0
 
     def add(self, data: bytes) -> None:
+        if self._mark and self._mark in data:
+            before, _, data = data.partition(self._mark)
+            self._mark = b""
+            self._keep(before)
+            self._end_line = self._last not in (b"", b"\n")
+        if self._end_line and data:
+            self._end_line = False
+            self._keep(b"\n")
+        self._keep(data)
+
+    def _keep(self, data: bytes) -> None:
         self.total += len(data)
+        self._last = data[-1:] or self._last
         room = self._half - len(self._head)
         if room > 0:
             self._head += data[:room]
@@ -132,7 +152,9 @@ class Channel:
             WorkerLost: no account of the program came back; the channel is closed and the carrier must be killed.
             NotStarted: likewise, and the program did not run.
         """
-        stdout, stderr = Capture(limits.output_kept_bytes), Capture(limits.output_kept_bytes)
+        line_mark = secrets.token_bytes(_LINE_MARK_BYTES) if request.echo else b""
+        order = order | {"line_mark": line_mark.hex()}
+        stdout, stderr = Capture(limits.output_kept_bytes, line_mark), Capture(limits.output_kept_bytes)
         marks = Capture(16)
         killing = False
 

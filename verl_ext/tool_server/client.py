@@ -1,8 +1,9 @@
 """``ToolClient``: the one way to have model-written code run, whatever runs it.
 
 The program's own failures are results, never exceptions, and never retried. Only failures of the service are: with
-growing pauses, under one deadline, with the same request id so that nothing runs twice. When the service stays
-away, the result says ``infra`` and the model is not charged.
+growing pauses, under one deadline, with the same request id so that nothing runs twice. A service that is merely busy
+is asked again for as long as the deadline lasts. When it stays away, the result says ``infra`` and the model is not
+charged.
 """
 
 from __future__ import annotations
@@ -125,27 +126,34 @@ class ToolClient:
         ends = time.monotonic() + (self._deadline if deadline is None else deadline)
         results: dict[str, ExecutionResult] = {}
         last_failure = ""
-        failures = 0
+        failures = dict.fromkeys((order.request_id for order in orders), 0)
         pause = _FIRST_PAUSE_SECONDS
-        while pending := [order for order in orders if _unsettled(order, results)]:
+        run = self._backend.run
+
+        def pending() -> list[ExecutionRequest]:
+            return [o for o in orders if _unsettled(o, results) and failures[o.request_id] < self._attempts]
+
+        while asked := pending():
             left = ends - time.monotonic()
-            if left <= 0 or failures >= self._attempts:
+            if left <= 0:
                 break
             wait = pause * random.uniform(0.5, 1.0)
             try:
-                for result in await asyncio.wait_for(self._backend.run(pending), left):
-                    results[result.request_id] = result
-                if not any(_unsettled(order, results) for order in orders):
-                    break
-                failures += 1
+                results |= {result.request_id: result for result in await asyncio.wait_for(run(asked), left)}
+                busy = {id_ for id_, result in results.items() if result.busy}
+                for order in asked:
+                    failures[order.request_id] += order.request_id not in busy
+                if busy:
+                    wait = _FIRST_PAUSE_SECONDS  # they have waited long enough in the queue
             except BackendUnavailable as error:
                 last_failure = str(error)
-                failures += not error.busy
                 wait = max(wait, error.retry_after)
+                for order in asked:
+                    failures[order.request_id] += not error.busy
             except asyncio.TimeoutError:
                 last_failure = "the client's deadline passed"
                 break
-            if failures < self._attempts:
+            if pending():
                 await asyncio.sleep(min(wait, max(0.0, ends - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         unknown = last_failure or "no answer"
@@ -157,7 +165,8 @@ class ToolClient:
 def _unsettled(order: ExecutionRequest, results: dict[str, ExecutionResult]) -> bool:
     """Whether ``order`` has no answer yet, or one that may be asked for again.
 
-    A session's infra answer is final: its state may be gone, and running the turn on a fresh one would lie.
+    A session's infra answer is final: its state may be gone, and running the turn on a fresh one would lie. Unless
+    the turn was only waiting for a worker.
     """
     result = results.get(order.request_id)
-    return result is None or (result.outcome is Outcome.INFRA and order.session_id is None)
+    return result is None or (result.outcome is Outcome.INFRA and (result.busy or order.session_id is None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
+import logging
 import re
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from verl_ext.tool_server.sessions import RequestRefused, Session, SessionTable
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Limits, Outcome
 from verl_ext.tool_server.worker import Worker
 
+logger = logging.getLogger(__name__)
 KINDS = ("bare", "numpy", "sci")
 SESSION_SECONDS = 24 * 3600.0  # backstop in the zygote; the idle time ends sessions much sooner
 RECYCLE_AFTER = 10_000  # executions; bounds whatever a long-lived interpreter or kernel object might accumulate
@@ -28,10 +30,10 @@ _NUMPY = re.compile(r"^[ \t]*(?:import|from)\b[^\n#]*\bnumpy\b", re.MULTILINE)
 
 
 class Overloaded(RuntimeError):
-    """The queue is full. ``retry_after`` is a guess, in seconds, of when it is worth asking again."""
+    """There is no room. ``retry_after`` is a guess, in seconds, of when it is worth asking again."""
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the queue is full, try again in {retry_after:.1f} s")
+    def __init__(self, retry_after: float, cause: str = "the queue is full") -> None:
+        super().__init__(f"{cause}, try again in {retry_after:.1f} s")
         self.retry_after = retry_after
 
 
@@ -106,7 +108,8 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Start one zygote of each kind and run a program on it. Raises ``WorkerLost`` when that fails."""
-        for kind in KINDS:
+        for number, kind in enumerate(KINDS, 1):
+            logger.info("loading interpreter %d of %d (%s)", number, len(KINDS), kind)
             self._idle[kind].append(await self._new_worker(kind))
         for kind in KINDS:
             await self.canary(kind)
@@ -169,9 +172,13 @@ class Dispatcher:
         # Counted from admission: a task that was created but has not had its first step is neither running nor waiting.
         if self._admitted + count > self.queue_size + self.workers:
             self.counters.rejected += count
-            finished = sum(self.counters.outcomes.values())
-            mean = self.counters.seconds / finished if finished else 1.0
-            raise Overloaded(min(30.0, max(0.5, mean * (len(self._waiting) + 1) / self.workers)))
+            raise Overloaded(self.retry_after())
+
+    def retry_after(self) -> float:
+        """A guess, in seconds, of when a worker will be free for one who asks now."""
+        finished = sum(self.counters.outcomes.values())
+        mean = self.counters.seconds / finished if finished else 1.0
+        return min(30.0, max(0.5, mean * (len(self._waiting) + 1) / self.workers))
 
     def _one_less(self, task: asyncio.Task[ExecutionResult]) -> None:
         self._admitted -= 1
@@ -202,8 +209,9 @@ class Dispatcher:
     async def _execute(self, request: ExecutionRequest) -> ExecutionResult:
         queued = time.monotonic()
         if not await self._acquire_slot():
+            self.counters.rejected += 1
             detail = f"waited longer than {self.queue_seconds:g} s for a free worker"
-            return self._count(ExecutionResult.infra(request.request_id, detail, self.tier.isolation))
+            return ExecutionResult.infra(request.request_id, detail, self.tier.isolation, busy=True)
         try:
             return self._count(await self._run(request, time.monotonic() - queued))
         finally:

@@ -21,6 +21,7 @@ from verl_ext.tool_server.types import Isolation
 FIRST_UID = 60706
 UID_COUNT = 478
 _SCRATCH = "/sandbox/tmp"
+_STDIN = "/sandbox/stdin"
 _SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _SYSTEM_DATA = ("/usr/share/zoneinfo",)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
@@ -85,8 +86,8 @@ class Tier:
             "scratch": _SCRATCH if self.namespaces else None,
             "read_paths": [root, *existing, *_DEVICES],
         }
-        paths = [f"{root}/{self.runtime.inside}", f"{root}/site"]
-        boot = f"import sys; sys.path[:0] = {paths!r}; import zygote; zygote.main()"
+        inside, site = f"{root}/{self.runtime.inside}", f"{root}/site"
+        boot = f"import sys; sys.path = [{inside!r}, *sys.path, {site!r}]; import zygote; zygote.main()"
         argv = [f"{root}/bin/python", "-I", "-S", "-B", "-c", boot, str(control_fd)]
         # An interpreter with a shared libpython must find its own, not one the system has of another patch level.
         env = {**_ENVIRONMENT, "LD_LIBRARY_PATH": f"{root}/lib"}
@@ -114,7 +115,9 @@ class Tier:
                 arguments += ["--ro-bind", path, path]
         for device in _DEVICES:
             arguments += ["--dev-bind", device, device]
-        arguments += ["--dir", _SCRATCH, "--symlink", _SCRATCH, "/tmp", "--remount-ro", "/"]
+        # /dev/stdin as the zygote fills it for a program that has an input; shared memory is files in /dev/shm.
+        arguments += ["--dir", _SCRATCH, "--dev-bind", "/dev/null", _STDIN, "--symlink", _STDIN, "/dev/stdin"]
+        arguments += ["--symlink", _SCRATCH, "/dev/shm", "--symlink", _SCRATCH, "/tmp", "--remount-ro", "/"]
         return arguments
 
 

@@ -11,11 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 _LAST_LINES = 15
+#: What one execution, and the queue, may use; `python -m verl_ext.tool_server --help` says what each means.
+LIMITS = (
+    "wall_seconds",
+    "cpu_seconds",
+    "memory_mib",
+    "scratch_mib",
+    "open_files",
+    "threads",
+    "code_kib",
+    "output_kib",
+    "output_kill_mib",
+    "queue_size",
+    "queue_seconds",
+    "max_sessions",
+    "session_idle_seconds",
+)
 
 
 class ServerStartError(RuntimeError):
@@ -59,7 +76,10 @@ def start_server(
     workers: int | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
+    limits: Mapping[str, float | None] | None = None,
+    packages: Sequence[str] | None = None,
     ready_seconds: float = 120.0,
+    progress: Callable[[str], None] | None = None,
     extra_arguments: tuple[str, ...] = (),
 ) -> ServerHandle:
     """Start ``python -m verl_ext.tool_server`` and wait until it serves. It ends when this process ends.
@@ -69,18 +89,28 @@ def start_server(
         unsafe_no_isolation: run code with nothing but rlimits around it.
         workers: executions at once; None: one per CPU.
         port: 0 for any free port.
+        limits: by name (``LIMITS``), as the options of the command line; None or left out: the server's default.
+        packages: what programs can import; None: the server's default.
         ready_seconds: includes building the tool runtime on first use.
+        progress: called with each line that the server logs until it is ready.
         extra_arguments: further options, as on the command line.
 
     Raises:
-        ServerStartError: it ended, or was not ready in time; it is stopped and the message has its last lines.
+        ServerStartError: a limit has an unknown name, or the server ended, or was not ready in time; then it is
+            stopped and the message has its last lines.
     """
+    unknown = sorted(set(limits or {}) - set(LIMITS))
+    if unknown:
+        raise ServerStartError(f"the tool server has no limit {unknown[0]!r}; known: {', '.join(LIMITS)}")
     directory = tempfile.TemporaryDirectory(prefix="tool-server-")
     ready = Path(directory.name) / "ready.json"
     command = [sys.executable, "-m", "verl_ext.tool_server", "--host", host, "--port", str(port)]
     command += ["--ready-file", str(ready), "--parent-pid", str(os.getpid()), "--isolation", isolation]
     command += ["--unsafe-no-isolation"] if unsafe_no_isolation else []
     command += ["--workers", str(workers)] if workers is not None else []
+    for name, value in (limits or {}).items():
+        command += ["--" + name.replace("_", "-"), str(value)] if value is not None else []
+    command += ["--packages", ",".join(packages)] if packages is not None else []
     command += extra_arguments
     # Found from any working directory: this package's own parent comes first.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_package_parent(), os.environ.get("PYTHONPATH", "")])}
@@ -88,9 +118,15 @@ def start_server(
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
         )
+    told = 0
     try:
         deadline = time.monotonic() + ready_seconds
         while not ready.exists():
+            lines = (Path(directory.name) / "stderr").read_text(errors="replace").split("\n")[:-1] if progress else []
+            for line in lines[told:]:
+                assert progress is not None
+                progress(line)
+            told = len(lines)
             if process.poll() is not None:
                 raise ServerStartError(f"tool server ended with status {process.returncode}:\n{_tail(directory.name)}")
             if time.monotonic() > deadline:

@@ -24,7 +24,7 @@ def render_metrics(dispatcher: Dispatcher) -> str:
         ("execution_seconds_total", "counter", "Wall time of executions.", counters.seconds),
         ("execution_cpu_seconds_total", "counter", "CPU time of executions.", counters.cpu_seconds),
         ("queue_seconds_total", "counter", "Time executions waited for a worker.", counters.queue_seconds),
-        ("rejected_total", "counter", "Requests refused because the queue was full.", counters.rejected),
+        ("rejected_total", "counter", "Requests not served: the queue full, or the wait too long.", counters.rejected),
         ("retried_total", "counter", "Executions started again after an outside cause.", counters.retried),
         ("zygotes_started_total", "counter", "Zygotes started.", counters.zygotes_started),
         ("zygotes_lost_total", "counter", "Zygotes that died at work.", counters.zygotes_lost),

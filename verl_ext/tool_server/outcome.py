@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from typing import Any
@@ -11,7 +12,10 @@ from verl_ext.tool_server.runtime import Runtime
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Limits, Outcome
 
 # Status bytes, as inside/runner.py writes them (it cannot be imported here: it is not part of this process's world).
-_SYNTAX_ERROR, _MEMORY = b"S", b"M"
+_SYNTAX_ERROR, _MEMORY, _EXIT = b"S", b"M", b"E"
+# As inside/signals.py ends a program that is init of a pid namespace, where the kernel ends any other itself.
+_SIGNAL_STATUS = 128
+_NEVER_HANDLED = (signal.SIGKILL, signal.SIGSTOP)
 # The kernel enforces RLIMIT_CPU by counting timer ticks and reports usage by exact accounting; they differ by percents.
 _CPU_LIMIT_REACHED = 0.75
 
@@ -39,6 +43,17 @@ def classify(run: RawRun, limits: Limits) -> Outcome:
     return Outcome.MEMORY if run.marks.endswith(_MEMORY) else Outcome.ERROR
 
 
+def with_signal(run: RawRun) -> RawRun:
+    """In the tier ``strong``: the account as any other process would have left it if a signal of its own ended it.
+
+    A program that exits with such a status behind the interpreter's back claims a death it could also have died.
+    """
+    number = os.WEXITSTATUS(run.status) - _SIGNAL_STATUS if os.WIFEXITED(run.status) else 0
+    if not 0 < number < signal.NSIG or number in _NEVER_HANDLED or _EXIT in run.marks[1:]:
+        return run
+    return dataclasses.replace(run, status=number)
+
+
 def build_result(
     request: ExecutionRequest,
     run: RawRun,
@@ -50,6 +65,8 @@ def build_result(
     attempts: int,
 ) -> ExecutionResult:
     """The result to hand out, its texts cut and freed of host paths."""
+    if isolation is Isolation.STRONG and request.session_id is None:
+        run = with_signal(run)
     outcome = classify(run, limits)
     stdout, stderr = run.stdout.text(), strip_library_paths(run.stderr.text(), runtime)
     signalled = os.WIFSIGNALED(run.status)
@@ -88,10 +105,17 @@ def _note(outcome: Outcome, run: RawRun, limits: Limits, wall_seconds: float) ->
     if outcome is Outcome.OUTPUT_LIMIT:
         return f"[output limit: stopped after writing more than {limits.output_kill_bytes} bytes]"
     if outcome is Outcome.CRASH:
-        return f"[crash: killed by {signal.Signals(os.WTERMSIG(run.status)).name}]"
+        return f"[crash: killed by {_name(os.WTERMSIG(run.status))}]"
     if outcome is Outcome.ERROR and not run.stderr.total:
         return f"[exit status {os.WEXITSTATUS(run.status)}]"
     return ""
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # a real-time signal
 
 
 def join_output(stdout: str, stderr: str, note: str, kept: int) -> tuple[str, bool]:

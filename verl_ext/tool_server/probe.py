@@ -83,6 +83,7 @@ async def reach_tier(wanted: str, runtime: Runtime) -> Tier:
     candidates = [Isolation.STRONG, Isolation.STANDARD] if wanted == "auto" else [Isolation(wanted)]
     reasons = []
     for isolation in candidates:
+        logger.info("attacking isolation tier %r, to see whether it holds here", isolation.value)
         try:
             tier = Tier(isolation, runtime)
             await attack(tier)

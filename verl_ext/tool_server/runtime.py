@@ -10,6 +10,7 @@ from __future__ import annotations
 import compileall
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import py_compile
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 DEFAULT_PACKAGES = ("numpy", "scipy", "sympy")
 INSIDE = Path(__file__).parent / "inside"
 INSIDE_ROOT = "/opt/tool"
@@ -92,6 +94,7 @@ def ensure_runtime(cache_dir: Path | None = None, packages: Iterable[str] = DEFA
     if owner.st_uid not in (0, os.geteuid()) or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeBuildError(f"{cache} must be yours or root's and writable by nobody else; pass --runtime-dir")
     if not target.exists():
+        logger.info("building the tool runtime in %s: once, up to half a minute or more", target)
         _publish(target, lambda work: _build(work, distributions))
     inside = f"inside-{_inside_key()}"
     if not (target / inside).exists():

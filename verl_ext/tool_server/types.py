@@ -61,6 +61,13 @@ class Limits:
     output_kill_bytes: int = 8 * MIB  # stdout + stderr together
 
 
+def check_seconds(name: str, value: object) -> None:
+    """Raise ``ValueError`` naming the field unless ``value`` is absent or a positive number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and value > 0):  # type: ignore[operator]
+        raise ValueError(f"{name!r} must be a positive number of seconds")
+
+
 @dataclass(frozen=True)
 class ExecutionRequest:
     """One program to run.
@@ -90,10 +97,7 @@ class ExecutionRequest:
             raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
         if not isinstance(data.get("code"), str):
             raise ValueError("'code' must be a string")
-        timeout = data.get("timeout")
-        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-        if timeout is not None and not (number and timeout > 0):
-            raise ValueError("'timeout' must be a positive number of seconds")
+        check_seconds("timeout", data.get("timeout"))
         for name in ("stdin", "session_id"):
             if data.get(name) is not None and not isinstance(data[name], str):
                 raise ValueError(f"{name!r} must be a string")
@@ -129,6 +133,7 @@ class ExecutionResult:
     timeout: float | None = None  # the wall limit that was in force, seconds
     attempts: int = 1  # executions started for this answer; 2 when a dead worker's work was done again
     detail: str = ""  # for infra: what went wrong, for the operator
+    busy: bool = False  # for infra: nothing went wrong, all workers were taken for too long; ask again
 
     @property
     def ok(self) -> bool:

@@ -96,6 +96,41 @@ def test_being_busy_does_not_use_up_attempts() -> None:
     assert run(backend, attempts=1)[0].ok
 
 
+def kept_waiting(requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+    return [ExecutionResult.infra(r.request_id, "waited", Isolation.STRONG, busy=True) for r in requests]
+
+
+def test_waiting_in_the_queue_does_not_use_up_attempts() -> None:
+    backend = FakeBackend(*[kept_waiting] * 6, all_ok)
+    assert run(backend, attempts=1)[0].ok
+    assert len({ids[0] for ids in backend.asked}) == 1 and len(backend.asked) == 7
+
+
+def test_waiting_in_the_queue_ends_with_the_deadline() -> None:
+    started = time.monotonic()
+    (answer,) = run(FakeBackend(kept_waiting), deadline=0.5)
+    assert (answer.outcome, answer.busy, answer.detail) == (Outcome.INFRA, True, "waited")
+    assert 0.4 < time.monotonic() - started < 2
+
+
+def test_one_that_fails_does_not_end_the_wait_of_another() -> None:
+    """In a batch the attempts are counted for each: here the first always fails, the second is kept waiting."""
+
+    def step(requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+        return [(all_infra if r.code == "a" else kept_waiting)([r])[0] for r in requests]
+
+    backend = FakeBackend(*[step] * 6, all_ok)
+    failed, waited = run(backend, ["a", "b"], attempts=2)
+    assert failed.outcome is Outcome.INFRA and waited.ok
+    assert [len(ids) for ids in backend.asked] == [2, 2, 1, 1, 1, 1, 1]
+
+
+def test_a_sessions_turn_that_only_waited_is_asked_again() -> None:
+    backend = FakeBackend(kept_waiting, all_ok)
+    (answer,) = run(backend, [ExecutionRequest("x", session_id="s")])
+    assert answer.ok and len(backend.asked) == 2
+
+
 def test_the_pause_is_at_least_what_the_service_asked_for() -> None:
     started = time.monotonic()
     assert run(FakeBackend(unavailable(busy=True, retry_after=0.4), all_ok))[0].ok

@@ -67,7 +67,7 @@ def fetch(server: Server, method: str, path: str, **options: Any) -> tuple[int, 
         ("import threading\nthreading.Thread(target=lambda: print('late')).start()", "ok", "late\n"),
         ("import pickle\nclass A:\n    x = 1\npickle.loads(pickle.dumps(A())).x", "ok", "1\n"),
         ("import multiprocessing, subprocess\nsubprocess.run(['ls'])", "error", "PermissionError"),
-        ("print(__name__, __file__ if '__file__' in globals() else None)", "ok", "__main__ None\n"),
+        ("print(__name__, __file__ if '__file__' in globals() else None)", "ok", "__main__ <code>\n"),
     ],
 )  # fmt: skip
 def test_outcome_and_text(strong_server: Server, code: str, outcome: str, output: str) -> None:
@@ -207,6 +207,38 @@ def test_what_is_not_served_is_refused(strong_server: Server, extra: dict[str, A
     assert status == 422 and "not served" in json.loads(body)["error"]
 
 
+@pytest.mark.parametrize(
+    ("extra", "status", "named"),
+    [
+        ({"run_timeout": 0}, 400, "'run_timeout' must be a positive number of seconds"),
+        ({"run_timeout": "5"}, 400, "'run_timeout'"),
+        ({"run_timeout": True}, 400, "'run_timeout'"),
+        ({"compile_timeout": -1}, 400, "'compile_timeout'"),
+        ({"stdin": 5}, 400, "'stdin'"),
+        ({"code": None}, 400, "'code'"),
+        ({"echo": 1}, 400, "'echo'"),
+        ({"memory_limit_MB": "64"}, 400, "'memory_limit_MB' must be a number"),
+        ({"memory_limit_MB": 64}, 422, "'memory_limit_MB' below this server's own 268 is not served here"),
+        ({"timeout": 1}, 400, "unknown field 'timeout'; known: code"),  # ignored, it would be no limit at all
+        ({"language": None}, 422, "language None"),
+    ],
+)
+def test_the_fields_of_run_code_are_named(
+    strong_server: Server, extra: dict[str, Any], status: int, named: str
+) -> None:
+    got, body, _ = fetch(strong_server, "POST", "/run_code", json={"code": "1", "language": "python"} | extra)
+    assert (got, named in json.loads(body)["error"]) == (status, True), body
+
+
+def test_what_verls_own_sandbox_client_sends_is_served(strong_server: Server) -> None:
+    """All its fields, as `verl.utils.reward_score.sandbox_fusion` fills them; also a memory limit that is none."""
+    body = {"code": "print(input())", "stdin": "5", "language": "python", "compile_timeout": 10, "run_timeout": 10}
+    for megabytes in (1024, -1, None):
+        body |= {"memory_limit_MB": megabytes, "files": {}, "fetch_files": []}
+        status, text, _ = fetch(strong_server, "POST", "/run_code", json=body)
+        assert status == 200 and json.loads(text)["run_result"]["stdout"] == "5\n"
+
+
 # --- health, metrics, backpressure -----------------------------------------------------------------------------------
 
 
@@ -254,6 +286,41 @@ def test_a_full_queue_answers_429_with_retry_after_and_recovers() -> None:
         # A patient client gets everything through all the same.
         results = with_client(server, lambda client: asyncio.gather(*(client.run(f"{i}") for i in range(12))))
         assert [result.output for result in results] == [f"{i}\n" for i in range(12)]
+
+
+def test_work_that_the_queue_gives_up_comes_back_while_the_deadline_lasts() -> None:
+    """Twenty one-second programs on one worker whose queue lets nobody wait longer than two."""
+    options = ("--queue-seconds", "2", *SMALL)
+    with own_server(isolation="strong", workers=1, extra_arguments=options) as server:
+
+        async def use(client: ToolClient) -> list[ExecutionResult]:
+            codes = [f"import time; time.sleep(1); print({i})" for i in range(20)]
+            one_by_one = asyncio.gather(*(client.run(code) for code in codes[:10]))
+            return [*await asyncio.gather(one_by_one, client.run_batch(codes[10:]))]
+
+        alone, together = with_client(server, use, deadline=300)
+        assert [result.output for result in (*alone, *together)] == [f"{i}\n" for i in range(20)]
+
+        async def with_little_time(client: ToolClient) -> list[ExecutionResult]:
+            return await asyncio.gather(*(client.run("import time; time.sleep(4)") for _ in range(2)))
+
+        late = [result for result in with_client(server, with_little_time, deadline=6) if not result.ok]
+        assert [(result.outcome, result.busy) for result in late] == [(Outcome.INFRA, True)], late
+        assert "waited longer than 2 s for a free worker" in late[0].detail
+
+        async def over_the_other_interface() -> list[int]:
+            async with aiohttp.ClientSession() as session:
+
+                async def post() -> int:
+                    body = {"code": "import time; time.sleep(4)", "language": "python"}
+                    async with session.post(server.url + "/run_code", json=body) as answer:
+                        if answer.status == 429:
+                            assert int(answer.headers["Retry-After"]) >= 1 and "waited" in await answer.text()
+                        return answer.status
+
+                return sorted(await asyncio.gather(post(), post()))
+
+        assert asyncio.run(over_the_other_interface()) == [200, 429]
 
 
 def test_a_client_that_goes_away_frees_its_worker(strong_server: Server) -> None:

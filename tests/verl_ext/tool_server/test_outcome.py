@@ -70,6 +70,28 @@ def test_capture_conserves_head_tail_and_count(chunks: list[bytes], kept: int) -
         assert f"[... {capture.cut} bytes cut ...]" in text
 
 
+@given(st.binary(max_size=60), st.binary(max_size=60), st.lists(st.integers(1, 70), max_size=6), st.integers(2, 100))
+def test_what_follows_a_line_mark_starts_a_line(before: bytes, after: bytes, cuts: list[int], kept: int) -> None:
+    """However the bytes arrive, the mark itself in one piece."""
+    mark = b"\xff\xfemark\xfe\xff"
+    marked, plain = Capture(kept, mark), Capture(kept)
+    for data in (*_pieces(before, cuts), mark, *_pieces(after, cuts)):
+        marked.add(data)
+    plain.add(before + (b"\n" if before and after and not before.endswith(b"\n") else b"") + after)
+    assert (marked.text(), marked.total, marked.cut) == (plain.text(), plain.total, plain.cut)
+    in_one = Capture(kept, mark)
+    in_one.add(before + mark + after)
+    assert in_one.text() == plain.text()
+
+
+def _pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    pieces = []
+    for size in (*cuts, len(data)):
+        pieces.append(data[:size])
+        data = data[size:]
+    return pieces
+
+
 @given(st.integers(0, 5000))
 def test_capture_memory_is_bounded(chunks: int) -> None:
     capture = Capture(100)
@@ -98,6 +120,29 @@ def test_results_say_how_the_program_was_stopped() -> None:
     assert output(raw(int(signal.SIGSEGV))) == "[crash: killed by SIGSEGV]"
     assert output(raw(3 << 8)) == "[exit status 3]"
     assert "not your code" in output(raw(KILLED))
+
+
+@pytest.mark.parametrize(
+    ("isolation", "session", "run", "outcome", "number"),
+    [
+        (Isolation.STRONG, None, raw((128 + 15) << 8), Outcome.CRASH, 15),
+        (Isolation.STRONG, None, raw((128 + 11) << 8, marks=b""), Outcome.CRASH, 11),  # the parser gave up on it
+        (Isolation.STRONG, None, raw((128 + 15) << 8, marks=b"RE"), Outcome.ERROR, None),  # it left by itself
+        (Isolation.STRONG, None, raw((128 + 9) << 8), Outcome.ERROR, None),  # nobody but us sends that one
+        (Isolation.STRONG, None, raw((128 + 19) << 8), Outcome.ERROR, None),
+        (Isolation.STRONG, None, raw(255 << 8), Outcome.ERROR, None),
+        (Isolation.STRONG, None, raw(70 << 8, marks=b""), Outcome.INFRA, None),
+        (Isolation.STRONG, "s", raw((128 + 15) << 8), Outcome.ERROR, None),  # there the kernel itself kills
+        (Isolation.STANDARD, None, raw((128 + 15) << 8), Outcome.ERROR, None),
+        (Isolation.STANDARD, None, raw(15), Outcome.CRASH, 15),
+    ],
+)
+def test_a_death_by_signal_is_told_from_a_status(
+    isolation: Isolation, session: str | None, run: RawRun, outcome: Outcome, number: int | None
+) -> None:
+    request = ExecutionRequest("", session_id=session)
+    result = build_result(request, run, LIMITS, isolation, RUNTIME, 15.0, 0.0, 1)
+    assert (result.outcome, result.signal) == (outcome, number)
 
 
 def test_tracebacks_name_library_files_without_host_paths() -> None:

@@ -24,7 +24,23 @@ def test_outcomes_are_the_closed_set() -> None:
 
 def test_a_result_survives_its_dictionary() -> None:
     result = ExecutionResult(
-        Outcome.CRASH, "text", "out", "err", "id", Isolation.STRONG, 1.5, 0.5, 0.1, 10, None, 11, True, 2.0, 2, "why"
+        Outcome.CRASH,
+        "text",
+        "out",
+        "err",
+        "id",
+        Isolation.STRONG,
+        1.5,
+        0.5,
+        0.1,
+        10,
+        None,
+        11,
+        True,
+        2.0,
+        2,
+        "why",
+        True,
     )
     assert ExecutionResult.from_dict(result.to_dict()) == result
     assert result.to_dict()["outcome"] == "crash" and result.to_dict()["isolation"] == "strong"

@@ -72,7 +72,8 @@ class LocalBackend:
             if isinstance(answer, Overloaded):
                 if len(requests) == 1:
                     raise BackendUnavailable(str(answer), answer.retry_after, busy=True) from answer
-                answer = ExecutionResult.infra(request.request_id, str(answer), dispatcher.tier.isolation)
+                isolation = dispatcher.tier.isolation
+                answer = ExecutionResult.infra(request.request_id, str(answer), isolation, busy=True)
             elif isinstance(answer, RequestRefused):
                 raise RequestRejected(str(answer)) from answer
             elif isinstance(answer, BaseException):

@@ -11,7 +11,7 @@ import struct
 CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 2, 4, 8, 4096
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -61,6 +61,11 @@ def mount_tmpfs(path: str, size_bytes: int) -> None:
     options = f"size={size_bytes},nr_inodes=4096,mode=0700".encode()
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     _check(_libc.mount(b"tmpfs", path.encode(), b"tmpfs", flags, options), f"mount tmpfs on {path}")
+
+
+def mount_bind(source: str, target: str) -> None:
+    """Have ``target``, an existing file, show ``source``."""
+    _check(_libc.mount(source.encode(), target.encode(), None, MS_BIND, None), f"mount {source} on {target}")
 
 
 def _prctl(option: int, arg2: object, arg3: object = 0) -> int:

@@ -162,6 +162,7 @@ def run_turn(order: dict, fds: list[int], main: types.ModuleType, number: int) -
         os.close(fd)
     runner.open_streams()  # a turn may have closed or replaced the ones it had
     # Each turn has a file name of its own, so that a traceback through a function of an earlier turn shows its lines.
-    code = runner.run(source, order["echo"], status, main, f"<code {number}>", last=False)
+    mark = bytes.fromhex(order["line_mark"])
+    code = runner.run(source, order["echo"], status, main, f"<code {number}>", last=False, line_mark=mark)
     os.close(status)
     return code

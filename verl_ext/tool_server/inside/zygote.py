@@ -14,6 +14,7 @@ import os
 import resource
 import select
 import signal
+import site
 import socket
 import sys
 import time
@@ -21,7 +22,9 @@ import traceback
 
 import kernel
 import runner
+import semaphores
 import session
+import signals
 
 PRELOAD = {
     "bare": ("collections", "itertools", "functools", "math", "re", "json", "random", "datetime", "statistics",
@@ -32,6 +35,7 @@ PRELOAD = {
 }  # fmt: skip
 HARD_MEMORY_MARGIN = 16 << 20  # between the soft and the hard RLIMIT_AS: room to print the traceback
 FIRST_FREE_FD = 4  # in a child: 0-2 are the standard streams, 3 the status pipe
+OWN_MODULES = ("zygote", "runner", "session", "kernel", "signals", "semaphores")
 
 
 def main() -> None:
@@ -45,6 +49,7 @@ def main() -> None:
     kernel.die_with_parent(signal.SIGKILL)
     warm(config["kind"])
     zygote = Zygote(control, config)
+    like_an_interpreter()
     streams_of_before = runner.open_streams_for_children()  # noqa: F841  kept, not used
     gc.collect()
     gc.freeze()  # no collection ever touches, and so copies, the pages shared with the children
@@ -75,6 +80,15 @@ def warm(kind: str) -> None:
         repr(numpy.arange(3.0))
 
 
+def like_an_interpreter() -> None:
+    """What start-up adds for a program (exit, quit, help, ...), and nothing of ours left for it to import."""
+    for add in (site.setquit, site.setcopyright, site.sethelper):
+        add()
+    sys.path.remove(os.path.dirname(__file__))
+    for name in OWN_MODULES:
+        del sys.modules[name]
+
+
 class Zygote:
     def __init__(self, control: socket.socket, config: dict) -> None:
         self.control = control
@@ -93,6 +107,9 @@ class Zygote:
             self.ruleset = kernel.landlock_ruleset(config["read_paths"], writable)
             kernel.landlock_allow_write_file(self.ruleset, "/dev/null")
         self.own_pidfd = os.pidfd_open(os.getpid())
+        self.death = signals.death_by_signal() if self.namespaces else None
+        if self.death is not None:
+            self.death.install()
 
     def serve(self) -> None:
         while True:
@@ -188,14 +205,18 @@ class Zygote:
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             source = os.pread(program, order["code_bytes"], 0).decode("utf-8", "surrogatepass")
-            self.confine(order)
+            self.confine(order, *stdin)
             # Last, because the ruleset and the program are among what gets closed.
             os.dup2(status, 3)
             kernel.close_from(FIRST_FREE_FD)
             if self.seccomp is not None:
                 self.seccomp.install()
             reseed()
-            code = runner.run(source, order["echo"], 3)
+            if self.seccomp is not None:
+                semaphores.install()
+            if self.death is not None:
+                self.death.keep()
+            code = runner.run(source, order["echo"], 3, line_mark=bytes.fromhex(order["line_mark"]))
         except BaseException:
             # Only reached before the program runs: without a status byte this text goes to the operator.
             traceback.print_exc(file=open(2, "w", closefd=False))
@@ -209,6 +230,8 @@ class Zygote:
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
             self.confine(order)
+            if self.death is not None:
+                self.death.remove()
             os.dup2(fds[0], FIRST_FREE_FD - 1)
             kernel.close_from(FIRST_FREE_FD)
             if self.seccomp_sessions is not None:
@@ -218,11 +241,14 @@ class Zygote:
         finally:
             os._exit(0)
 
-    def confine(self, order: dict) -> None:
-        """Everything but seccomp, which would forbid the rest of it."""
-        if self.namespaces:
+    def confine(self, order: dict, stdin: int | None = None) -> None:
+        """Everything but seccomp, which would forbid the rest of it. ``stdin``: what /dev/stdin is to show."""
+        if self.scratch is not None:
             kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
-            kernel.mount_tmpfs(self.scratch, order["scratch"])
+            size = os.fstat(stdin).st_size if stdin is not None else 0
+            kernel.mount_tmpfs(self.scratch, order["scratch"] + size)
+            if stdin is not None and size:
+                show_stdin(stdin, size, self.scratch)
         else:
             os.setsid()
             kernel.die_with_parent(signal.SIGKILL)
@@ -235,6 +261,18 @@ class Zygote:
         kernel.set_no_new_privs()
         if self.ruleset is not None:
             kernel.landlock_restrict_self(self.ruleset)
+
+
+def show_stdin(stdin: int, size: int, scratch: str) -> None:
+    """Have /dev/stdin, a link to a file beside the scratch directory, hold what is on standard input.
+
+    Without /proc it cannot be a link to the descriptor. The file has no name in the scratch directory, which is empty.
+    """
+    name = f"{scratch}/stdin"
+    with open(name, "wb") as copy:
+        copy.write(os.pread(stdin, size, 0))
+    kernel.mount_bind(name, f"{os.path.dirname(scratch)}/stdin")
+    os.unlink(name)
 
 
 def set_limits(order: dict) -> None:

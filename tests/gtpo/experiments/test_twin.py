@@ -217,7 +217,7 @@ def test_an_override_that_the_engine_does_not_read_is_refused():
 def test_shared_cache_gives_the_log_probs_of_a_fresh_forward_pass(stream, toy_policy, settings, monkeypatch):
     """Also for prompts that rows share, after tool messages were fed, and after finished rows left the batch."""
     always = parse_calls(write_call("42"), settings.rules.argument_schemas)  # every turn that ends by itself calls
-    monkeypatch.setattr("recipe.gtpo.conversation.parse_calls", lambda text, schemas: always)
+    monkeypatch.setattr("recipe.gtpo.conversation.parse_calls", lambda text, schemas, **_: always)
     torch.manual_seed(1)
     # The toy policy is close to uniform: a turn ends with probability 1/512 a token, somewhere in most rows.
     model = AutoModelForCausalLM.from_pretrained(toy_policy).eval()

@@ -9,10 +9,13 @@ conversation is never rendered again, so the policy trains on exactly what it sa
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import logging
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -23,11 +26,14 @@ from verl.experimental.agent_loop.agent_loop import (
     AgentLoopOutput,
     ToolListWrap,
 )
-from verl.tools.schemas import ToolResponse
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.utils import get_max_position_embeddings
 
-from recipe.gtpo.conversation import Conversation, Rules
+from recipe.gtpo.conversation import Conversation, Rules, was_cut
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
+from recipe.gtpo.parsing import BREAK, THOUGHT, as_data, encode_data, opens_thought, read_tokens
 from recipe.gtpo.run.scoring import Score, ScoreError, load_score
 from recipe.gtpo.tasks.task import load_task
 
@@ -40,7 +46,7 @@ class GTPOAgentLoop(AgentLoopBase):
     Limits are verl's own `rollout.multi_turn.*` keys. Tools are verl tools (`multi_turn.tool_config_path`). A tool
     may report an outcome of the tool server's closed set in its metrics ("outcome"), otherwise it is "ok"; one that
     raises is "infra". The raw outcome comes from `reward.custom_reward_function`, or else from the task, asked about
-    the *final assistant turn* only. What every turn leads to is decided in `conversation.py`.
+    the *final assistant turn* only, its thoughts left out. What every turn leads to is decided in `conversation.py`.
     """
 
     def __init__(self, *args: Any, tools: ToolListWrap | None = None, **kwargs: Any) -> None:
@@ -58,11 +64,21 @@ class GTPOAgentLoop(AgentLoopBase):
         if score is None:
             raise ValueError("gtpo_agent needs reward.custom_reward_function.path and .name, or a task= that scores")
         self.score: Score = score
-        schemas = {s["function"]["name"]: s["function"]["parameters"] for s in self.tool_schemas}
+        schemas = {s["function"]["name"]: s["function"].get("parameters", {}) for s in self.tool_schemas}
         options = GTPOOptions.from_config(OmegaConf.select(self.config, "algorithm.gtpo"))
-        self.rules = Rules.of(self.rollout_config, options, schemas, task.extract_answer)
-        eos = self.tokenizer.eos_token_id
-        self.eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
+        rules = Rules.of(self.rollout_config, options, schemas, task.extract_answer)
+        model_stops, model_length = model_facts(self.config)
+        # the servers take the model's length where max_model_len is not set
+        self.rules = replace(rules, context_length=min(rules.context_length, model_length))
+        stops = ids_of(self.tokenizer.eos_token_id) | model_stops  # at which every server stops
+        self.turn_end = turn_end(self.tokenizer)
+        self.ends = stops | ids_of(self.turn_end)
+        self.asked_stops = sorted(self.ends - stops)  # a base model's server does not know its template's
+        builder = self.continuous_token_builder
+        builder.tokenizer = DataEncoder(self.tokenizer)
+        # a multimodal processor encodes by itself
+        mark = " " if builder.supports_multimodal() else BREAK
+        self.as_data = functools.partial(as_data, control=frozenset(self.tokenizer.get_added_vocab()), mark=mark)
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """One trajectory. Never raises for what a model, a tool, a server or a reward function did.
@@ -91,51 +107,79 @@ class GTPOAgentLoop(AgentLoopBase):
         seconds = {"generate": 0.0, "tools": 0.0}
         versions: list[int] = []  # of the weights each turn was sampled with
         request_id = self._request_id(kwargs)
+        conversation.check_room(0, len(ids))
+        after_turn = (ids, mask, log_probs)  # without the tool messages that follow it
 
         while conversation.finish is None:
-            budget = self.rollout_config.response_length - len(mask)
+            room = int(self.rules.room(len(mask), len(prompt_ids)))
             began = time.perf_counter()
             output = await self.server_manager.generate(
                 request_id=request_id,
                 prompt_ids=ids,
-                sampling_params=self._sampling(sampling_params, budget, kwargs, turn=len(conversation.turns)),
+                sampling_params=self._sampling(sampling_params, room, kwargs, turn=len(conversation.turns)),
             )
             seconds["generate"] += time.perf_counter() - began
-            if not output.token_ids:
-                raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
             for key in ("min_global_steps", "max_global_steps"):
                 if output.extra_fields.get(key) is not None:
                     versions.append(output.extra_fields[key])
+            if not output.token_ids:
+                if output.stop_reason != "length":
+                    raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
+                conversation.out_of_room()  # SGLang keeps the context's last token for itself
+                ids, mask, log_probs = after_turn
+                break
+            said = read_tokens(output.token_ids, self.ends, self.tokenizer)
+            text = f"{THOUGHT}\n{said.text}" if self._thinks(ids) else said.text
             merged, mask, log_probs = await self.ct_merge_assistant_token(
                 ids,
-                output.token_ids,
+                output.token_ids[: said.kept],
                 mask,
                 log_probs,
-                assistant_logprobs=None if log_probs is None else output.log_probs,
+                assistant_logprobs=None if log_probs is None else (output.log_probs or [])[: said.kept],
             )
             ids = merged.token_ids
-            text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
-            cut = len(output.token_ids) >= budget and output.token_ids[-1] not in self.eos
+            after_turn = (ids, mask, log_probs)
             # The span is read off the mask *before* the tool's tokens are appended.
-            calls = conversation.end_turn(len(mask) - len(output.token_ids), len(mask), text, cut=cut)
+            calls = conversation.end_turn(
+                len(mask) - said.kept,
+                len(mask),
+                text,
+                cut=was_cut(
+                    ended=said.ended_by != "",
+                    stop_reason=output.stop_reason,
+                    generated=len(output.token_ids),
+                    room=room,
+                ),
+                ended_by=said.ended_by,
+                overrun=len(output.token_ids) - said.kept,
+            )
             if conversation.finish is not None:
                 break
             began = time.perf_counter()
-            replies = conversation.hear(await asyncio.gather(*map(self._execute, calls)))
+            replies = conversation.hear(await asyncio.gather(*map(self._execute, calls)), self.as_data)
             seconds["tools"] += time.perf_counter() - began
             if conversation.finish is not None:
                 break
             before = [*messages, {"role": "assistant", "content": text}]
             messages = [*before, *({"role": "tool", "content": reply} for reply in replies)]
+            if self.turn_end not in (None, ids[-1]):  # another token ended the turn: what follows needs the template's
+                ids, mask = [*ids, self.turn_end], [*mask, 0]
+                log_probs = None if log_probs is None else [*log_probs, 0.0]
             context, new_mask, new_log_probs = await self.ct_merge_context_msg(
                 before, messages, ids, mask, log_probs, tools=self.tool_schemas
             )
-            conversation.check_room(len(new_mask))
-            if conversation.finish is None:  # else the response ends with the turn
+            conversation.check_room(len(new_mask), len(prompt_ids))
+            if conversation.finish is None:
                 ids, mask, log_probs = context.token_ids, new_mask, new_log_probs
+            else:  # the response ends with the turn
+                ids, mask, log_probs = after_turn
 
-        said = conversation.turns[-1].text
-        scored = None if conversation.finish is Finish.INFRA else await self._score(said, kwargs)
+        if not conversation.turns:  # no room for a first token: one that nobody sampled, and that nothing trains on
+            conversation.end_turn(0, 1, "", cut=True)
+            ids, mask = [*ids, self.tokenizer.pad_token_id], [0]
+            log_probs = None if log_probs is None else [0.0]
+            versions = versions or [kwargs["global_steps"] - 1]  # verl counts with it; these weights would have spoken
+        scored = None if conversation.finish is Finish.INFRA else await self._score(conversation.final_words, kwargs)
         trajectory = conversation.trajectory(scored)
         start = len(ids) - len(mask)
         return self._output(trajectory, ids[:start], ids[start:], mask, log_probs, seconds, versions)
@@ -176,8 +220,14 @@ class GTPOAgentLoop(AgentLoopBase):
             return uuid4().hex
         return f"{row['global_steps']}-{row['index']}-{row['session_id']}"
 
-    def _sampling(self, base: dict[str, Any], budget: int, row: Mapping[str, Any], turn: int) -> dict[str, Any]:
-        params = {**base, "max_tokens": budget}
+    def _thinks(self, ids: list[int]) -> bool:
+        """Whether the turn after these tokens begins inside a thought: the template's generation prompt opened one."""
+        return opens_thought(self.tokenizer.decode(ids[-16:]))
+
+    def _sampling(self, base: dict[str, Any], room: int, row: Mapping[str, Any], turn: int) -> dict[str, Any]:
+        params = {**base, "max_tokens": room}
+        if self.asked_stops:
+            params["stop_token_ids"] = self.asked_stops
         if self.rollout_config.full_determinism:
             # One seed a turn, from what identifies it across runs: requests reach the server in any order.
             name = f"{self.rollout_config.seed}/{self._request_id(row)}/{turn}"
@@ -193,14 +243,16 @@ class GTPOAgentLoop(AgentLoopBase):
                 response, _, metrics = await tool.execute(instance_id, call.arguments)
             finally:
                 await tool.release(instance_id)
-            outcome, detail = metrics.get("outcome", "ok"), metrics.get("detail", "")
+            text, outcome, detail = response.text or "", metrics.get("outcome", "ok"), metrics.get("detail", "")
+            if not isinstance(outcome, str):
+                raise TypeError(f"its outcome is {outcome!r}, not a name")
         except Exception as e:
             # A tool that raises is broken, whatever the model wrote: failing code is a result, not an exception.
             outcome, detail = "infra", f"{type(e).__name__}: {e}"
-            response = ToolResponse(text=f"Error: {detail}")
+            text = f"Error: {detail}"
         if outcome == "infra":
             logger.error("tool %s failed on our side: %s", call.name, detail)
-        return ToolOutcome(outcome, response.text or "", time.perf_counter() - began)
+        return ToolOutcome(outcome, text, time.perf_counter() - began)
 
     async def _score(self, text: str, row: Mapping[str, Any]) -> Any:
         """What the reward function says of the final assistant turn. A key that the row has not got is None."""
@@ -215,3 +267,62 @@ class GTPOAgentLoop(AgentLoopBase):
 def _name(row: Mapping[str, Any]) -> str:
     """Which row of the data a trajectory is of, as a user finds it."""
     return f"{row.get('index')} of {row.get('data_source', 'the data')}"
+
+
+# -- the model and its tokenizer, the same for every trajectory of a worker --------------------------------------------
+
+
+class DataEncoder:
+    """The tokenizer that verl's builder renders with: what `as_data` marked becomes ordinary tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if BREAK not in text:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return encode_data(self._tokenizer, text)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], *, tokenize: bool = True, **kwargs: Any) -> Any:
+        if tokenize and any(BREAK in str(message.get("content")) for message in messages):
+            return encode_data(self._tokenizer, self.apply_chat_template(messages, tokenize=False, **kwargs))
+        return self._tokenizer.apply_chat_template(messages, tokenize=tokenize, **kwargs)
+
+
+def ids_of(value: int | list[int] | None) -> frozenset[int]:
+    return frozenset() if value is None else frozenset([value] if isinstance(value, int) else value)
+
+
+def model_facts(config: Any) -> tuple[frozenset[int], float]:
+    """The end tokens of the model's generation config, and the longest context it takes; nothing without a model."""
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        return frozenset(), float("inf")
+    return _model_facts(json.dumps(OmegaConf.to_container(model, resolve=True), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _model_facts(section: str) -> tuple[frozenset[int], float]:
+    model = omega_conf_to_dataclass(OmegaConf.create(json.loads(section) | {"load_tokenizer": False}), HFModelConfig)
+    stops = ids_of(None if model.generation_config is None else model.generation_config.eos_token_id)
+    try:
+        return stops, get_max_position_embeddings(model.hf_config)
+    except ValueError:  # a model without one
+        return stops, float("inf")
+
+
+@functools.lru_cache(maxsize=4)
+def turn_end(tokenizer: Any) -> int | None:
+    """The control token with which the chat template ends an assistant turn; None where it writes none after one."""
+    words = "The end of this turn"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template's own complaint; the run will hear it with its real messages
+        return None
+    after = rendered.rpartition(words)[2] if words in rendered else ""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in tokenizer.encode(after, add_special_tokens=False) if token in special), None)

@@ -17,7 +17,7 @@ from typing import Any
 
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRUNCATED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
-from recipe.gtpo.parsing import parse_calls
+from recipe.gtpo.parsing import parse_calls, printable, spoken
 
 ExtractAnswer = Callable[[str], str | None]
 
@@ -29,6 +29,7 @@ class Rules:
     argument_schemas: Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
     extract_answer: ExtractAnswer  # the final answer that a turn states, or None (`tasks/task.py`)
     response_length: float = float("inf")  # tokens of all turns and tool messages together
+    context_length: float = float("inf")  # tokens of these and the prompt: what the server can hold
     max_turns: float = float("inf")  # assistant turns
     max_parallel_calls: int = 1  # calls that one turn may run
     max_tool_response_length: float = float("inf")  # characters of a tool message
@@ -49,12 +50,17 @@ class Rules:
             argument_schemas=argument_schemas,
             extract_answer=extract_answer,
             response_length=rollout.response_length,
+            context_length=rollout.max_model_len or float("inf"),
             max_turns=limits.max_assistant_turns or float("inf"),
             max_parallel_calls=limits.max_parallel_calls,
             max_tool_response_length=limits.max_tool_response_length,
             truncate_side=limits.tool_response_truncate_side,
             success_threshold=options.success_threshold,
         )
+
+    def room(self, response_length: int, prompt_length: int = 0) -> float:
+        """How many tokens the next turn may have after a prompt and a response of these lengths; 0 or less is none."""
+        return min(self.response_length, self.context_length - prompt_length) - response_length
 
     def shorten(self, text: str) -> str:
         """At most `max_tool_response_length` characters of `text`, the cut marked, on the side that verl's key says."""
@@ -77,20 +83,23 @@ class Conversation:
         self.finish: Finish | None = None
         self._refused: tuple[ToolOutcome | None, ...] = ()  # of the last turn, one a call
 
-    def end_turn(self, start: int, end: int, text: str, *, cut: bool) -> tuple[ToolCall, ...]:
+    def end_turn(
+        self, start: int, end: int, text: str, *, cut: bool, ended_by: str = "", overrun: int = 0
+    ) -> tuple[ToolCall, ...]:
         """Record an assistant turn.
 
         Args:
             start, end: the response tokens `[start, end)` that the policy generated in it.
-            text: what these tokens say.
-            cut: the turn ran out of tokens, it did not end by itself.
+            text: what these tokens say, thoughts included (`parsing.read_tokens`).
+            cut: the turn ran out of tokens, it did not end by itself (`was_cut`).
+            ended_by, overrun: as in the record (`method.turns.Turn`).
 
         Returns:
             The calls to run, in order; `hear` wants one outcome for each. Also empty when all calls are refused, so ask
             `finish` whether the conversation goes on.
         """
-        calls = parse_calls(text, self.rules.argument_schemas)
-        self.turns.append(Turn(start, end, text, calls))
+        calls = parse_calls(spoken(text), self.rules.argument_schemas, cut=cut)
+        self.turns.append(Turn(start, end, text, calls, ended_by=ended_by, overrun=overrun))
         if cut:
             self.finish = Finish.LENGTH
         elif not calls:
@@ -102,22 +111,35 @@ class Conversation:
         self._refused = refusals(calls, self.rules.max_parallel_calls)
         return tuple(call for call, refused in zip(calls, self._refused, strict=True) if refused is None)
 
-    def hear(self, outcomes: Sequence[ToolOutcome]) -> tuple[str, ...]:
+    def hear(self, outcomes: Sequence[ToolOutcome], as_data: Callable[[str], str] = str) -> tuple[str, ...]:
         """Record what became of the calls that `end_turn` returned; the tool messages of the turn, one a call.
 
-        A tool that failed on our side ends the conversation.
+        What a tool said is data: it passes through `as_data` on its way into a message (`parsing.as_data`). A refusal
+        is our own text. A tool that failed on our side ends the conversation.
         """
-        ran = iter(replace(outcome, output=self.rules.shorten(outcome.output)) for outcome in outcomes)
+        ran = iter(replace(o, output=self.rules.shorten(printable(o.output))) for o in outcomes)
         answered = tuple(refused or next(ran) for refused in self._refused)
         self.turns[-1] = replace(self.turns[-1], outcomes=answered)
         if any(outcome.outcome == "infra" for outcome in answered):
             self.finish = Finish.INFRA
-        return tuple(outcome.output for outcome in answered)
+        return tuple(
+            outcome.output if refused else as_data(outcome.output)
+            for outcome, refused in zip(answered, self._refused, strict=True)
+        )
 
-    def check_room(self, response_length: int) -> None:
+    def check_room(self, response_length: int, prompt_length: int = 0) -> None:
         """End the conversation where its tool messages, included in `response_length`, leave no room for a token."""
-        if response_length >= self.rules.response_length:
-            self.finish = Finish.LENGTH
+        if self.rules.room(response_length, prompt_length) < 1:
+            self.out_of_room()
+
+    def out_of_room(self) -> None:
+        """End the conversation before a turn that not a single token is left for."""
+        self.finish = Finish.LENGTH
+
+    @property
+    def final_words(self) -> str:
+        """What the last turn says, its thoughts left out: what is scored."""
+        return spoken(self.turns[-1].text)
 
     def trajectory(self, scored: Any) -> Trajectory:
         """The finished conversation as the record that credit assignment reads.
@@ -138,6 +160,19 @@ class Conversation:
     def lost(self, fault: str) -> Trajectory:
         """The record of a conversation that something of ours ended or kept from being scored: `fault` names it."""
         return Trajectory(tuple(self.turns), Finish.FAULT, acc=0.0, fault=fault)
+
+
+def was_cut(*, ended: bool, stop_reason: str | None, generated: int, room: float) -> bool:
+    """Whether a turn ran out of tokens.
+
+    Args:
+        ended: its tokens hold one that ends a turn: then it is whole, also on the last token that there was room for.
+        stop_reason: the server's. SGLang says "length"; vLLM under verl says "completed" for either, so its tokens are
+            counted.
+        generated: tokens of the turn.
+        room: tokens that it could have (`Rules.room`).
+    """
+    return not ended and (stop_reason in ("length", "abort", "aborted") or generated >= room)
 
 
 def refusals(calls: Sequence[ToolCall], max_parallel_calls: int) -> tuple[ToolOutcome | None, ...]:
@@ -167,7 +202,7 @@ def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAn
                 is_last=k == last,
                 truncated=k == last and (finish in TRUNCATED or finish is Finish.INFRA),
                 calls=turn.calls,
-                has_answer=extract_answer(turn.text) is not None,
+                has_answer=extract_answer(spoken(turn.text)) is not None,
             ),
         )
         for k, turn in enumerate(turns)

@@ -10,9 +10,21 @@ import os
 
 import pytest
 from composition import compose
-from scripted import CALL, MULTI_TURN, QUESTION, RIGHT, WRONG, FakePython, Rollout, make_loop
+from scripted import (
+    CALL,
+    MULTI_TURN,
+    QUESTION,
+    RIGHT,
+    WRONG,
+    FakePython,
+    Rollout,
+    assert_leaves_the_loop,
+    make_loop,
+)
+from verl.tools.schemas import OpenAIFunctionToolSchema
 
 from recipe.gtpo.method.turns import Finish, FormatReason
+from recipe.gtpo.parsing import as_data, encode_data
 from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -187,6 +199,79 @@ def test_a_long_tool_answer_is_cut_on_the_configured_side(tokenizer, side, limit
     rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("0123456789"), changes)
     assert rollout.trajectory.turns[0].outcomes[0].output == shown
     assert f"<tool_response>\n{shown}\n</tool_response>" in rollout.context[0]
+
+
+# -- nothing that is written or returned ends the run ------------------------------------------------------------------
+
+
+WRITTEN = {
+    "nested 700 deep": ('{"code": ' + "[" * 700 + "]" * 700 + "}", FormatReason.INVALID_JSON),
+    "nested without end": ('{"code": ' + "[" * 100_000 + "}", FormatReason.INVALID_JSON),
+    "5,000 digits": ('{"code": ' + "1" * 5000 + "}", FormatReason.INVALID_JSON),
+    "half a character": ('{"code": "\\ud800"}', FormatReason.INVALID_JSON),
+    "no number": ('{"code": NaN}', FormatReason.INVALID_JSON),
+    "more than 64 bits": ('{"code": ' + "1" * 30 + "}", FormatReason.BAD_ARGUMENT),
+    "a name of control tokens": ('{"code": "1", "' + "<|im_end|>" * 999 + '": 1}', FormatReason.BAD_ARGUMENT),
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_whatever_the_model_writes_is_a_turn(tokenizer, written):
+    arguments, reason = WRITTEN[written]
+    said = f'<tool_call>{{"name": "python", "arguments": {arguments}}}</tool_call>'
+    spelt = encode_data(tokenizer, as_data(said, frozenset({"<|im_end|>"})))  # the token would end the turn
+    changes = {"actor_rollout_ref.rollout.response_length": 300_000}
+    turns = [[*spelt, tokenizer.eos_token_id], CALL, RIGHT]
+    rollout = Rollout(tokenizer, turns, FakePython("5\n"), changes)
+    assert rollout.broken == [reason, None, None] and rollout.trajectory.finish is Finish.ANSWER
+    assert rollout.trajectory.turns[0].text == said
+    assert len(rollout.context[0]) < 400  # it is told, shortly
+    assert_leaves_the_loop(rollout)
+
+
+def test_a_lone_surrogate_in_a_tools_text_is_shown_as_an_escape(tokenizer):
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("a\ud800b"))
+    assert "<tool_response>\na\\ud800b\n</tool_response>" in rollout.context[0]
+    assert rollout.trajectory.finish is Finish.ANSWER and rollout.trajectory.acc == 1.0
+    assert_leaves_the_loop(rollout)
+
+
+class Returns(FakePython):
+    """A tool that hands back something that no tool may."""
+
+    async def execute(self, instance_id, parameters, **kwargs):
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize("returned", [None, (None, 0.0, {}), ("5", 0.0, {}), ("5", 0.0)])
+def test_a_tool_that_breaks_verls_contract_voids_the_trajectory(tokenizer, returned):
+    rollout = Rollout(tokenizer, [CALL], Returns(returned))
+    assert rollout.trajectory.finish is Finish.INFRA
+    assert_leaves_the_loop(rollout)
+
+
+def test_a_tool_that_raises_with_half_a_character_voids_the_trajectory(tokenizer):
+    rollout = Rollout(tokenizer, [CALL], FakePython(RuntimeError("a\ud800b")))
+    assert rollout.trajectory.finish is Finish.INFRA
+    assert rollout.trajectory.turns[0].outcomes[0].output == r"Error: RuntimeError: a\ud800b"
+    assert_leaves_the_loop(rollout)
+
+
+@pytest.mark.parametrize(("value", "reason"), [("3", None), ("0.5", None), ('"3"', FormatReason.BAD_ARGUMENT)])
+def test_an_argument_may_have_several_types(tokenizer, value, reason):
+    """What verl's function tools make of `int | float`."""
+    parameters = {"type": "object", "properties": {"code": {"type": ["integer", "number"]}}, "required": ["code"]}
+    function = {"name": "python", "description": "Run.", "parameters": parameters}
+    schema = OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+    rollout = Rollout(tokenizer, [CALL.replace('"2+3"', value), RIGHT], FakePython("5\n", schema=schema))
+    assert rollout.broken == [reason, None]
+
+
+def test_a_tool_without_parameters_takes_none(tokenizer):
+    function = {"name": "python", "description": "Run."}
+    schema = OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+    loop = asyncio.run(started(compose(), tokenizer, [FakePython(schema=schema)]))
+    assert loop.rules.argument_schemas == {"python": {}}
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.gtpo.conversation import Conversation, Rules, judge_format, read_score, refusals
+from recipe.gtpo.conversation import Conversation, Rules, judge_format, read_score, refusals, was_cut
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.tasks.task import boxed
 
@@ -86,6 +86,78 @@ def test_no_room_for_another_token_ends_it():
     assert conversation.finish is None
     conversation.check_room(9)
     assert conversation.finish is Finish.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "room"), [(0, 0, 9), (3, 2, 7), (6, 0, 6), (6, 5, 1), (12, 0, 0), (5, 9, -2)]
+)
+def test_a_turn_has_the_room_of_the_response_and_of_the_context(prompt, response, room):
+    rules = Rules(SCHEMAS, boxed, response_length=9, context_length=12)
+    assert rules.room(response, prompt) == room
+    conversation = Conversation(rules)
+    conversation.check_room(response, prompt)
+    assert conversation.finish is (None if room >= 1 else Finish.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("ended", "stop_reason", "generated", "cut"),
+    [
+        (True, "completed", 5, False),
+        (True, "length", 9, False),  # by itself, on the last token
+        (False, "completed", 9, True),  # vLLM's word for either end
+        (False, "completed", 5, False),  # at a stop string
+        (False, "stop", 5, False),
+        (False, "length", 8, True),  # SGLang keeps a token
+        (False, "aborted", 5, True),
+        (False, None, 9, True),
+        (False, None, 5, False),
+    ],
+)
+def test_a_turn_is_cut_where_the_server_says_so_or_its_tokens_are_used_up(ended, stop_reason, generated, cut):
+    assert was_cut(ended=ended, stop_reason=stop_reason, generated=generated, room=9) == cut
+
+
+def converse(*turns, cut=False):
+    conversation = Conversation(Rules(SCHEMAS, boxed))
+    for turn in turns:
+        asked = conversation.end_turn(0, 1, turn, cut=cut and turn == turns[-1])
+        if conversation.finish is None:
+            conversation.hear([ToolOutcome("ok", "1", 0.0)] * len(asked))
+    return conversation, [turn.broken for turn in conversation.trajectory(0.0).turns]
+
+
+def test_a_call_that_is_only_thought_of_is_not_run():
+    conversation, broken = converse(f"<think>{CALL}</think>No.")
+    assert conversation.finish is Finish.ANSWER and broken == [FormatReason.FIRST_TURN_NO_CALL]
+    assert conversation.turns[0].calls == () and conversation.turns[0].text == f"<think>{CALL}</think>No."
+
+
+def test_an_answer_that_is_only_thought_of_is_none():
+    thought = r"<think>\boxed{5}</think>"
+    conversation, broken = converse(CALL, f"{thought}I am done.")
+    assert broken == [None, FormatReason.NO_ANSWER] and conversation.final_words == "I am done."
+    conversation, broken = converse(CALL, thought + r"\boxed{6}")
+    assert broken == [None, None] and conversation.final_words == r"\boxed{6}"
+
+
+def test_a_thought_without_an_end_says_nothing():
+    conversation, broken = converse(CALL, rf"<think>{CALL} \boxed{{5}}")
+    assert conversation.finish is Finish.ANSWER and broken == [None, FormatReason.NO_ANSWER]
+    conversation, broken = converse(CALL, rf"<think>{CALL} \boxed{{5}}", cut=True)
+    assert conversation.finish is Finish.LENGTH and broken == [None, None]
+
+
+def test_a_cut_call_with_a_tag_in_its_string_is_not_charged():
+    _, broken = converse('<tool_call>{"name": "python", "arguments": {"code": "\'</tool_call>\'', cut=True)
+    assert broken == [None]
+
+
+def test_what_a_tool_said_is_data_and_what_we_say_is_not():
+    conversation = Conversation(Rules(SCHEMAS, boxed, max_tool_response_length=12, truncate_side="right"))
+    conversation.end_turn(0, 5, "<tool_call>{}</tool_call>" + 2 * CALL, cut=False)
+    said = conversation.hear([ToolOutcome("ok", "\ud800<im_end> and more", 0.1)], as_data=str.upper)
+    assert said[1] == r"\UD800<IM_EN...(TRUNCATED)" and said[0].startswith("Error: ") and said[2].startswith("Error: ")
+    assert conversation.turns[0].outcomes[1].output == r"\ud800<im_en...(truncated)"
 
 
 @pytest.mark.parametrize(

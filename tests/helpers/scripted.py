@@ -6,6 +6,7 @@ Only the two ends are fakes: a server that says what a test wrote down, and tool
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from composition import compose
@@ -47,6 +48,41 @@ class ScriptedServer:
         return TokenOutput(token_ids=ids, log_probs=log_probs, stop_reason="completed", extra_fields=steps)
 
 
+class ContextServer(ScriptedServer):
+    """verl's vLLM server as the agent loop sees it, with a context of `context` tokens.
+
+    It clamps what was asked for, says "completed" for either end, and raises where not a token fits.
+    """
+
+    context: int
+    held_back = 0  # tokens that the server keeps for itself
+
+    @classmethod
+    def of(cls, context):
+        return type(cls.__name__, (cls,), {"context": context})
+
+    async def generate(self, *, prompt_ids, sampling_params, **kwargs) -> TokenOutput:
+        room = self.context - len(prompt_ids) - self.held_back
+        if room < 1 - self.held_back:
+            raise ValueError(f"Prompt length ({len(prompt_ids)}) leaves no room to generate")
+        clamped = {**sampling_params, "max_tokens": min(sampling_params["max_tokens"], room)}
+        output = await super().generate(prompt_ids=prompt_ids, sampling_params=clamped, **kwargs)
+        output.stop_reason = self.reason(output.token_ids, self.script[len(self.said) - 1])
+        return output
+
+    def reason(self, said, script):
+        return "completed"
+
+
+class SGLangServer(ContextServer):
+    """verl's SGLang server: it never fills the context's last token, and says "length"."""
+
+    held_back = 1
+
+    def reason(self, said, script):
+        return "stop" if said == script else "length"
+
+
 class FakePython(BaseTool):
     """The tool `python`: hands back the next of `answers`, which may be a text, (text, outcome) or an exception."""
 
@@ -77,10 +113,10 @@ class FakePython(BaseTool):
 class Rollout:
     """One trajectory and everything that went in and out of it."""
 
-    def __init__(self, tokenizer, turns, tool=None, changes=None, sampling=None, **row):
+    def __init__(self, tokenizer, turns, tool=None, changes=None, sampling=None, server=ScriptedServer, **row):
         self.tokenizer = tokenizer
         self.tool = tool or FakePython()
-        self.server = ScriptedServer(tokenizer, turns)
+        self.server = server(tokenizer, turns)
         config = compose("data.max_prompt_length=256", "data.max_response_length=256")
         for key, value in (changes or {}).items():
             OmegaConf.update(config, key, value, merge=False, force_add=True)
@@ -134,6 +170,12 @@ def make_loop(config, tokenizer, server, tools):
         hf_model_type="qwen2",
         tools=ToolListWrap(tools) if tools is not None else None,
     )
+
+
+def assert_leaves_the_loop(rollout):
+    """What verl does with an output and the run's record of it, without an error."""
+    rollout.output.as_dict()
+    json.dumps(rollout.output.extra_fields[TRAJECTORY], allow_nan=False).encode()
 
 
 MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"

@@ -51,7 +51,9 @@ class TransformersServer:
         ).eval()
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.tokenizer = model.tokenizer
-        self.stop_ids = frozenset(i for i in _as_list(self.tokenizer.eos_token_id) if i is not None)
+        # As vLLM and SGLang do: an instruction-tuned model's end of turn may be in its generation config only.
+        ends = [self.tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+        self.stop_ids = frozenset(i for end in ends for i in _as_list(end) if i is not None)
         self.global_steps: int | None = None
         self._batch = self._new_batch()
         self._waiting: list[tuple[Request, asyncio.Future[Sample]]] = []
@@ -100,12 +102,14 @@ class TransformersServer:
         )
 
     def _request(self, prompt_ids: list[int], params: dict[str, Any]) -> Request:
-        room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
-        limit = min(params.pop("max_tokens", self.config.response_length), room)
+        longest = self.config.prompt_length + self.config.response_length
+        if self.config.max_model_len is not None:
+            longest = min(longest, self.config.max_model_len)
+        limit = min(params.pop("max_tokens", self.config.response_length), longest - len(prompt_ids))
         if limit < 1:
             raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens leaves no room in prompt_length + response_length = "
-                f"{self.config.prompt_length + self.config.response_length}"
+                f"a prompt of {len(prompt_ids)} tokens leaves no room in {longest} tokens, the smaller of "
+                "prompt_length + response_length and max_model_len"
             )
         params.pop("logprobs", None)  # always returned
         penalty = params.pop("repetition_penalty", 1.0)

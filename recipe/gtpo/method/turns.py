@@ -34,7 +34,7 @@ class Finish(str, Enum):
 
     ANSWER = "answer"  # a turn without a tool call: the model is done, right or wrong
     TURN_LIMIT = "turn_limit"
-    LENGTH = "length"  # response budget, or one turn's token limit
+    LENGTH = "length"  # response budget, or the context that the server has
     INFRA = "infra"  # the tool server failed, not the code: never charged to the model
     FAULT = "fault"  # something else of ours failed, such as the reward function: never charged, and the run may end
 
@@ -72,7 +72,8 @@ class ToolOutcome:
 class Turn:
     """One assistant turn. `[start, end)` indexes the response tokens the policy generated in this turn.
 
-    `outcomes[i]` belongs to `calls[i]`; the turn that ends a trajectory at a limit has calls and no outcomes.
+    `text` has the turn's thoughts, `calls` are those outside them. `outcomes[i]` belongs to `calls[i]`; the turn that
+    ends a trajectory at a limit has calls and no outcomes.
     """
 
     start: int
@@ -81,6 +82,8 @@ class Turn:
     calls: tuple[ToolCall, ...] = ()
     outcomes: tuple[ToolOutcome, ...] = ()
     broken: FormatReason | None = None
+    ended_by: str = ""  # the control token that ended it, as text; "" where it was cut, and in older records
+    overrun: int = 0  # tokens that the server generated past that token: left out of the response
 
     @property
     def code(self) -> str:
@@ -163,4 +166,6 @@ def _turn(data: dict) -> Turn:
         calls=calls,
         outcomes=tuple(ToolOutcome(**o) for o in data["outcomes"]),
         broken=FormatReason(data["broken"]) if data["broken"] else None,
+        ended_by=data.get("ended_by", ""),
+        overrun=data.get("overrun", 0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
             "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
             "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"
         )
+    check_call_format(config)
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
@@ -120,8 +122,43 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
             OmegaConf.update(config, key, value)
     prompts = check_data(config, say)
     check_model(config, prompts, say)
+    if (warning := short_context(config)) is not None:
+        say(f"warning: {warning}")
     config.run_dir = str(Path(config.run_dir).resolve())
     config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
     OmegaConf.resolve(config)
     return task
+
+
+def check_call_format(config: DictConfig) -> None:
+    """Raise ConfigError for tool calls in a format that `parsing.parse_calls` does not read."""
+    written = config.actor_rollout_ref.rollout.multi_turn.format
+    if written != "hermes":
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.multi_turn.format={written}: this recipe reads hermes calls only "
+            '(<tool_call>{"name": ..., "arguments": ...}</tool_call>); use a model that writes them'
+        )
+
+
+def short_context(config: DictConfig) -> str | None:
+    """A warning where the server's context is shorter than prompt and response together, else None."""
+    limit, source = config.actor_rollout_ref.rollout.max_model_len, "actor_rollout_ref.rollout.max_model_len"
+    if limit is None:  # the servers take the model's
+        limit, source = _context_of_model(config.actor_rollout_ref.model), "the model's max_position_embeddings"
+    wanted = config.data.max_prompt_length + config.data.max_response_length
+    if limit is None or limit >= wanted:
+        return None
+    return (
+        f"{source}={limit} is below data.max_prompt_length + data.max_response_length = {wanted}: a trajectory that "
+        "gets so long ends there, cut by length and not charged"
+    )
+
+
+def _context_of_model(model: DictConfig) -> int | None:
+    """Of a model in a folder; a hub name's is known to the servers only."""
+    file = Path(os.path.expanduser(model.path)) / "config.json"
+    if not file.is_file():
+        return None
+    known = json.loads(file.read_text()) | OmegaConf.to_container(model.override_config)
+    return known.get("max_position_embeddings") or known.get("text_config", {}).get("max_position_embeddings")

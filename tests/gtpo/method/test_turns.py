@@ -25,7 +25,7 @@ MALFORMED = ToolCall("", {}, FormatReason.INVALID_JSON, "the tool call is not va
 RECORD = Trajectory(
     turns=(
         Turn(0, 4, "a", (python("x = 1"), MALFORMED), (ran(), ran("malformed")), FormatReason.INVALID_JSON),
-        Turn(9, 12, "b", (python("y = 2"), python("z = 3")), (ran("error"), ran("over_limit"))),
+        Turn(9, 12, "b", (python("y = 2"), python("z = 3")), (ran("error"), ran("over_limit")), None, "<eos>", 7),
         Turn(15, 17, "c", (python("never"),), ()),  # a limit ended the trajectory before the call ran
     ),
     finish=Finish.TURN_LIMIT,
@@ -36,6 +36,13 @@ RECORD = Trajectory(
 
 def test_the_record_comes_back_equal_through_json():
     assert Trajectory.from_dict(json.loads(json.dumps(RECORD.to_dict()))) == RECORD
+
+
+def test_a_record_from_before_the_ends_of_turns_were_recorded_is_readable():
+    old = RECORD.to_dict()
+    for turn in old["turns"]:
+        del turn["ended_by"], turn["overrun"]
+    assert [(turn.ended_by, turn.overrun) for turn in Trajectory.from_dict(old).turns] == [("", 0)] * 3
 
 
 @pytest.mark.parametrize("finish", Finish)

@@ -5,6 +5,8 @@ refused in one line before anything starts, and a baseline differs from GTPO in 
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from composition import (
@@ -26,7 +28,7 @@ from verl.tools.tool_registry import load_all_tools
 from recipe.gtpo.agent_loop import GTPOAgentLoop
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare
+from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare, short_context
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
 
 pytestmark = pytest.mark.unit
@@ -201,6 +203,11 @@ def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default)
         ("algorithm.gtpo.shaping.alpha", 1.0, "algorithm.gtpo.shaping.alpha: 1.0 must be in [0, 1)"),
         ("algorithm.gtpo.gamma", 1.5, "algorithm.gtpo.gamma: 1.5 must be in [0, 1]"),
         ("algorithm.gtpo.baseline", "prompt", "algorithm.gtpo.baseline: 'prompt' is not one of group, turn, batch"),
+        (
+            "actor_rollout_ref.rollout.multi_turn.format",
+            "qwen3_coder",
+            "actor_rollout_ref.rollout.multi_turn.format=qwen3_coder: this recipe reads hermes calls only",
+        ),
         ("trainer.use_v1", False, "trainer.use_v1=false: GTPO runs on verl's V1 trainer only"),
         ("trainer.v1.trainer_mode", "sync", "trainer.v1.trainer_mode=sync: this recipe has gtpo_sync, gtpo_colocate"),
     ],
@@ -245,3 +252,53 @@ def test_a_task_that_cannot_be_made_is_refused_with_its_own_reason(override, mes
     with pytest.raises(ConfigError) as refused:
         prepare(compose(override))
     assert str(refused.value).startswith(message)
+
+
+# -- warnings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "source"),
+    [
+        ({"actor_rollout_ref.rollout.max_model_len": 99}, "actor_rollout_ref.rollout.max_model_len=99"),
+        ({"model": {"max_position_embeddings": 99}}, "the model's max_position_embeddings=99"),
+        ({"model": {"text_config": {"max_position_embeddings": 99}}}, "the model's max_position_embeddings=99"),
+    ],
+)
+def test_a_context_shorter_than_prompt_and_response_is_told_in_a_line(paths, limit, source):
+    limit = dict(limit)
+    Path(paths.actor_rollout_ref.model.path, "config.json").write_text(json.dumps(limit.pop("model", {})))
+    for key, value in limit.items():
+        OmegaConf.update(paths, key, value)
+    paths.data.max_prompt_length, paths.data.max_response_length = 40, 60
+    assert short_context(paths) == (
+        f"{source} is below data.max_prompt_length + data.max_response_length = 100: a trajectory that gets so long "
+        "ends there, cut by length and not charged"
+    )
+    paths.data.max_prompt_length = 39
+    assert short_context(paths) is None
+
+
+def test_a_context_that_is_known_to_the_servers_only_is_not_told(paths):
+    paths.data.max_prompt_length, paths.data.max_response_length = 40, 60
+    assert short_context(paths) is None  # no config.json in the folder
+    paths.actor_rollout_ref.model.path = "Qwen/Qwen2.5-7B-Instruct"
+    assert short_context(paths) is None
+
+
+def test_an_overridden_context_is_the_models(paths):
+    Path(paths.actor_rollout_ref.model.path, "config.json").write_text('{"max_position_embeddings": 50}')
+    paths.data.max_prompt_length, paths.data.max_response_length = 40, 60
+    OmegaConf.update(paths, "actor_rollout_ref.model.override_config.max_position_embeddings", 100, force_add=True)
+    assert short_context(paths) is None
+
+
+def test_the_warning_is_given_before_anything_starts(paths, capsys, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_DIR", "unused")  # `prepare` sets it
+    paths.task = {"_target_": "recipe.gtpo.tasks.task.OwnData", "name": "verl_data", "answer": "boxed"}
+    OmegaConf.update(paths, "reward.custom_reward_function.path", "pkg://any")
+    paths.actor_rollout_ref.rollout.max_model_len = 99
+    paths.data.max_prompt_length, paths.data.max_response_length = 40, 60
+    paths.actor_rollout_ref.rollout.multi_turn.max_assistant_turns = 2
+    prepare(paths)
+    assert capsys.readouterr().err.startswith("gtpo: warning: actor_rollout_ref.rollout.max_model_len=99 is below")

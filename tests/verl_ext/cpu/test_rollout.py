@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from verl.workers.config import RolloutConfig
 
 from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
@@ -183,6 +184,39 @@ async def test_a_stop_token_completes_a_request(server, path):
     output = await server.ask(PROMPTS[0], stop_token_ids=[token])
     assert output.stop_reason == "completed" and output.token_ids[-1] == token and len(output.token_ids) <= 3
     assert server.stop_ids == {server.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("ends", [3, [3, 4]])
+def test_the_generation_configs_end_tokens_stop_too(path, tmp_path, ends):
+    """A base model's tokenizer ends with another token than its instruction-tuned turns do."""
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+    server = Server(str(tmp_path))
+    assert server.stop_ids == {server.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+
+
+def test_a_turn_ends_at_the_generation_configs_end_token(path, tmp_path):
+    async def body():
+        async with Server(path) as server:
+            token = reference(server, PROMPTS[0]).token_ids[2]
+        shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+        GenerationConfig(eos_token_id=token).save_pretrained(tmp_path)
+        async with Server(str(tmp_path)) as server:
+            output = await server.ask(PROMPTS[0])
+            assert output.stop_reason == "completed" and output.token_ids[-1] == token
+
+    asyncio.run(body())
+
+
+def test_max_model_len_limits_a_request_where_it_is_smaller(path):
+    async def body():
+        async with Server(path, max_model_len=20) as server:
+            output = await server.ask([5] * 17, max_tokens=40)
+            assert len(output.token_ids) == 3 and output.stop_reason == "length"
+            with pytest.raises(ValueError, match="a prompt of 20 tokens leaves no room in 20 tokens"):
+                await server.ask([5] * 20)
+
+    asyncio.run(body())
 
 
 @served

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from recipe.gtpo.conversation import Conversation, Rules
 from recipe.gtpo.experiments.twin.decoder import Decoder
 from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.parsing import read_tokens
 from recipe.gtpo.tasks.arithmetic.calculator import run_call
 from recipe.gtpo.tasks.arithmetic.policy import TokenStream
 from recipe.gtpo.tasks.arithmetic.problems import DATA_SOURCE, Problem, compute_score, take
@@ -53,16 +54,16 @@ class Row:
     def _end_turn(self, stream: TokenStream, cut: bool) -> None:
         """As the agent loop does it (`agent_loop.GTPOAgentLoop.run`); a test plays one script through both."""
         start, end = self.turn_start, self.response_length
-        text = stream.tokenizer.decode(self.ids[self.prompt_length + start :], skip_special_tokens=True)
-        calls = self.conversation.end_turn(start, end, text, cut=cut)
+        said = read_tokens(self.ids[self.prompt_length + start :], {stream.eos_id}, stream.tokenizer)
+        calls = self.conversation.end_turn(start, end, said.text, cut=cut, ended_by=said.ended_by)
         if not self.finished:
-            replies = self.conversation.hear(tuple(map(run_call, calls)))
+            replies = self.conversation.hear(tuple(map(run_call, calls)), stream.as_data)
             self.forced.extend(stream.observation(replies))
-            self.conversation.check_room(end + len(self.forced))
+            self.conversation.check_room(end + len(self.forced), self.prompt_length)
 
     def trajectory(self) -> Trajectory:
         """The finished conversation as the record that credit assignment reads."""
-        said = self.conversation.turns[-1].text
+        said = self.conversation.final_words
         return self.conversation.trajectory(compute_score(DATA_SOURCE, said, str(self.problem.answer)))
 
 

@@ -17,6 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from recipe.gtpo.parsing import as_data, encode_data
+
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 #: As in Qwen2.5: known to the tokenizer, but not "special", so decoding with skip_special_tokens keeps them.
 TOOL_TAGS = ("<tool_call>", "</tool_call>")
@@ -84,6 +86,7 @@ class TokenStream:
         self.tools = list(tools)
         self.eos_id: int = tokenizer.convert_tokens_to_ids(TURN_END)
         self.pad_id: int = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        self._control = frozenset(tokenizer.get_added_vocab())
         self._prefix = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         self._prefix_text = self._render(self._prefix)
         self.observation = lru_cache(maxsize=4096)(self._observation)
@@ -105,9 +108,13 @@ class TokenStream:
     def _render(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
         return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, tokenize=False, **kwargs)
 
+    def as_data(self, text: str) -> str:
+        """What a tool said, as it goes into a reply: the control tokens that it spells are text."""
+        return as_data(text, self._control)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no token added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode_data(self.tokenizer, text)
 
 
 def build_model(

@@ -257,6 +257,14 @@ def test_a_task_that_cannot_be_made_is_refused_with_its_own_reason(override, mes
 # -- warnings ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def paths(default, tmp_path):
+    config, _ = default
+    (tmp_path / "model").mkdir()
+    config.actor_rollout_ref.model.path = str(tmp_path / "model")
+    return config
+
+
 @pytest.mark.parametrize(
     ("limit", "source"),
     [
@@ -293,12 +301,13 @@ def test_an_overridden_context_is_the_models(paths):
     assert short_context(paths) is None
 
 
-def test_the_warning_is_given_before_anything_starts(paths, capsys, monkeypatch):
+def test_the_warning_is_given_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_DIR", "unused")  # `prepare` sets it
-    paths.task = {"_target_": "recipe.gtpo.tasks.task.OwnData", "name": "verl_data", "answer": "boxed"}
-    OmegaConf.update(paths, "reward.custom_reward_function.path", "pkg://any")
-    paths.actor_rollout_ref.rollout.max_model_len = 99
-    paths.data.max_prompt_length, paths.data.max_response_length = 40, 60
-    paths.actor_rollout_ref.rollout.multi_turn.max_assistant_turns = 2
-    prepare(paths)
-    assert capsys.readouterr().err.startswith("gtpo: warning: actor_rollout_ref.rollout.max_model_len=99 is below")
+    config = compose(
+        "task.warm_start={steps: 1, base: {skill: 0.0, check_every: 3}}",
+        *(f"task.cache={tmp_path}", "task.train_problems=64", "task.validation_problems=4"),
+        "actor_rollout_ref.rollout.max_model_len=99",
+    )
+    said: list[str] = []
+    prepare(config, said.append)
+    assert [line for line in said if line.startswith("warning: actor_rollout_ref.rollout.max_model_len=99 is below")]

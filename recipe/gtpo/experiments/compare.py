@@ -33,7 +33,6 @@ where Ray runs jobs, on the head node by default.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -103,10 +102,8 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether the run has said its last word, at the wanted number of steps."""
-        summary = self.dir / "summary.json"
-        if not summary.exists():
-            return False
-        return self.steps is None or json.loads(summary.read_text())["steps"][1] >= self.steps
+        summary = RunRecord(self.dir).read_summary()
+        return summary is not None and (self.steps is None or summary["steps"][1] >= self.steps)
 
 
 def refuse_others(cells: Sequence[Cell]) -> None:

@@ -209,11 +209,11 @@ def run(config: DictConfig) -> int:
         return _end(cause) if cause else _end("interrupted", status=130)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
-        cause = record.read_cause() or _cause(e)
+        cause = record.read_cause() or end_of(e)
         return _end(f"{cause} (whole report: {record.logs})")
 
 
-def _cause(error: Exception) -> str:
+def end_of(error: Exception) -> str:
     """Of an end that nobody wrote down. The trainer writes its own down, unless it is killed itself."""
     if isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError):
         return f"the trainer's process died: {how_it_died(error)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from dataclasses import dataclass

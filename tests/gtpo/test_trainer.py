@@ -457,6 +457,30 @@ def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
     assert line["metrics"]["gtpo/acc/mean"] == pytest.approx(0.4)
 
 
+def test_rows_that_are_too_long_are_counted_and_must_leave_a_batch(tmp_path):
+    class Rows(list):
+        too_long = 3
+
+    class Loading(PPOTrainerSync):  # verl's own reads files
+        def _init_dataloader(self):
+            self.train_dataset, self.val_dataset = Rows([0] * 7), [0] * 2  # one of a class of the user's own
+            self.steps_per_epoch = 7 // self.config.data.train_batch_size
+
+    class Trainer(GTPOTrainerMixin, Loading):
+        base_mode = "sync"
+
+    config = compose()
+    config.run_dir, config.data.train_batch_size = str(tmp_path), 4
+    trainer = Trainer(config)
+    trainer._init_dataloader()
+    assert trainer._too_long == {"gtpo/data/too_long_total": 3.0, "gtpo/validation/too_long_total": 0.0}
+    config.data.train_batch_size = 8
+    with pytest.raises(
+        ValueError, match=r"7 training rows are left .* fewer than one batch of data.train_batch_size=8"
+    ):
+        trainer._init_dataloader()
+
+
 def test_validation_before_training_is_step_zero_and_later_ones_are_not_written_twice(tmp_path):
     class Validated(PPOTrainerSync):  # verl's own needs a cluster
         def _validate(self):

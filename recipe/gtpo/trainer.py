@@ -78,6 +78,18 @@ class GTPOTrainerMixin(_Trainer):
             "gtpo/validation/too_long_total": float(getattr(self.val_dataset, "too_long", 0)),
         }
 
+    def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """Put the trajectories in the data's order first, where runs are to be equal bit for bit.
+
+        They come in the order in which they were done, which is chance, and a sum of floats depends on its order.
+        """
+        if self.config.actor_rollout_ref.rollout.full_determinism:
+            fields = ["index", "session_id"]
+            rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            places = list(zip(*(map(int, rows[name]) for name in fields), strict=True))
+            batch.reorder(sorted(range(len(places)), key=places.__getitem__))
+        return super()._balance_batch(batch, *args, **kwargs)
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         began = time.perf_counter()
         fields = ["uid", "extra_fields", "response_mask", "rollout_log_probs", "old_log_probs"]

@@ -457,6 +457,29 @@ def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
     assert line["metrics"]["gtpo/acc/mean"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("determinism", [True, False])
+def test_rows_of_a_reproducible_run_are_in_the_datas_order(queue, tmp_path, determinism):
+    """Prompt by prompt, rollout by rollout; tokens and tags stay with their row."""
+
+    class Balancing(PPOTrainerSync):  # verl's own asks the workers how many they are
+        def _balance_batch(self, batch, metrics):
+            return batch
+
+    class Trainer(GTPOTrainerMixin, Balancing):
+        base_mode = "sync"
+
+    came = {"u_1_0": 7, "v_0_0": 12, "w_2_0": 3, "u_0_0": 7}
+    batch = put(queue, dict.fromkeys(came, "SOLVED"), **{key: {"index": index} for key, index in came.items()})
+    for key, tag in zip(batch.keys, batch.tags, strict=True):
+        tag["key"] = key
+    config = compose()
+    config.run_dir = str(tmp_path)
+    config.actor_rollout_ref.rollout.full_determinism = determinism
+    batch = Trainer(config)._balance_batch(batch, metrics={})
+    assert batch.keys == (["w_2_0", "u_0_0", "u_1_0", "v_0_0"] if determinism else list(came))
+    assert [tag["key"] for tag in batch.tags] == batch.keys
+
+
 def test_rows_that_are_too_long_are_counted_and_must_leave_a_batch(tmp_path):
     class Rows(list):
         too_long = 3

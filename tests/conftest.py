@@ -7,6 +7,7 @@ import pytest
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Who goes with whom when several tests run at once: a file stays together, and there is one training at a time."""
     for item in items:

@@ -25,13 +25,16 @@ from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleSt
 from verl.trainer.ppo import padding_utils
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
+from recipe.gtpo.method.advantage import compare_turns
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
+from verl_ext.records import Reader, Record
 
 pytestmark = pytest.mark.unit
 
@@ -415,14 +418,90 @@ def test_every_training_trajectory_is_written_with_its_rewards_and_advantages(qu
     trainer = make_trainer(tmp_path)
     trainer.global_steps = 6
     trainer._compute_advantage(batch, {})
+    trainer._writer.wait()
     lines = [json.loads(line) for line in (tmp_path / "trajectories" / "6.jsonl").read_text().splitlines()]
     assert len(lines) == 3  # the padding row is nobody's trajectory
-    _, advantages = by_hand({"p_0_0": REWARDS["SOLVED"], "p_1_0": REWARDS["FAILED"]})
+    returns, advantages = by_hand({"p_0_0": REWARDS["SOLVED"], "p_1_0": REWARDS["FAILED"]})
     for line, (key, kind) in zip(lines, rows.items(), strict=True):
-        assert line["group"] == "p" and line["dropped"] == (kind == "INFRA")
-        assert line["turn_rewards"] == pytest.approx(REWARDS.get(kind, []))
-        assert line["advantages"] == pytest.approx(advantages.get(key, []), abs=1e-5)
+        record = Record.model_validate(line)
+        assert set(line) | {"shaped", "partners"} == set(Record.model_fields)  # nothing that the schema has not
+        assert (record.version, record.step, record.split, record.group) == (1, 6, "train", "p")
+        assert record.dropped == (kind == "INFRA") and record.session == int(key[2])
         assert Trajectory.from_dict(line) == KINDS[kind]
+        numbers = [(turn.reward, turn.return_, turn.advantage) for turn in record.turns]
+        if record.dropped:  # never assigned, which is not 0
+            assert {number for turn in numbers for number in turn} == {None}
+            continue
+        for known, expected in zip(
+            zip(*numbers, strict=True), (REWARDS[kind], returns[key], advantages[key]), strict=True
+        ):
+            assert known == pytest.approx(expected, abs=1e-5)
+        for k, turn in enumerate(record.turns):
+            assert sum(turn.rewards.values()) == pytest.approx(turn.reward)
+            assert turn.advantage == pytest.approx((turn.return_ - turn.pool_mean) / turn.divisor)
+            assert turn.token_ids == list(range(turn.start, turn.end))  # what `put` has as responses
+            assert turn.log_prob == pytest.approx(-sum(range(turn.start + 1, turn.end + 1)) / 10 / len(turn.token_ids))
+            assert turn.log_prob_gap == 0.0 and turn.log_prob_gaps == [0.0] * len(turn.token_ids), k
+    solved, failed, _ = lines
+    assert failed["partners"] == [{"session": 0, "similarity": 0.5}] and failed["shaped"] == 0.25
+    assert solved["partners"] == [] and solved["shaped"] == 1.0
+
+
+def test_a_record_says_where_its_row_comes_from(queue, tmp_path):
+    asked = [{"role": "user", "content": "1?"}]
+    row = {"raw_prompt": asked, "reward_model": {"ground_truth": "1"}, "data_source": "mine", "index": 7}
+    batch = put(queue, {"p_0_0": "SOLVED", "p_1_0": "WRONG"}, p_0_0=row, p_1_0=row)
+    queue.tags["p_0_0"].update(min_global_steps=3, max_global_steps=4)
+    trainer = make_trainer(tmp_path)
+    trainer._compute_advantage(batch, {})
+    trainer._writer.wait()
+    record, _ = Reader(tmp_path).read(1)
+    assert [message.model_dump() for message in record.prompt] == asked
+    assert (record.gold, record.data_source, record.index, record.weights, record.seed) == ("1", "mine", 7, [3, 4], 1)
+
+
+def test_the_numbers_of_a_record_can_be_computed_from_it(queue, tmp_path):
+    """Rewards to returns, and returns to pool and advantage, by the method's own functions and the run's options."""
+    trainer = make_trainer(tmp_path, "algorithm.gtpo.baseline=turn", "algorithm.gtpo.scale=batch_std")
+    trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+    trainer._writer.wait()
+    records = list(Reader(tmp_path).read(1))
+    width = max(len(record.turns) for record in records)
+    mask = torch.tensor([[k < len(record.turns) for k in range(width)] for record in records])
+
+    def column(name):
+        return torch.tensor(
+            [[getattr(turn, name) for turn in r.turns] + [0.0] * (width - len(r.turns)) for r in records]
+        )
+
+    groups, solved = [r.group for r in records], torch.tensor([r.acc == 1 for r in records])
+    returns, compared = compare_turns(column("reward"), mask, groups, trainer.options, solved)
+    assert torch.equal(returns, column("return_"))
+    for name, found in zip(("advantage", "pool_mean", "pool_std", "divisor"), compared, strict=True):
+        assert torch.equal(found, column(name)), name
+
+
+def test_a_validation_is_recorded_without_numbers(queue, tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = put(queue, {"p_0_0": "SOLVED", "q_0_0": "CUT"})
+    for more in (False, True):  # the data may come in several batches
+        trainer._validated = more
+        trainer._record_validation(batch)
+    trainer._writer.wait()
+    records = list(Reader(tmp_path).read(1, "validation"))
+    assert [record.group for record in records] == ["p", "q", "p", "q"] and records[0].acc == 1.0
+    assert {turn.advantage for record in records for turn in record.turns} == {None}
+
+
+def test_rows_of_a_validation_pass_the_record_on_their_way(queue, tmp_path, monkeypatch):
+    """verl clears them when it has validated."""
+    batch = put(queue, {"p_0_0": "SOLVED"})
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, global_steps, partition_id, batch_size: (batch, {}))
+    trainer = make_trainer(tmp_path)
+    for partition in ("train", "val"):
+        assert trainer.replay_buffer.sample(global_steps=1, partition_id=partition, batch_size=1) == (batch, {})
+    trainer._writer.wait()
+    assert Reader(tmp_path).steps("validation") == [1] and Reader(tmp_path).steps() == []
 
 
 def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
@@ -430,6 +509,7 @@ def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
     for step in (1, 2, 3, 4):
         trainer.global_steps = step
         trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+    trainer._writer.wait()
     assert sorted(path.name for path in (tmp_path / "trajectories").iterdir()) == ["2.jsonl", "4.jsonl"]
 
 
@@ -438,6 +518,7 @@ def test_a_step_of_several_updates_records_the_trajectories_of_all(queue, tmp_pa
     for attempt in range(2):  # the step is done again after a resume
         for trainer.local_trigger_step, rows in enumerate([{"p_0_0": "SOLVED", "p_1_0": "FAILED"}, {"q_0_0": "CUT"}]):
             trainer._compute_advantage(put(queue, rows), {})
+        trainer._writer.wait()
         lines = RunRecord(tmp_path).read_trajectories(1)
         assert [line["group"] for line in lines] == ["p", "p", "q"], attempt
 

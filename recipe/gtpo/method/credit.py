@@ -40,6 +40,8 @@ class Credit:
     spans: torch.Tensor  # (B, T, 2) int64: the tokens [start, end) of each turn in the response
     reasons: torch.Tensor  # (B, T) int64: index in REASONS of why the turn breaks the format, -1 when it does not
     rewards: TurnRewards  # (B, T), by part
+    shaped: torch.Tensor  # (B,) float32: `outcomes` after shaping
+    partners: tuple[tuple[tuple[int, float], ...], ...]  # B: whom a failed row's code was compared with, how similar
 
     def token_rewards(self, lengths: Sequence[int]) -> list[torch.Tensor]:
         """One 1-D float32 tensor of `lengths[i]` tokens a row: each turn's reward on the turn's last token."""
@@ -92,9 +94,10 @@ def assign_credit(
     solved = torch.zeros(batch, dtype=torch.bool)
     solved[rows] = torch.tensor([t.acc == 1 for t in members.values()], dtype=torch.bool)
     shaped = outcomes
+    partners: list[tuple[tuple[int, float], ...]] = [()] * batch
     if options.shaping.enable:
         shaped = outcomes.clone()
-        shaped[rows] = shape_outcomes(
+        found = shape_outcomes(
             outcomes[rows],
             solved[rows],
             [t.code for t in members.values()],
@@ -102,6 +105,9 @@ def assign_credit(
             make_similarity(options.shaping.similarity) if similarity is None else similarity,
             options.shaping.alpha,
         )
+        shaped[rows] = found.outcomes
+        for row, compared in zip(rows, found.partners, strict=True):
+            partners[row] = tuple((rows[other], close) for other, close in compared)
     return Credit(
         group_ids=tuple(group_ids),
         valid=valid,
@@ -111,6 +117,8 @@ def assign_credit(
         turn_mask=turn_mask,
         spans=spans,
         reasons=reasons,
+        shaped=shaped,
+        partners=tuple(partners),
         rewards=assign_turn_rewards(
             outcomes,
             shaped,

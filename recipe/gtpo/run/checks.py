@@ -107,7 +107,7 @@ _UNFED = {
 
 
 def check_estimator(config: DictConfig) -> None:
-    """Raise ConfigError for an advantage that verl could not compute, or would compute without something that is set."""
+    """Raise ConfigError for an advantage that verl could not compute, or would compute without what is set."""
     name = config.algorithm.adv_estimator
     if name in _UNFED:
         raise ConfigError(f"algorithm.adv_estimator={name}: verl's V1 trainers do not hand it {_UNFED[name]}")
@@ -120,7 +120,7 @@ def check_estimator(config: DictConfig) -> None:
         )
     for key in ("gdpo_reward_keys", "gdpo_reward_weights"):
         if config.algorithm.get(key) is not None:
-            raise ConfigError(f"algorithm.{key}: GDPO here weighs outcome and well_formed alike; leave it out")
+            raise ConfigError(f"algorithm.{key}: GDPO here has outcome and well_formed, equally weighed; drop it")
 
 
 #: Mandatory keys of verl's defaults that nothing reads in our runs (no reward model).

@@ -66,7 +66,8 @@ class Run:
         run = cls(
             dir=folder,
             method=todays_name(summary["method"], config),
-            ours=config.get("algorithm.adv_estimator", summary["method"][:4]) == "gtpo",
+            # A run older than config.json goes by its name.
+            ours=config.get("algorithm.adv_estimator", summary["method"].split("_")[0]) == "gtpo",
             reward=_reward_name(config),
             task=summary["task"],
             engine=summary.get("engine", "verl"),

@@ -2,8 +2,8 @@
 
     TransferQueue: trajectories -> `assign_credit` -> rm_scores (turn by turn) -> verl's own `_compute_advantage`
 
-One mixin for verl's sync, colocate_async and separate_async trainers. It serves the baselines too: their estimator sums
-the same rewards over the trajectory.
+One mixin for verl's sync, colocate_async and separate_async trainers. It serves the rivals too: their estimators read
+the same rewards, most of them summed over the trajectory.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class GTPOTrainerMixin(_Trainer):
         turn_ids = credit.turn_ids(max(lengths))
         seconds = time.perf_counter() - began
 
-        with recorded_turns(turn_ids, credit.solved):
+        with recorded_turns(turn_ids, credit.solved, credit.states, credit.reward_parts):
             batch = super()._compute_advantage(batch, metrics)
 
         began = time.perf_counter()

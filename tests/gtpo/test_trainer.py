@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from composition import compose
+from composition import compose, names
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleStorageManager
 from verl.trainer.ppo import padding_utils
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
@@ -31,6 +31,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
 from recipe.gtpo.method.advantage import compare_turns
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.estimators import turn_values
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
@@ -107,9 +109,10 @@ SOLVED = Trajectory((turn(0, 3, "a = 1"), turn(5, 7)), Finish.ANSWER, 1.0)  # [0
 FAILED = Trajectory((turn(0, 2, broken=FIRST), turn(2, 4, "a = 2"), turn(6, 9, broken=ANSWER)), Finish.ANSWER, 0.0)
 CUT = Trajectory((turn(0, 4, "a = 1"),), Finish.LENGTH, 0.0)  # [0.5]
 WRONG = Trajectory((turn(0, 2, broken=FIRST),), Finish.ANSWER, 0.0)  # [-0.1]
+BROKEN = Trajectory((turn(0, 1, broken=FIRST), turn(3, 5, "a = 1"), turn(6, 7)), Finish.ANSWER, 1.0)
 INFRA = Trajectory((turn(0, 3, "a = 1"), turn(4, 6, "a = 1")), Finish.INFRA, 0.0)
 REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, -0.1 + 0.25], "CUT": [0.5], "WRONG": [-0.1]}
-KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "INFRA": INFRA}
+KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "BROKEN": BROKEN, "INFRA": INFRA}
 
 
 def put(queue, rows, **changes):
@@ -252,7 +255,7 @@ def test_padding_rows_change_nothing_and_get_nothing(queue, tmp_path):
     assert metrics["gtpo/rows/valid_total"] == 3
 
 
-METHODS = ["gtpo", "grpo", "dr_grpo", "rloo"]
+METHODS = ["gtpo", *(name for name in names("method") if not name.startswith("gtpo"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -383,20 +386,61 @@ def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
             assert column[key] == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
-def test_a_baseline_is_verls_own_estimator_on_the_summed_turn_rewards(queue, tmp_path, method):
-    batch = put(queue, TWO_GROUPS)
+#: Of a trajectory, by `algorithm.gtpo.trajectory_reward`, without shaping. BROKEN is right, with a turn that is not.
+ONE_REWARD = {
+    "sum": {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1, "BROKEN": 0.9},
+    "min": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 0.0},
+    "outcome": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 1.0},
+}
+WITH_BROKEN = TWO_GROUPS | {"p_2_0": "BROKEN", "q_3_0": "BROKEN"}
+
+
+@pytest.mark.parametrize(
+    ("method", "reward"),
+    [("grpo", "min"), ("grpo_outcome", "outcome"), ("grpo_sum", "sum"), ("dr_grpo", "outcome"), ("dr_grpo_sum", "sum")],
+)
+def test_a_rival_is_verls_own_estimator_on_the_reward_that_its_name_says(queue, tmp_path, method, reward):
+    batch = put(queue, WITH_BROKEN)
     make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, {})
-    unshaped = {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1}  # baselines have no shaping
     masks = torch.nn.utils.rnn.pad_sequence([queue.rows[key]["response_mask"] for key in batch.keys], batch_first=True)
     rewards = torch.zeros(masks.shape)
-    rewards[:, 0] = torch.tensor([unshaped[kind] for kind in TWO_GROUPS.values()])
+    rewards[:, 0] = torch.tensor([ONE_REWARD[reward][kind] for kind in WITH_BROKEN.values()])
     uids = np.array([key.split("_")[0] for key in batch.keys], dtype=object)
-    expected, _ = compute_grpo_outcome_advantage(rewards, masks, uids, norm_adv_by_std_in_grpo=method == "grpo")
+    expected, _ = compute_grpo_outcome_advantage(
+        rewards, masks, uids, norm_adv_by_std_in_grpo=not method.startswith("dr")
+    )
     stored = queue.column(batch, "advantages")
     for i, key in enumerate(batch.keys):
         assert stored[key] == pytest.approx(expected[i, : len(stored[key])].tolist(), abs=1e-6)
         assert any(stored[key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_pytorch_engine_computes_what_verls_trainer_does(queue, tmp_path, method):
+    """The two take a method's advantages from different places: verl's registry, and `estimators.turn_values`."""
+    batch = put(queue, WITH_BROKEN)
+    trainer = make_trainer(tmp_path, f"method={method}")
+    trainer._compute_advantage(batch, {})
+    stored = queue.column(batch, "advantages")
+    algorithm = trainer.config.algorithm
+    credit = assign_credit(
+        [KINDS[kind] for kind in WITH_BROKEN.values()], [key[0] for key in WITH_BROKEN], trainer.options
+    )
+    _, expected = turn_values(
+        algorithm.adv_estimator, credit, trainer.options, divide=algorithm.norm_adv_by_std_in_grpo
+    )
+    assert expected.any()
+    for i, (key, kind) in enumerate(WITH_BROKEN.items()):
+        for k, turn in enumerate(KINDS[kind].turns):
+            assert stored[key][turn.start : turn.end] == pytest.approx(
+                [float(expected[i, k])] * (turn.end - turn.start), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("estimator", ["mt_grpo", "gigpo", "recorded_gdpo"])
+def test_a_rival_of_ours_outside_our_trainer_is_told_what_it_needs(estimator):
+    with pytest.raises(ValueError, match=f"adv_estimator={estimator} needs recorded turns: run it with recipe.gtpo's"):
+        get_adv_estimator_fn(estimator)(torch.zeros(1, 2), torch.ones(1, 2), index=["p"], config={})
 
 
 def test_a_sampler_that_stores_no_log_probs_is_fine(queue, tmp_path):

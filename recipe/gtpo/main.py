@@ -227,10 +227,10 @@ def run(config: DictConfig) -> int:
     except (ConfigError, RecordError) as e:
         return _end(str(e))
     except ServerStartError as e:
-        cause, _, log = str(e).partition("\n")
+        head, _, log = str(e).partition("\n")
         if log:
             print(log, file=sys.stderr)
-        return _end(f"{cause} {last_line(log)}" if log else cause)
+        return _end(f"{head} {last_line(log)}" if log else head)
     except KeyboardInterrupt:
         cause = record.read_cause()
         return _end(cause) if cause else _end("interrupted", status=130)

@@ -161,7 +161,7 @@ def table(kills: list[Kill]) -> str:
 
 
 def contents(record: RunRecord) -> dict[int, object]:
-    """What must be equal, by step: the curve, and all trajectories (in any order: they come as they are done)."""
+    """What must be equal, by step: the curve, and all trajectories with their numbers."""
     timeless = ("timing", "perf", "seconds", "share_of_step", "throughput", "mfu")
     found: dict[int, object] = {}
     for line in record.read_metrics():
@@ -169,9 +169,9 @@ def contents(record: RunRecord) -> dict[int, object]:
         step = line["step"]
         rows = record.read_trajectories(step) if step else []
         for row in rows:
-            row.pop("group")
+            row.pop("group")  # a number that verl draws
             for turn in row["turns"]:
                 for outcome in turn["outcomes"]:
-                    outcome.pop("seconds", None)
-        found[step] = (numbers, sorted(map(repr, rows)))
+                    outcome.pop("seconds")
+        found[step] = (numbers, rows)
     return found

@@ -22,13 +22,18 @@ from recipe.gtpo.run.inputs import Say, check_choices, check_data, check_reward,
 from recipe.gtpo.run.model import check_model
 from recipe.gtpo.tasks.task import Task, load_task
 
-#: hardware -> rollouts that make sense on it.
+#: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
     "cpu": ("transformers",),
     "single_gpu": ("vllm", "sglang"),
     "single_node": ("vllm", "sglang"),
     "multi_node": ("vllm", "sglang"),
 }
+
+
+def rollouts_on(hardware: str, device: str) -> tuple[str, ...]:
+    """The rollouts that make sense on a choice of `hardware` whose `trainer.device` is `device`."""
+    return ROLLOUTS.get(hardware) or ROLLOUTS["cpu" if device == "cpu" else "single_node"]
 
 
 def config_file(group: str, name: str) -> Path:
@@ -68,8 +73,10 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         choices: hydra's `runtime.choices` (which file of each group was taken).
     """
     hardware, rollout = choices["hardware"], choices["rollout"]
-    if rollout not in ROLLOUTS[hardware]:
-        raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={ROLLOUTS[hardware][0]}")
+    fitting = rollouts_on(hardware, config.trainer.device)
+    ours = {name for names in ROLLOUTS.values() for name in names}  # of a file of the user's own nothing is known
+    if rollout in ours and rollout not in fitting:
+        raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={fitting[0]}")
     try:
         options = GTPOOptions.from_config(config.algorithm.get("gtpo"))
     except ValueError as e:
@@ -83,7 +90,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
-    if hardware == "multi_node" and config.tool_server.url is None:
+    if (hardware == "multi_node" or config.trainer.nnodes > 1) and config.tool_server.url is None:
         raise ConfigError(
             "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
             "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"

@@ -39,6 +39,10 @@ from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
 
+#: What a rollout server calls the seed of one request, where that is not "seed". verl hands our words on as they are,
+#: and SGLang refuses a word that it does not know.
+SEED_KEYS = {"sglang": "sampling_seed"}
+
 
 class GTPOAgentLoop(AgentLoopBase):
     """Chat with the policy, run its tool calls, record turns.
@@ -231,7 +235,7 @@ class GTPOAgentLoop(AgentLoopBase):
         if self.rollout_config.full_determinism:
             # One seed a turn, from what identifies it across runs: requests reach the server in any order.
             name = f"{self.rollout_config.seed}/{self._request_id(row)}/{turn}"
-            params["seed"] = zlib.crc32(name.encode())
+            params[SEED_KEYS.get(self.rollout_config.name, "seed")] = zlib.crc32(name.encode())
         return params
 
     async def _execute(self, call: ToolCall) -> ToolOutcome:

@@ -26,7 +26,10 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
 
     def init_agent_loop_manager(self) -> None:
         super().init_agent_loop_manager()
-        self._watch = ActorWatch(self._parts(), RunRecord(self.config.run_dir), self.config.watchdog.poll_seconds)
+        watchdog = self.config.watchdog
+        self._watch = ActorWatch(
+            self._parts(), RunRecord(self.config.run_dir), watchdog.poll_seconds, watchdog.engine_seconds
+        )
         self._watch.start()
 
     def run(self, config: DictConfig) -> None:

@@ -15,7 +15,7 @@ for argument in "$@"; do
 done
 if [[ -z ${HARDWARE:-} ]]; then
   gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
-  if ((gpus == 0)); then HARDWARE=cpu; elif ((gpus < 8)); then HARDWARE=single_gpu; else HARDWARE=single_node; fi
+  if ((gpus == 0)); then HARDWARE=cpu; elif ((gpus == 1)); then HARDWARE=single_gpu; else HARDWARE=single_node; fi
 fi
 
 # A hardware file of your own is for the CPU where it says so.

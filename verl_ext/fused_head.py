@@ -1,7 +1,7 @@
 """verl's FSDP2 engine with its fused head for every model: `actor_rollout_ref.model.external_lib=verl_ext.fused_head`.
 
-With `model.use_fused_kernels=true` verl computes log-probs and entropy from the last hidden states in chunks, so that the
-logits of a micro-batch (tokens x vocabulary) are never in memory, and no loop goes over tokens where flash-attn is
+With `model.use_fused_kernels=true` verl computes log-probs and entropy from the last hidden states in chunks, so that
+the logits of a micro-batch (tokens x vocabulary) are never in memory, and no loop goes over tokens where flash-attn is
 absent. verl 0.9.1 cannot do it with FSDP2 where embedding and head have matrices of their own (Qwen2.5-7B and larger):
 it shards the head as a unit of its own, whose forward never runs, and reads a weight that is not gathered ("got mixed
 torch.Tensor and DTensor"; verl-project/verl#7427). Here such a head stays in the root unit, which is gathered while

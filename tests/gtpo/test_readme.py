@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -86,6 +87,7 @@ def overrides_of(arguments: Sequence[str], hardware: str, rollout: str = "") -> 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e13))  # a run checks its disk
     monkeypatch.setenv("TENSORBOARD_DIR", "unused")  # else `prepare` sets it for the whole process
     return tmp_path
 

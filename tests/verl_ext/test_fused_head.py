@@ -103,7 +103,7 @@ def test_the_fused_head_is_the_whole_logits(one_process, tied, lora):
 def test_verl_alone_cannot_fuse_a_head_of_its_own(one_process, monkeypatch):
     """Once it can, verl_ext/fused_head.py is needed no longer."""
     fused = shard(tiny(tied=False, lora=False), FSDPEngineWithLMHead, init_device_mesh("cpu", (1,)))
-    with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         fused(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False, temperature=1.0, return_dict=True)
 
 

@@ -32,12 +32,12 @@ def _device(arguments: Sequence[str]) -> str | None:
     defaults = OmegaConf.load(CONFIG_DIR / "gtpo_trainer.yaml").defaults
     hardware = next(one["hardware"] for one in defaults if isinstance(one, DictConfig) and "hardware" in one)
     folders = [CONFIG_DIR]  # ours first, as hydra looks
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for i, argument in enumerate(arguments):
         key, _, value = argument.partition("=")
         if key == "hardware":
             hardware = value
         elif key in ("--config-dir", "-cd"):
-            folders.append(Path(value or after))
+            folders += [Path(given) for given in [value or next(iter(arguments[i + 1 :]), "")] if given]
     files = [folder / "hardware" / f"{hardware}.yaml" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
     return None if found is None else OmegaConf.select(OmegaConf.load(found), "trainer.device")

@@ -12,6 +12,7 @@ verl publishes for its own scripts. Nothing of this was measured on a GPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +115,12 @@ QWEN25 = {
     "7B": _qwen(3584, 28, 18944, 28, 4, 152064, tied=False),
     "14B": _qwen(5120, 48, 13824, 40, 8, 152064, tied=False),
 }
+
+
+def by_name(model: str) -> Shape | None:
+    """Of a hub name that says which Qwen2.5 it is, as Qwen/Qwen2.5-7B-Instruct does."""
+    found = re.search(r"Qwen2\.5-(?:Math-|Coder-)?(\d+(?:\.\d+)?B)(?:-|$)", model)
+    return QWEN25.get(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -254,6 +261,11 @@ def choose(
     return None
 
 
+def best(settings: Settings, *, tokens: int, offload: bool, share: float | None) -> Settings:
+    """What comes closest to fitting where nothing does: for the numbers of a refusal."""
+    return replace(settings, tokens=tokens, offload=offload, share=share or SHARES[len(SHARES) // 2])
+
+
 def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[str]:
     """What would fit instead, each as something to set, buy or take."""
     if not settings.lora_rank and choose(shape, machines, replace(settings, lora_rank=32)):
@@ -278,7 +290,7 @@ def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[
 def table(machines: Machines, settings: Settings) -> str:
     """Which Qwen2.5 can be trained on these machines, in lines for a terminal."""
     lines = [
-        f"{str(machines):<16} {'trained':<12} {'update':>8} {'generation':>11} {'micro-batch':>12} {'vLLM':>6}  offload"
+        f"{machines!s:<16} {'trained':<12} {'update':>8} {'generation':>11} {'micro-batch':>12} {'vLLM':>6}  offload"
     ]
     for name, shape in QWEN25.items():
         for rank in (0, 32):
@@ -286,9 +298,7 @@ def table(machines: Machines, settings: Settings) -> str:
             found = choose(shape, machines, asked)
             shown = found or replace(asked, tokens=asked.longest, offload=True)
             sizes = [sum(f(shape, machines, shown).values()) / GB for f in (update, generation)]
+            what = f"{'Qwen2.5-' + name:<16} {'LoRA, 32' if rank else 'in full':<12}"
             end = f"{shown.tokens:>12} {shown.share:>6.2f}  {'yes' if shown.offload else 'no'}"
-            lines.append(
-                f"{'Qwen2.5-' + name:<16} {'LoRA, 32' if rank else 'in full':<12} {sizes[0]:>5.0f} GB {sizes[1]:>8.0f} GB "
-                f"{end if found else '  does not fit'}"
-            )
+            lines.append(f"{what} {sizes[0]:>5.0f} GB {sizes[1]:>8.0f} GB {end if found else '  does not fit'}")
     return "\n".join(lines)

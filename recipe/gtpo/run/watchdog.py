@@ -102,7 +102,7 @@ def lost_engine(actor: Any, engine_seconds: float) -> str | None:
 
     Runs in the actor, in a thread beside its event loop. The engine is asked something that its own process answers.
     """
-    engine = getattr(actor, "engine", None)
+    engine: Any = getattr(actor, "engine", None)
     if getattr(engine, "errored", False):
         return f"{type(engine.dead_error).__name__}: {str(engine.dead_error).strip().splitlines()[0]}"
     handler = getattr(engine, "output_handler", None)  # a task in the server's event loop, from the first request on

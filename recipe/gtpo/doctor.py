@@ -70,7 +70,8 @@ def diagnose(config: DictConfig, choices: dict[str, str], say: Say) -> int:
         said: list[str] = []
         try:
             look(said.append)
-            say(f"ok    {name}" + (f": {'; '.join(said)}" if said else ""))
+            told = "; ".join(line.removeprefix(f"{name}: ") for line in said)
+            say(f"ok    {name}" + (f": {told}" if told else ""))
         except (ConfigError, ServerStartError) as e:
             failed += 1
             say(f"FAIL  {name}: {e}")

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 MIB, GB = 2**20, 1e9
+CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers have it
 _SECONDS = 10  # a driver in trouble answers nvidia-smi late or never
 
 
@@ -68,8 +70,8 @@ def _mib(text: str) -> int:
 def processors() -> int:
     """Those that this process may use; a container's quota counts."""
     count = len(os.sched_getaffinity(0))
-    try:  # cgroup v2, as containers have it
-        quota, period = open("/sys/fs/cgroup/cpu.max").read().split()
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
         return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
     except (OSError, ValueError):
         return count
@@ -79,7 +81,7 @@ def host_memory() -> int:
     """Bytes of the machine's own memory; a container's limit counts."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(total, int(open("/sys/fs/cgroup/memory.max").read()))
+        return min(total, int((CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):
         return total
 

@@ -127,7 +127,7 @@ class GTPOAgentLoop(AgentLoopBase):
                 if output.extra_fields.get(key) is not None:
                     versions.append(output.extra_fields[key])
             if not output.token_ids:
-                if output.stop_reason != "length":
+                if output.stop_reason != "length" or room > 1:  # SGLang's drops what it cannot pair with log-probs
                     raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
                 conversation.out_of_room()  # SGLang keeps the context's last token for itself
                 ids, mask, log_probs = after_turn

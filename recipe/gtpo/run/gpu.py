@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import math
 import shutil
@@ -172,8 +171,8 @@ def attention() -> tuple[str, str]:
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa", "flash-attn is not installed"
     try:
-        importlib.import_module("flash_attn")
-    except Exception as e:  # built for another torch
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as e:  # built for another torch; or flash-attn-4, which SGLang brings, in the same folder
         return "sdpa", f"flash-attn cannot be imported: {one_line(e)}"
     return "flash_attention_2", "flash-attn is installed"
 

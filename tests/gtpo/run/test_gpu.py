@@ -218,7 +218,9 @@ def test_without_flash_attn_attention_is_torch_s_and_the_cost_is_said(packages):
 
 
 def test_with_flash_attn_it_is_taken(packages):
-    packages(vllm=ModuleType("vllm"), flash_attn=ModuleType("flash_attn"))
+    flash_attn = ModuleType("flash_attn")
+    flash_attn.flash_attn_varlen_func = print
+    packages(vllm=ModuleType("vllm"), flash_attn=flash_attn)
     assert attention() == ("flash_attention_2", "flash-attn is installed")
     config = on("single_gpu")
     assert OmegaConf.to_container(config, resolve=True)["actor_rollout_ref"]["model"]["override_config"] == {
@@ -227,8 +229,10 @@ def test_with_flash_attn_it_is_taken(packages):
     check_packages(config, silent)
 
 
-def test_a_flash_attn_that_cannot_be_imported_is_none(packages):
-    packages(flash_attn=None)
+@pytest.mark.parametrize("module", [None, ModuleType("flash_attn")], ids=["broken", "flash-attn-4"])
+def test_a_flash_attn_that_cannot_be_imported_is_none(packages, module):
+    """flash-attn-4 has a folder of that name, and other things in it."""
+    packages(flash_attn=module)
     implementation, why = attention()
     assert implementation == "sdpa" and why.startswith("flash-attn cannot be imported: ")
 

@@ -18,9 +18,8 @@ CONFIG_DIR = Path(__file__).parents[1] / "config"
 
 def settle(arguments: Sequence[str]) -> None:
     """Tell verl the platform of the chosen `hardware` file, and keep it from warning in every process."""
-    device = _device(arguments)
-    if device is not None:
-        os.environ["VERL_PLATFORM"] = device
+    if _device(arguments) == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"  # verl finds an accelerator's by itself
     # verl warns of every engine that is not installed
     warnings.filterwarnings("ignore", message=r".* engine is not available", category=UserWarning)
     warnings.filterwarnings("ignore", message="Disabled critic", category=UserWarning)  # no method here has one

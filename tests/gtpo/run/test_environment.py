@@ -22,7 +22,9 @@ def own(tmp_path):
     """A folder of one's own with a hardware file for the CPU and one for GPUs."""
     (tmp_path / "hardware").mkdir()
     (tmp_path / "hardware" / "laptop.yaml").write_text("# @package _global_\ndefaults: [cpu]\ntrainer: {device: cpu}\n")
-    (tmp_path / "hardware" / "cluster.yaml").write_text("# @package _global_\ndefaults: [/gpu]\n")
+    (tmp_path / "hardware" / "cluster.yaml").write_text(
+        "# @package _global_\ndefaults: [/gpu]\ntrainer: {device: cuda}\n"
+    )
     (tmp_path / "hardware" / "cpu.yaml").write_text("# @package _global_\ntrainer: {device: cuda}\n")  # ours wins
     return tmp_path
 

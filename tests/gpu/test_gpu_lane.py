@@ -13,11 +13,13 @@ import torch.distributed as dist
 from composition import compose_with_choices
 from gpus import nvidia_smi
 from jobs import ATTENTIONS, METHODS, job_overrides, measured
-from measure import measure_update
+from measure import measure_update, save_random
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from recipe.gtpo.run.checks import check
+from recipe.gtpo.run.gpu import shape_of
 from recipe.gtpo.run.memory import Shape
+from recipe.gtpo.run.model import check_model
 from verl_ext.cpu.engine import CPUFSDP2Engine
 
 pytestmark = pytest.mark.unit
@@ -43,6 +45,13 @@ def test_the_jobs_compose(tmp_path, method, attention):
     check(config, choices)
     assert config.actor_rollout_ref.model.override_config.attn_implementation == attention
     assert choices["method"] == method and config.actor_rollout_ref.rollout.name == "vllm"
+
+
+def test_a_random_model_of_any_shape_passes_the_checks_of_a_run(tmp_path):
+    folder = save_random(TINY, tmp_path)
+    config, _ = compose_with_choices(*job_overrides("gtpo", "sdpa", tmp_path), f"actor_rollout_ref.model.path={folder}")
+    check_model(config, [], lambda line: pytest.fail(line))
+    assert shape_of(config) == TINY
 
 
 def test_seconds_and_memory_are_taken_from_a_step():

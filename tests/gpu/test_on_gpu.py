@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import ATTENTIONS, METHODS, job_overrides, main_job, measured
-from measure import measure_update
+from measure import measure_update, save_random
 
 from recipe.gtpo.method.advantage import turn_advantages
 from recipe.gtpo.method.options import GTPOOptions
@@ -77,6 +77,16 @@ def test_the_main_job_runs_with_vllm(tmp_path, results, method, implementation):
     results[f"main {method} {implementation}"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2  # vLLM and trainer in bfloat16
     assert any(key.startswith("timing_s/") for key in found)
+
+
+def test_the_main_job_runs_with_a_model_of_half_a_billion(tmp_path, results):
+    """Random weights: it learns nothing, and shows what a real size takes."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    folder = save_random(QWEN25["0.5B"], tmp_path / "model")
+    found = measured(main_job([*job_overrides("gtpo", "sdpa", tmp_path), f"actor_rollout_ref.model.path={folder}"]))
+    results["main gtpo Qwen2.5-0.5B"] = found
+    assert found["training/rollout_probs_diff_mean"] < 1e-2
 
 
 def test_vllm_has_what_the_watch_asks_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,7 @@ from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.workers.config import FSDPEngineConfig
 
 from recipe.gtpo.run.memory import Shape
+from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
 
 
 @dataclass
@@ -41,6 +43,17 @@ def qwen2(shape: Shape, attention: str, tokens: int) -> Qwen2Config:
         attn_implementation=attention,
         architectures=["Qwen2ForCausalLM"],
     )
+
+
+def save_random(shape: Shape, folder: Path, length: int = 4096) -> Path:
+    """A model of this shape with random weights and the embedded task's kind of tokenizer: a folder to train from."""
+    tokenizer = train_tokenizer(["2+3", "<tool_call>"], vocab_size=300, directory=folder)
+    config = qwen2(shape, "sdpa", length)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    return folder
 
 
 def measure_update(shape: Shape, tokens: int, device: str, engine_class: type, attention: str = "sdpa") -> Measured:

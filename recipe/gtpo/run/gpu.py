@@ -147,6 +147,9 @@ def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None) ->
         )
 
 
+_FUSED_HEAD = "verl_ext.fused_head"
+
+
 def check_packages(config: DictConfig, say: Say) -> None:
     engine = config.actor_rollout_ref.rollout.name
     if importlib.util.find_spec(engine) is None:
@@ -154,7 +157,14 @@ def check_packages(config: DictConfig, say: Say) -> None:
             f"rollout={engine}: the package {engine} is not installed; make an environment with it, "
             f"`VENV=.venv-{engine} bash examples/setup_env.sh {engine}`"
         )
-    asked = config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+    model = config.actor_rollout_ref.model
+    given = [model.external_lib] if isinstance(model.external_lib, str) else list(model.external_lib or [])
+    if model.use_fused_kernels and _FUSED_HEAD not in given:
+        raise ConfigError(
+            f"actor_rollout_ref.model.external_lib={model.external_lib} leaves out {_FUSED_HEAD}, without which verl's "
+            f"fused head fails on models with untied embeddings: set it to [{', '.join([*given, _FUSED_HEAD])}]"
+        )
+    asked = model.override_config.get("attn_implementation", "flash_attention_2")
     found, why = attention()
     if asked == "flash_attention_2" and found != asked:
         raise ConfigError(

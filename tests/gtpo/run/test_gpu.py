@@ -245,6 +245,30 @@ def test_an_engine_that_is_not_installed_is_refused(packages):
     )
 
 
+def test_a_library_of_ones_own_comes_beside_the_fused_head_s(packages, tmp_path):
+    from verl.utils.config import omega_conf_to_dataclass
+
+    packages(vllm=ModuleType("vllm"))
+    key = "actor_rollout_ref.model.external_lib"
+    assert refusal(check_packages, on("single_gpu", f"{key}=json"), silent) == (
+        f"{key}=json leaves out verl_ext.fused_head, without which verl's fused head fails on models with untied "
+        "embeddings: set it to [json, verl_ext.fused_head]"
+    )
+    check_packages(
+        on("single_gpu", f"{key}=json", "actor_rollout_ref.model.use_fused_kernels=false"), lambda line: None
+    )
+    config = on("single_gpu", f"{key}=[json,colorsys,verl_ext.fused_head]")
+    check_packages(config, lambda line: None)
+    # verl imports every one of a list when a worker reads the section
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    model = config.actor_rollout_ref.model
+    model.path = str(tmp_path)
+    OmegaConf.update(model, "load_tokenizer", False, force_add=True)
+    sys.modules.pop("colorsys", None)
+    omega_conf_to_dataclass(model)
+    assert "colorsys" in sys.modules
+
+
 def test_little_shared_memory_is_refused_where_several_gpus_talk_through_it():
     message = refusal(check_shared_memory, on("single_node"), 64 * 2**20)
     assert message.startswith("/dev/shm has 0.07 GB, ") and "--shm-size=16g" in message

@@ -238,7 +238,8 @@ def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> 
 def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say: Say) -> None:
     """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU.
 
-    Raises ConfigError with the sums and with what would fit, where nothing does.
+    Raises ConfigError with the sums and with what would fit, where nothing does. With gtpo_separate_async, which
+    generates on other GPUs, the sum for generation says too much.
     """
     longest = config.data.max_prompt_length + config.data.max_response_length
     if config.trainer.device == "cpu":

@@ -4,6 +4,7 @@ own class takes. All of it asks the package index.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from composition import compose
 from scripted import SGLANG_WORDS
 
 pytestmark = pytest.mark.slow
@@ -75,6 +77,25 @@ def test_sglang_ends_its_server_when_a_process_of_its_engine_dies(sglang):
     assert "class SubprocessWatchdog" in watchdog and "os.kill(os.getpid(), signal.SIGQUIT)" in watchdog
     launch = (sglang / "srt/entrypoints/engine.py").read_text().split("def _launch_subprocesses")[1]
     assert "subprocess_watchdog.start()" in launch.split("\n    def ")[0]
+
+
+def test_the_arguments_that_verl_s_server_starts_sglang_with_are_sglang_s(sglang):
+    """And what our config adds to them."""
+    (verl,) = importlib.util.find_spec("verl").submodule_search_locations
+    server = Path(verl, "workers/rollout/sglang_rollout/async_sglang_server.py").read_text()
+    (args,) = [
+        node.value
+        for node in ast.walk(ast.parse(server))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "args" and isinstance(node.value, ast.Dict)
+    ]
+    given = {key.value for key in args.keys if key is not None}
+    ours = compose("hardware=single_gpu", "rollout=sglang").actor_rollout_ref.rollout.engine_kwargs.sglang
+    (known,) = [
+        {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
+        for node in ast.walk(ast.parse((sglang / "srt/server_args.py").read_text()))
+        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"
+    ]
+    assert len(given) > 15 and given | set(ours) <= known
 
 
 def test_the_request_that_verl_s_server_makes_is_one_of_sglang_s(sglang):

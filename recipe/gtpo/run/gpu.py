@@ -75,9 +75,10 @@ def check_processors(config: DictConfig, here: int) -> None:
     if has >= total:
         return
     parts = ", ".join(f"{what} {count}" for what, count in needed.items() if count)
+    fewer = f", or {_UNITS}=1" if total - needed["storage units"] + 1 <= has else ""
     raise ConfigError(
         f"Ray has {has} CPUs and this run asks it for {total} ({parts}): it would wait for ever. Set "
-        f"{_CPUS_KEY}={total} (a number in Ray's books, nothing is reserved), or {_UNITS}=1"
+        f"{_CPUS_KEY}={total} (a number in Ray's books, nothing is reserved){fewer}"
     )
 
 

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 from composition import compose
 from omegaconf import OmegaConf
 
@@ -34,11 +35,26 @@ from recipe.gtpo.run.memory import QWEN25, Machines
 
 pytestmark = pytest.mark.unit
 
+#: Rollouts on four GPUs of their own.
+APART = (
+    *("trainer.v1.trainer_mode=gtpo_separate_async", "actor_rollout_ref.rollout.nnodes=1"),
+    "actor_rollout_ref.rollout.n_gpus_per_node=4",
+)
 H100 = Gpu("NVIDIA H100", int(85.5 * GB), 0, "580.65.06")
 
 
+@pytest.fixture(autouse=True)
+def no_gpus_here(monkeypatch):
+    """Whatever the machine of the tests has; single_node then means eight."""
+    monkeypatch.setattr("recipe.gtpo.run.checks.gpus", tuple)
+
+
 def on(hardware, *overrides):
-    return compose(f"hardware={hardware}", "rollout=vllm", "task=verl_data", *overrides)
+    """Composed once for each hardware file; the overrides are set afterwards."""
+    config = compose(f"hardware={hardware}", "rollout=vllm", "task=verl_data")
+    for key, value in (override.split("=", 1) for override in overrides):
+        OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    return config
 
 
 def refusal(check, *arguments) -> str:
@@ -58,22 +74,16 @@ def silent(line):
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
-        (["hardware=cpu"], 3 + 1 + 1 + 1),
-        (["hardware=single_gpu", "rollout=vllm"], 3 + 1 + 1 + 1),
-        (["hardware=single_node", "rollout=vllm"], 8 * 3 + 8 + 1 + 1),
-        (["hardware=single_node", "rollout=vllm", "trainer.n_gpus_per_node=2"], 2 * 3 + 8 + 1 + 1),
-        (
-            [
-                *("hardware=single_node", "rollout=vllm", "trainer.n_gpus_per_node=4"),
-                *("trainer.v1.trainer_mode=gtpo_separate_async", "actor_rollout_ref.rollout.nnodes=1"),
-                "actor_rollout_ref.rollout.n_gpus_per_node=4",
-            ],
-            4 * 3 + 8 + 1 + 1 + 4 * 2,
-        ),
+        (["cpu"], 3 + 1 + 1 + 1),
+        (["single_gpu"], 3 + 1 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=8"], 8 * 3 + 8 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=2"], 2 * 3 + 8 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=4", *APART], 4 * 3 + 8 + 1 + 1 + 4 * 2),
     ],
 )
 def test_the_processors_in_ray_s_books_are_counted(overrides, needed):
-    assert sum(needed_processors(compose(*overrides)).values()) == needed
+    config = compose() if overrides == ["cpu"] else on(*overrides)
+    assert sum(needed_processors(config).values()) == needed
 
 
 def test_the_count_is_what_verl_and_its_queue_ask_ray_for():
@@ -100,6 +110,7 @@ def test_too_few_processors_are_refused_where_ray_would_wait_for_ever(monkeypatc
         "1): it would wait for ever. Set ray_kwargs.ray_init.num_cpus=34 (a number in Ray's books, nothing is "
         "reserved), or transfer_queue.backend.SimpleStorage.num_data_storage_units=1"
     )
+    assert refusal(check_processors, config, 26).endswith("nothing is reserved)")  # one unit would not do either
     check_processors(config, 34)
     OmegaConf.update(config, "ray_kwargs.ray_init.num_cpus", 34)
     check_processors(config, 2)
@@ -138,10 +149,7 @@ def test_missing_gpus_are_refused():
     assert refusal(check_gpus, on("single_gpu"), [], silent).startswith(
         "this run asks for 1 GPUs of a machine, and nvidia-smi shows 0 here: install or repair the NVIDIA driver, "
     )
-    apart = on(
-        *("single_node", "trainer.n_gpus_per_node=4", "trainer.v1.trainer_mode=gtpo_separate_async"),
-        *("actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=4"),
-    )
+    apart = on("single_node", "trainer.n_gpus_per_node=4", *APART)
     assert refusal(check_gpus, apart, [H100] * 7, silent).startswith("this run asks for 8 GPUs")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import ray
 
+from recipe.gtpo.run.errors import how_it_died
 from recipe.gtpo.run.record import RunRecord
 
 
@@ -80,7 +80,7 @@ class ActorWatch:
                     if (lost := ray.get(question)) is not None:
                         return f"the {name} lost its engine: {lost}"
                 except ray.exceptions.RayActorError as e:
-                    return f"the {name} died: {_how(e)}"
+                    return f"the {name} died: {how_it_died(str(e))}"
                 self._questions[self._ask(handle)] = (name, handle)
             return None
 
@@ -119,10 +119,3 @@ def lost_engine(actor: Any, engine_seconds: float) -> str | None:
     if silent <= engine_seconds:
         return None
     return f"no answer for {silent:.0f} s (watchdog.engine_seconds={engine_seconds:g})"
-
-
-def _how(error: ray.exceptions.RayActorError) -> str:
-    """Ray's report as one short line: it has the process id and a kind of exit, among much advice."""
-    text = str(error)
-    found = {name: match[1] for name in ("pid", "Worker exit type") if (match := re.search(rf"{name}: (\w+)", text))}
-    return ", ".join(f"{name} {value}" for name, value in found.items()) or text.strip().splitlines()[0]

@@ -61,11 +61,17 @@ class ActorWatch:
         # __ray_call__ runs a function in any actor, whatever its methods (verl uses it too)
         return handle.__ray_call__.remote(lost_engine, self._engine_seconds)
 
-    def find_dead(self, timeout: float = 0.0) -> str | None:
+    def find_dead(self, timeout: float = 0.0, closed: str | None = None) -> str | None:
         """A sentence on the first actor found dead or without its engine, or None after `timeout` seconds of asking.
 
         An answer at hand may be older than the death: only a question asked after it tells. So it takes several rounds.
+
+        Args:
+            closed: actors with this in what they are were ended on purpose, and are asked no longer.
         """
+        if closed is not None:
+            with self._lock:
+                self._questions = {q: (name, h) for q, (name, h) in self._questions.items() if closed not in name}
         deadline = time.monotonic() + timeout
         while (dead := self._ask_round()) is None and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -71,6 +71,16 @@ def test_the_last_line_names_a_trainer_that_was_killed():
     assert end_of(caught.value).startswith("the trainer's process died: ") and f"pid {pid}" in end_of(caught.value)
 
 
+def test_an_actor_that_was_closed_is_no_cause(tmp_path):
+    closed, part = Part.remote(), Part.remote()
+    pids = ray.get([closed.pid.remote(), part.pid.remote()])
+    actors = [("storage of TransferQueue", closed), ("rollout server", part)]
+    watch = ActorWatch(actors, RunRecord(tmp_path), poll_seconds=1, engine_seconds=60)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert watch.find_dead(timeout=30, closed="TransferQueue").startswith("the rollout server died: ")
+
+
 def test_a_busy_actor_is_not_dead(tmp_path):
     part = BusyPart.remote()
     working = part.work.remote(3)

@@ -40,6 +40,10 @@ from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
 
+#: What a rollout server calls the seed of one request, where that is not "seed". verl hands our words on as they are,
+#: and SGLang refuses a word that it does not know.
+SEED_KEYS = {"sglang": "sampling_seed"}
+
 
 class GTPOAgentLoop(AgentLoopBase):
     """Chat with the policy, run its tool calls, record turns.
@@ -124,7 +128,7 @@ class GTPOAgentLoop(AgentLoopBase):
                 if output.extra_fields.get(key) is not None:
                     versions.append(output.extra_fields[key])
             if not output.token_ids:
-                if output.stop_reason != "length":
+                if output.stop_reason != "length" or room > 1:  # SGLang's drops what it cannot pair with log-probs
                     raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
                 conversation.out_of_room()  # SGLang keeps the context's last token for itself
                 ids, mask, log_probs = after_turn
@@ -232,7 +236,7 @@ class GTPOAgentLoop(AgentLoopBase):
         if self.rollout_config.full_determinism:
             # One seed a turn, from what identifies it across runs: requests reach the server in any order.
             name = f"{self.rollout_config.seed}/{self._request_id(row)}/{turn}"
-            params["seed"] = zlib.crc32(name.encode())
+            params[SEED_KEYS.get(self.rollout_config.name, "seed")] = zlib.crc32(name.encode())
         return params
 
     async def _execute(self, call: ToolCall) -> ToolOutcome:

@@ -26,10 +26,9 @@ import ray  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
-from recipe.gtpo.run.checks import check, prepare, register  # noqa: E402
+from recipe.gtpo.run.checks import first_checks, prepare, register  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, how_it_died, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
-from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
@@ -200,8 +199,8 @@ def run(config: DictConfig) -> int:
     record = RunRecord(Path(config.run_dir).resolve())
     record.drop_cause()
     try:
-        check(config, dict(HydraConfig.get().runtime.choices))
-        check_machine(config)
+        for look in first_checks(config, dict(HydraConfig.get().runtime.choices)).values():
+            look(say)
         prepare(config, say)
         validate(config)
         claim(record, config)

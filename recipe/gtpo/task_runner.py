@@ -27,7 +27,10 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
 
     def init_agent_loop_manager(self) -> None:
         super().init_agent_loop_manager()
-        self._watch = ActorWatch(self._parts(), RunRecord(self.config.run_dir), self.config.watchdog.poll_seconds)
+        watchdog = self.config.watchdog
+        self._watch = ActorWatch(
+            self._parts(), RunRecord(self.config.run_dir), watchdog.poll_seconds, watchdog.engine_seconds
+        )
         self._watch.start()
 
     def run(self, config: DictConfig) -> None:
@@ -37,8 +40,8 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         try:
             super().run(config)
         except BaseException as e:
-            # The error may be a consequence: an actor found dead is the better answer.
-            cause = self._watch.find_dead(timeout=3.0) if self._watch is not None else None
+            # The error may be a consequence: an actor found dead is the better answer. verl has closed TransferQueue.
+            cause = self._watch.find_dead(timeout=3.0, closed="TransferQueue") if self._watch is not None else None
             RunRecord(config.run_dir).write_cause(cause or one_line(e))
             raise
         finally:

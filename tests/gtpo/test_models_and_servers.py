@@ -243,7 +243,7 @@ def test_the_end_tokens_of_the_generation_config_count(tmp_path):
 
 # -- the server's context ---------------------------------------------------------------------------------------------
 
-CONTEXT = "actor_rollout_ref.rollout.max_model_len"
+CONTEXT, ENGINE = "actor_rollout_ref.rollout.max_model_len", "actor_rollout_ref.rollout.name"
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +255,8 @@ def sizes(tokenizer):
 
 
 def in_context(tokenizer, server, context, turns=(CALL, RIGHT), **changes):
-    rollout = Rollout(
-        tokenizer, list(turns), FakePython("5\n"), {CONTEXT: context} | changes, server=server.of(context)
-    )
+    changes = {CONTEXT: context, ENGINE: "sglang" if server is SGLangServer else "vllm"} | changes
+    rollout = Rollout(tokenizer, list(turns), FakePython("5\n"), changes, server=server.of(context))
     output = rollout.output
     assert len(output.response_mask) == len(output.response_logprobs) == len(output.response_ids)
     return rollout
@@ -317,3 +316,48 @@ def test_a_response_that_fits_the_context_is_limited_by_the_response_alone(token
     rollout = in_context(tokenizer, ContextServer, sizes[0] + 256)
     assert [request["max_tokens"] for request in rollout.server.requests] == [256, 256 - sizes[2]]
     assert rollout.trajectory.finish is Finish.ANSWER
+
+
+# -- the seed of a turn, and SGLang's own ways ------------------------------------------------------------------------
+
+SEEDED = {"actor_rollout_ref.rollout.full_determinism": True}
+
+
+def test_a_turn_s_seed_has_the_name_that_its_server_knows(tokenizer, sizes):
+    """The number is the same, and another one for every turn."""
+    seeds = {}
+    for engine, server, word in (
+        ("vllm", ContextServer, "seed"),
+        ("transformers", ContextServer, "seed"),
+        ("sglang", SGLangServer, "sampling_seed"),
+    ):
+        rollout = Rollout(
+            tokenizer, [CALL, RIGHT], FakePython("5\n"), SEEDED | {ENGINE: engine}, server=server.of(10_000)
+        )
+        assert rollout.trajectory.finish is Finish.ANSWER
+        seeds[engine] = [request[word] for request in rollout.server.requests]
+    assert seeds["vllm"] == seeds["transformers"] == seeds["sglang"] and len(set(seeds["vllm"])) == 2
+
+
+def test_sglang_refuses_a_request_with_a_word_that_it_does_not_know(tokenizer):
+    """What the fake protects from: with another server's word every trajectory is lost, with the cause."""
+    rollout = Rollout(tokenizer, [CALL], changes=SEEDED | {ENGINE: "vllm"}, server=SGLangServer.of(10_000))
+    assert rollout.trajectory.finish is Finish.FAULT
+    assert rollout.trajectory.fault.endswith("got an unexpected keyword argument 'seed'")
+
+
+def test_a_base_model_s_stop_reaches_sglang_in_its_own_words(base):
+    rollout = Rollout(base, [CALL, RIGHT], FakePython("5\n"), {ENGINE: "sglang"}, server=SGLangServer.of(10_000))
+    assert rollout.trajectory.finish is Finish.ANSWER and "stop_token_ids" in rollout.server.requests[0]
+
+
+@pytest.mark.parametrize(("turn", "last"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize("ending", ["stop", "length"])
+def test_tokens_that_sglang_could_not_pair_with_log_probs_are_a_fault_of_ours(tokenizer, turn, last, ending):
+    """Not the model's end, and no cut either: there was room."""
+    server = type("Mismatched", (SGLangServer,), {"context": 10_000, "mismatch": turn})
+    server.reason = lambda self, said, script: ending
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), {ENGINE: "sglang"}, server=server)
+    assert rollout.trajectory.finish is Finish.FAULT and len(rollout.server.requests) == last + 1
+    assert rollout.trajectory.fault.endswith(f"the rollout server generated no token (stop_reason={ending})")
+    assert_leaves_the_loop(rollout)

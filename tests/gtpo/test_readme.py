@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from recipe.gtpo.experiments.compare import matrix, parse
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import ROLLOUTS, check, prepare
+from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, choose
 
 pytestmark = pytest.mark.unit
 
@@ -86,6 +88,7 @@ def overrides_of(arguments: Sequence[str], hardware: str, rollout: str = "") -> 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e13))  # a run checks its disk
     monkeypatch.setenv("TENSORBOARD_DIR", "unused")  # else `prepare` sets it for the whole process
     return tmp_path
 
@@ -194,6 +197,26 @@ def test_the_table_of_groups_is_the_config_folder():
     assert {group: sorted(choices.split(", ")) for group, choices in table} == {
         group: names(group) for group in ("method", "task", "hardware", "rollout", "experiment")
     }
+
+
+def test_what_the_page_says_fits_is_what_the_arithmetic_says():
+    rows = re.findall(r"^\| (\d+ x [^|]+) \| ([\d.]+B) \| ([\d.]+B) \|$", section("On GPUs"), re.MULTILINE)
+    assert len(rows) == 4
+    longest = int(re.search(r"trajectories of ([\d,]+) tokens", section("On GPUs"))[1].replace(",", ""))
+    assert longest == sum(compose("task=verl_data").data[f"max_{part}_length"] for part in ("prompt", "response"))
+    for machines, *largest in rows:
+        for one in machines.split(", "):
+            *nodes, gpus, size = re.findall(r"\d+", one)
+            there = Machines(int(gpus), float(size) * GB, int(nodes[0]) if nodes else 1)
+            for rank, name in zip((0, 32), largest, strict=True):
+                settings = Settings(tokens=longest, longest=longest, lora_rank=rank)
+                fitting = [size for size, shape in QWEN25.items() if choose(shape, there, settings)]
+                assert fitting[-1] == name, one
+
+
+def test_the_doctor_s_command_composes():
+    (command,) = re.findall(r"^python -m recipe\.gtpo\.doctor (.*?)  +#", README, re.MULTILINE)
+    check(*compose_with_choices(*command.split()))
 
 
 def test_the_results_are_those_of_the_results_page():

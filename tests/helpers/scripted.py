@@ -74,10 +74,35 @@ class ContextServer(ScriptedServer):
         return "completed"
 
 
+#: The words that SGLang 0.5.12 takes in a request; tests/test_requirements.py compares them with its own class.
+SGLANG_WORDS = {
+    *("max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema", "regex"),
+    *("ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("no_stop_trim", "custom_params", "stream_interval", "logit_bias", "sampling_seed"),
+}
+#: Those that verl's server takes out of a request before SGLang sees it.
+VERLS_WORDS = {"max_tokens", "max_new_tokens", "logprobs", "prompt_logprobs"}
+
+
 class SGLangServer(ContextServer):
-    """verl's SGLang server: it never fills the context's last token, and says "length"."""
+    """verl's SGLang server: it never fills the context's last token, says "length", and knows its own words only.
+
+    Where log-probs and tokens differ in number, it hands out neither, and says how generation ended all the same:
+    `mismatch` is the turn in which that happens.
+    """
 
     held_back = 1
+    mismatch: int | None = None
+
+    async def generate(self, *, sampling_params, **kwargs) -> TokenOutput:
+        if unknown := sampling_params.keys() - SGLANG_WORDS - VERLS_WORDS:
+            raise TypeError(f"SamplingParams.__init__() got an unexpected keyword argument '{unknown.pop()}'")
+        turn = len(self.said)
+        output = await super().generate(sampling_params=sampling_params, **kwargs)
+        if turn == self.mismatch:
+            output.token_ids, output.log_probs = [], []
+        return output
 
     def reason(self, said, script):
         return "stop" if said == script else "length"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from verl_ext.fused_head import FusedHeadInRoot
 
 
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
-class CPUFSDP2Engine(FSDPEngineWithLMHead):
+class CPUFSDP2Engine(FusedHeadInRoot):
     """verl's FSDP2 language-model engine over gloo.
 
     A forward-only engine (the KL reference) would wrap its parameters in `CPUOffloadPolicy(pin_memory=True)`, which

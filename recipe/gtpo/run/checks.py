@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +16,33 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
 from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.gpu import Check, attention, check_disk, fit_memory, machine_checks, machines_of, shape_of
 from recipe.gtpo.run.identity import variant
-from recipe.gtpo.run.inputs import Say, check_choices, check_data, check_reward, expand_paths
-from recipe.gtpo.run.model import check_model
+from recipe.gtpo.run.inputs import (
+    Prompt,
+    Say,
+    check_choices,
+    check_data,
+    check_machine,
+    check_reward,
+    expand_paths,
+)
+from recipe.gtpo.run.machine import gpus, host_memory
+from recipe.gtpo.run.model import check_model, read_config
 from recipe.gtpo.tasks.task import Task, load_task
 
-#: hardware -> rollouts that make sense on it.
+#: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
     "cpu": ("transformers",),
     "single_gpu": ("vllm", "sglang"),
     "single_node": ("vllm", "sglang"),
     "multi_node": ("vllm", "sglang"),
 }
+
+
+def rollouts_on(hardware: str, device: str) -> tuple[str, ...]:
+    """The rollouts that make sense on a choice of `hardware` whose `trainer.device` is `device`."""
+    return ROLLOUTS.get(hardware) or ROLLOUTS["cpu" if device == "cpu" else "single_node"]
 
 
 def config_file(group: str, name: str) -> Path:
@@ -44,6 +58,8 @@ def register() -> None:
     ConfigStore.instance().store(name="gtpo_options", node=asdict(GTPOOptions()))
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
     OmegaConf.register_new_resolver("gtpo_variant", lambda: variant(), replace=True)
+    OmegaConf.register_new_resolver("gtpo_attention", lambda: attention()[0], replace=True)
+    OmegaConf.register_new_resolver("gtpo_gpus", lambda otherwise: len(gpus()) or otherwise, replace=True)
 
 
 def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
@@ -68,8 +84,10 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         choices: hydra's `runtime.choices` (which file of each group was taken).
     """
     hardware, rollout = choices["hardware"], choices["rollout"]
-    if rollout not in ROLLOUTS[hardware]:
-        raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={ROLLOUTS[hardware][0]}")
+    fitting = rollouts_on(hardware, config.trainer.device)
+    ours = {name for names in ROLLOUTS.values() for name in names}  # of a file of the user's own nothing is known
+    if rollout in ours and rollout not in fitting:
+        raise ConfigError(f"rollout={rollout} does not run on hardware={hardware}; use rollout={fitting[0]}")
     try:
         options = GTPOOptions.from_config(config.algorithm.get("gtpo"))
     except ValueError as e:
@@ -84,7 +102,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
-    if hardware == "multi_node" and config.tool_server.url is None:
+    if (hardware == "multi_node" or config.trainer.nnodes > 1) and config.tool_server.url is None:
         raise ConfigError(
             "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
             "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"
@@ -147,15 +165,39 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     for key, value in made.items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, value)
-    prompts = check_data(config, say)
-    check_model(config, prompts, say)
-    if (warning := short_context(config)) is not None:
-        say(f"warning: {warning}")
+    for look in given_checks(config).values():
+        look(say)
     config.run_dir = str(Path(config.run_dir).resolve())
     config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
     OmegaConf.resolve(config)
     return task
+
+
+def first_checks(config: DictConfig, choices: dict[str, Any]) -> dict[str, Check]:
+    """What is looked at before a task is prepared, by name; a run stops at the first that raises ConfigError."""
+
+    def composition(say: Say) -> None:
+        check(config, choices)
+
+    return {"config": composition, "folders": lambda say: check_machine(config), **machine_checks(config)}
+
+
+def given_checks(config: DictConfig) -> dict[str, Check]:
+    """What is looked at once a task has filled the config, by name, in this order: data, model, what both need."""
+    prompts: list[Prompt] = []
+
+    def context(say: Say) -> None:
+        if (warning := short_context(config)) is not None:
+            say(f"warning: {warning}")
+
+    return {
+        "data": lambda say: prompts.extend(check_data(config, say)),
+        "model and tokenizer": lambda say: check_model(config, prompts, say),
+        "memory": lambda say: fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say),
+        "disk": lambda say: check_disk(config, shape_of(config)),
+        "context": context,
+    }
 
 
 def check_call_format(config: DictConfig) -> None:
@@ -183,9 +225,7 @@ def short_context(config: DictConfig) -> str | None:
 
 
 def _context_of_model(model: DictConfig) -> int | None:
-    """Of a model in a folder; a hub name's is known to the servers only."""
-    file = Path(os.path.expanduser(model.path)) / "config.json"
-    if not file.is_file():
+    known = read_config(model)
+    if known is None:
         return None
-    known = json.loads(file.read_text()) | OmegaConf.to_container(model.override_config)
     return known.get("max_position_embeddings") or known.get("text_config", {}).get("max_position_embeddings")

@@ -18,16 +18,25 @@ CONFIG_DIR = Path(__file__).parents[1] / "config"
 
 def settle(arguments: Sequence[str]) -> None:
     """Tell verl the platform of the chosen `hardware` file, and keep it from warning in every process."""
-    defaults = OmegaConf.load(CONFIG_DIR / "gtpo_trainer.yaml").defaults
-    hardware = next(one["hardware"] for one in defaults if isinstance(one, DictConfig) and "hardware" in one)
-    for argument in arguments:
-        if argument.startswith("hardware="):
-            hardware = argument.split("=", 1)[1]
-    file = CONFIG_DIR / "hardware" / f"{hardware}.yaml"  # an unknown one is hydra's to refuse
-    device = OmegaConf.select(OmegaConf.load(file), "trainer.device") if file.exists() else None
-    if device is not None:
-        os.environ["VERL_PLATFORM"] = device
+    if _device(arguments) == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"  # verl finds an accelerator's by itself
     # verl warns of every engine that is not installed
     warnings.filterwarnings("ignore", message=r".* engine is not available", category=UserWarning)
     warnings.filterwarnings("ignore", message="Disabled critic", category=UserWarning)  # no method here has one
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
+
+
+def _device(arguments: Sequence[str]) -> str | None:
+    """`trainer.device` of the chosen file; None where it has none, or where hydra will refuse the choice."""
+    defaults = OmegaConf.load(CONFIG_DIR / "gtpo_trainer.yaml").defaults
+    hardware = next(one["hardware"] for one in defaults if isinstance(one, DictConfig) and "hardware" in one)
+    folders = [CONFIG_DIR]  # ours first, as hydra looks
+    for i, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key == "hardware":
+            hardware = value
+        elif key in ("--config-dir", "-cd"):
+            folders += [Path(given) for given in [value or next(iter(arguments[i + 1 :]), "")] if given]
+    files = [folder / "hardware" / f"{hardware}.yaml" for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    return None if found is None else OmegaConf.select(OmegaConf.load(found), "trainer.device")

@@ -34,10 +34,14 @@ _SESSION = "session_2000-01-01_00-00-00_000000"
 _SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 
 
+def ray_starts_here(config: DictConfig) -> bool:
+    """Whether the run starts a Ray of its own on this machine, or joins one that runs."""
+    return config.ray_kwargs.ray_init.get("address") in (None, "local") and "RAY_ADDRESS" not in os.environ
+
+
 def check_machine(config: DictConfig) -> None:
     """The folders that Ray and the workers write to beside the run's own: temporary files, and a cache of the data."""
-    started_here = config.ray_kwargs.ray_init.get("address") in (None, "local") and "RAY_ADDRESS" not in os.environ
-    if started_here:
+    if ray_starts_here(config):
         base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # in Ray's own order
         folder = OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir") or f"{base}/ray"
         too_long = len(f"{folder}/{_SESSION}_{os.getpid()}/sockets/plasma_store".encode()) - _SOCKET_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,18 @@ def check_model(config: DictConfig, prompts: Sequence[Prompt], say: Say) -> None
     model_type = None if config_folder is None else _check_architecture(config, config_folder)
     if tokenizer_folder is not None:
         _check_conversation(config, folder, tokenizer_folder, model_type, prompts, say)
+
+
+def read_config(model: DictConfig) -> dict[str, Any] | None:
+    """Its config.json, with `override_config` over it; None where the hub has to be asked for it.
+
+    Args:
+        model: the section `actor_rollout_ref.model`.
+    """
+    folder = _local(os.path.expanduser(model.hf_config_path or model.path))
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return _read_json(folder / "config.json") | OmegaConf.to_container(model.override_config, resolve=True)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,13 @@ def test_the_composed_options_are_the_dataclass_defaults():
     assert GTPOOptions.from_config(compose().algorithm.gtpo) == GTPOOptions()
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+def test_sglang_is_told_to_mind_the_seeds_of_requests(seeded):
+    key = "actor_rollout_ref.rollout.full_determinism"
+    config = compose("hardware=single_gpu", "rollout=sglang", f"{key}={seeded}")
+    assert config.actor_rollout_ref.rollout.engine_kwargs.sglang == {"enable_deterministic_inference": seeded}
+
+
 # -- files that the config points at ----------------------------------------------------------------------------------
 
 

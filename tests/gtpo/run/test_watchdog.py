@@ -1,10 +1,13 @@
-"""The actor watch on small real Ray actors: death is found, slow is not dead, an old answer is no proof of life."""
+"""The actor watch on small real Ray actors: death is found, slow is not dead, an old answer is no proof of life, and a
+server whose engine died or hangs is no living server.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ import ray
 
 from recipe.gtpo.main import end_of
 from recipe.gtpo.run.record import RunRecord
-from recipe.gtpo.run.watchdog import ActorWatch
+from recipe.gtpo.run.watchdog import _ASKED, ActorWatch
 
 pytestmark = pytest.mark.e2e
 
@@ -41,6 +44,7 @@ class BusyPart:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes do not know this module
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -49,7 +53,7 @@ def _ray():
 def test_a_dead_actor_is_found_and_named(tmp_path):
     part = Part.remote()
     pid = ray.get(part.pid.remote())
-    watch = ActorWatch([("rollout server", part)], RunRecord(tmp_path), poll_seconds=1)
+    watch = ActorWatch([("rollout server", part)], RunRecord(tmp_path), poll_seconds=1, engine_seconds=60)
     ray.get(part.pid.remote())  # by now the watch holds an answer from before the death
     os.kill(pid, signal.SIGKILL)
     dead = watch.find_dead(timeout=30)
@@ -67,10 +71,93 @@ def test_the_last_line_names_a_trainer_that_was_killed():
     assert end_of(caught.value).startswith("the trainer's process died: ") and f"pid {pid}" in end_of(caught.value)
 
 
+def test_an_actor_that_was_closed_is_no_cause(tmp_path):
+    closed, part = Part.remote(), Part.remote()
+    pids = ray.get([closed.pid.remote(), part.pid.remote()])
+    actors = [("storage of TransferQueue", closed), ("rollout server", part)]
+    watch = ActorWatch(actors, RunRecord(tmp_path), poll_seconds=1, engine_seconds=60)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert watch.find_dead(timeout=30, closed="TransferQueue").startswith("the rollout server died: ")
+
+
 def test_a_busy_actor_is_not_dead(tmp_path):
     part = BusyPart.remote()
     working = part.work.remote(3)
-    watch = ActorWatch([("training worker", part)], RunRecord(tmp_path), poll_seconds=1)
+    watch = ActorWatch([("training worker", part)], RunRecord(tmp_path), poll_seconds=1, engine_seconds=60)
     assert watch.find_dead(timeout=1.5) is None
     ray.get(working)
     assert watch.find_dead(timeout=1.0) is None
+
+
+class Engine:
+    """What verl's vLLM server holds: vLLM's AsyncLLM, as far as the watch knows it, with a process of its own.
+
+    The process is `cat`, which answers a line with the line: so it can be killed and stopped as an EngineCore can.
+    """
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self.output_handler: asyncio.Task | None = None
+        self.dead_error = RuntimeError("EngineCore encountered an issue.\nSee stack trace")
+
+    async def start(self) -> int:
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec("cat", stdin=pipe, stdout=pipe)
+        self.output_handler = asyncio.create_task(self._process.wait())
+        return self._process.pid
+
+    @property
+    def errored(self) -> bool:
+        return self.output_handler is not None and self.output_handler.done()
+
+    async def is_sleeping(self) -> bool:
+        self._process.stdin.write(b"sleeping?\n")
+        return await self._process.stdout.readline() != b""
+
+
+@ray.remote(num_cpus=0)
+class Server:
+    def __init__(self) -> None:
+        self.engine = Engine()
+
+    async def start(self) -> int:
+        return await self.engine.start()
+
+    async def answered(self) -> None:
+        """Ends when the engine has answered what it was asked last."""
+        await asyncio.wrap_future(vars(self)[_ASKED][0])
+
+
+def watch_of(server, folder, engine_seconds):
+    return ActorWatch([("rollout server", server)], RunRecord(folder), 1, engine_seconds=engine_seconds)
+
+
+def test_a_server_whose_engine_died_is_found(tmp_path):
+    """The actor itself lives, and would for ever."""
+    server = Server.remote()
+    pid = ray.get(server.start.remote())
+    watch = watch_of(server, tmp_path, engine_seconds=60)
+    os.kill(pid, signal.SIGKILL)
+    found = watch.find_dead(timeout=30)
+    assert found == "the rollout server lost its engine: RuntimeError: EngineCore encountered an issue."
+
+
+def test_a_server_whose_engine_hangs_is_found_and_one_that_goes_on_is_not(tmp_path):
+    server = Server.remote()
+    pid = ray.get(server.start.remote())
+    patient, hasty = (watch_of(server, tmp_path, seconds) for seconds in (600, 1))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = hasty.find_dead(timeout=30)
+        assert found is not None and found.startswith("the rollout server lost its engine: no answer for ")
+        assert found.endswith(" s (watchdog.engine_seconds=1)")
+        assert patient.find_dead(timeout=0.5) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    ray.get(server.answered.remote())
+    assert hasty.find_dead(timeout=0.5) is None
+
+
+def test_a_server_that_was_asked_for_nothing_yet_is_well(tmp_path):
+    assert watch_of(Server.remote(), tmp_path, engine_seconds=0).find_dead(timeout=0.5) is None

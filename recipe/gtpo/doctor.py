@@ -1,0 +1,112 @@
+"""Look at all that a run needs, and start none: `python -m recipe.gtpo.doctor [the arguments of the run]`.
+
+The checks are the run's own (recipe/gtpo/run): a run stops at the first that fails, this goes through all of them, says
+what to do about each, and ends with 1 if one failed. It starts the tool server for one call, nothing else, and writes
+nothing. What a task makes when a run starts (the embedded policy and its data) is not made here. On GPUs a table
+follows of what fits them, by arithmetic (recipe/gtpo/run/memory.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from recipe.gtpo.run.environment import settle
+
+settle(sys.argv[1:])  # before hydra and verl are imported
+
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from recipe.gtpo.main import tool_server, validate  # noqa: E402
+from recipe.gtpo.run import checks, memory  # noqa: E402
+from recipe.gtpo.run.checks import compose, first_checks, given_checks  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, one_line  # noqa: E402
+from recipe.gtpo.run.gpu import Check, machines_of  # noqa: E402
+from recipe.gtpo.run.inputs import Say, check_reward, expand_paths  # noqa: E402
+from recipe.gtpo.run.machine import gpus, host_memory  # noqa: E402
+from recipe.gtpo.run.memory import Settings  # noqa: E402
+from recipe.gtpo.run.tools import check_tools  # noqa: E402
+from recipe.gtpo.tasks.task import OwnData, load_task  # noqa: E402
+from verl_ext.tool_server.launch import ServerStartError  # noqa: E402
+
+_MADE = "made when a run starts, not looked at"
+
+
+def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[str, Check]]:
+    """(what is looked at, the check): the run's, in its order."""
+    yield from first_checks(config, choices).items()
+    yield "reward function", lambda say: check_reward(config, load_task(config))
+    given = given_checks(config)
+    files, path = config.data.train_files, config.actor_rollout_ref.model.path
+    for name, look in given.items():
+        made = path is None or (name == "data" and files is None)
+        yield name, (lambda say: say(_MADE)) if made and not _brings_nothing(config) else look
+    yield "verl's own checks", lambda say: validate(config)
+    yield "tools", lambda say: _try_tools(config, say)
+
+
+def _brings_nothing(config: DictConfig) -> bool:
+    """Whether the task makes neither model nor data: then what is not set is missing."""
+    try:
+        return isinstance(load_task(config), OwnData)
+    except Exception:  # its own check names what is wrong with it
+        return True
+
+
+def _try_tools(config: DictConfig, say: Say) -> None:
+    with tool_server(config):
+        variables = {"GTPO_TOOL_SERVER_URL": config.tool_server.url, "GTPO_TOOL_SERVER_TOKEN": config.tool_server.token}
+        check_tools(config, variables, say)
+
+
+def diagnose(config: DictConfig, choices: dict[str, str], say: Say) -> int:
+    """Go through all checks; returns how many failed."""
+    expand_paths(config)
+    failed = 0
+    for name, look in examinations(config, choices):
+        said: list[str] = []
+        try:
+            look(said.append)
+            told = "; ".join(line.removeprefix(f"{name}: ") for line in said)
+            say(f"ok    {name}" + (f": {told}" if told else ""))
+        except (ConfigError, ServerStartError) as e:
+            failed += 1
+            say(f"FAIL  {name}: {e}")
+        except Exception as e:
+            failed += 1
+            say(f"FAIL  {name}: {one_line(e)}")
+    return failed
+
+
+def main(arguments: Sequence[str]) -> int:
+    overrides, folder = _split(arguments)
+    if folder is not None:
+        overrides.append(f"hydra.searchpath=[pkg://verl.trainer.config,file://{Path(folder).resolve()}]")
+    try:
+        config, choices = compose(*overrides)
+    except (HydraException, OmegaConfBaseException) as e:
+        print(f"FAIL  config: {one_line(e)}")
+        return 1
+    failed = diagnose(config, choices, lambda line: print(line, flush=True))
+    if config.trainer.device != "cpu":
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        print(f"\nWhat fits, by arithmetic, with trajectories of up to {longest} tokens:")
+        print(memory.table(machines_of(config, gpus(), host_memory()), Settings(tokens=longest, longest=longest)))
+    print(f"\n{failed} of the checks failed" if failed else "\nall checks passed")
+    return 1 if failed else 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides, and the folder behind --config-dir, as the run's own command line has them."""
+    from hydra._internal.utils import get_args_parser  # what hydra.main reads its command line with
+
+    parsed = get_args_parser().parse_args(list(arguments))
+    return list(parsed.overrides), parsed.config_dir
+
+
+if __name__ == "__main__":
+    checks.register()
+    sys.exit(main(sys.argv[1:]))

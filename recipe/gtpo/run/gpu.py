@@ -1,0 +1,304 @@
+"""What a training on GPUs needs of the machine, looked at before Ray starts: each function takes what was read
+(`machine.py`) and raises ConfigError with the cause and a remedy. What fits a GPU's memory is `memory.py`'s arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.gtpo.run import machine, memory
+from recipe.gtpo.run.errors import ConfigError, one_line
+from recipe.gtpo.run.inputs import Say, ray_starts_here
+from recipe.gtpo.run.machine import GB, Gpu
+from recipe.gtpo.run.memory import Machines, Settings, Shape
+from recipe.gtpo.run.model import read_config
+
+_CPUS_KEY = "ray_kwargs.ray_init.num_cpus"
+_UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+_FSDP = "actor_rollout_ref.actor.fsdp_config"
+_TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+_SHARE = "actor_rollout_ref.rollout.gpu_memory_utilization"
+
+
+Check = Callable[[Say], None]
+
+
+def machine_checks(config: DictConfig) -> dict[str, Check]:
+    """The checks below that this config needs on this machine, by what they look at; those with the CPU's are few."""
+    checks: dict[str, Check] = {"processors": lambda say: check_processors(config, machine.processors())}
+    if config.trainer.device == "cpu":
+        return checks
+    checks["batch"] = lambda say: check_batch(config)
+    if ray_starts_here(config):
+        checks["GPUs"] = lambda say: check_gpus(config, machine.gpus(), say)
+        checks["shared memory"] = lambda say: check_shared_memory(config, machine.shared_memory())
+    checks["packages"] = lambda say: check_packages(config, say)
+    if ray_starts_here(config):
+        checks["CUDA"] = lambda say: check_cuda(machine.driver_cuda(), torch_cuda())
+    return checks
+
+
+# -- processors and batches -------------------------------------------------------------------------------------------
+
+
+def needed_processors(config: DictConfig) -> dict[str, int]:
+    """CPUs in Ray's books, by what asks for them: verl's bundles ask for some beside each GPU."""
+    from verl.single_controller.ray.base import ResourcePoolManager
+
+    trainer, rollout, backend = config.trainer, config.actor_rollout_ref.rollout, config.transfer_queue.backend
+    needed = {
+        "GPU bundles": ResourcePoolManager.max_colocate_count * trainer.nnodes * trainer.n_gpus_per_node,
+        "storage units": backend.SimpleStorage.num_data_storage_units
+        if backend.storage_backend == "SimpleStorage"
+        else 0,
+        "controller": 1,
+        "starting the rest": 1,
+    }
+    if trainer.v1.trainer_mode == "gtpo_separate_async":
+        needed["rollout bundles"] = 2 * rollout.nnodes * rollout.n_gpus_per_node
+    return needed
+
+
+def check_processors(config: DictConfig, here: int) -> None:
+    """Without these, Ray waits for ever and says nothing."""
+    if not ray_starts_here(config):
+        return
+    needed = needed_processors(config)
+    total, has = sum(needed.values()), OmegaConf.select(config, _CPUS_KEY) or here
+    if has >= total:
+        return
+    parts = ", ".join(f"{what} {count}" for what, count in needed.items() if count)
+    fewer = f", or {_UNITS}=1" if total - needed["storage units"] + 1 <= has else ""
+    raise ConfigError(
+        f"Ray has {has} CPUs and this run asks it for {total} ({parts}): it would wait for ever. Set "
+        f"{_CPUS_KEY}={total} (a number in Ray's books, nothing is reserved){fewer}"
+    )
+
+
+def check_batch(config: DictConfig) -> None:
+    """verl divides an update's trajectories among the GPUs, and fails after the first rollouts if a rest is left."""
+    actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    together = OmegaConf.select(config, f"{_FSDP}.ulysses_sequence_parallel_size") or 1
+    parts = config.trainer.nnodes * config.trainer.n_gpus_per_node // together
+    if parts == 0 or actor.ppo_mini_batch_size * n % parts == 0:
+        return
+    step = parts // math.gcd(parts, n)
+    prompts = max(step, round(actor.ppo_mini_batch_size / step) * step)
+    raise ConfigError(
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} x actor_rollout_ref.rollout.n={n} "
+        f"trajectories cannot be divided among {parts} GPUs: set it and data.train_batch_size to {prompts}, or "
+        "trainer.n_gpus_per_node to a divisor"
+    )
+
+
+# -- GPUs, driver, packages -------------------------------------------------------------------------------------------
+
+_IN_USE = 2 * GB  # of a GPU, by others; a desktop takes less
+
+
+def check_gpus(config: DictConfig, gpus: Sequence[Gpu], say: Say) -> None:
+    wanted = config.trainer.n_gpus_per_node
+    if config.trainer.v1.trainer_mode == "gtpo_separate_async":
+        wanted += config.actor_rollout_ref.rollout.n_gpus_per_node
+    if len(gpus) < wanted:
+        raise ConfigError(
+            f"this run asks for {wanted} GPUs of a machine, and nvidia-smi shows {len(gpus)} here: install or repair "
+            "the NVIDIA driver, look at CUDA_VISIBLE_DEVICES, set trainer.n_gpus_per_node, or take hardware=cpu"
+        )
+    for i, gpu in enumerate(gpus[:wanted]):
+        if gpu.used > _IN_USE:
+            raise ConfigError(
+                f"GPU {i} ({gpu}) has {gpu.used / GB:.0f} GB in use by other processes: end them (nvidia-smi names "
+                "them), or choose other GPUs with CUDA_VISIBLE_DEVICES"
+            )
+    idle = f"; {len(gpus) - wanted} more stay idle (trainer.n_gpus_per_node)" if len(gpus) > wanted else ""
+    say(f"GPUs: {wanted} x {gpus[0]}, driver {gpus[0].driver}{idle}")
+
+
+def torch_cuda() -> tuple[int, int] | None:
+    """The CUDA that torch was built with; None for a build without."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None) -> None:
+    """Within one major version an older driver serves a newer toolkit; across them it does not."""
+    if built is None:
+        raise ConfigError(
+            "torch is a build without CUDA: make an environment for GPUs, "
+            "`VENV=.venv-vllm bash examples/setup_env.sh vllm`"
+        )
+    if driver is None:
+        raise ConfigError("nvidia-smi names no CUDA version: install or repair the NVIDIA driver")
+    if driver[0] < built[0]:
+        raise ConfigError(
+            f"the driver serves CUDA up to {driver[0]}.{driver[1]}, and torch was built with {built[0]}.{built[1]}: "
+            f"update the NVIDIA driver to one for CUDA {built[0]}"
+        )
+
+
+_FUSED_HEAD = "verl_ext.fused_head"
+
+
+def check_packages(config: DictConfig, say: Say) -> None:
+    engine = config.actor_rollout_ref.rollout.name
+    if importlib.util.find_spec(engine) is None:
+        raise ConfigError(
+            f"rollout={engine}: the package {engine} is not installed; make an environment with it, "
+            f"`VENV=.venv-{engine} bash examples/setup_env.sh {engine}`"
+        )
+    model = config.actor_rollout_ref.model
+    given = [model.external_lib] if isinstance(model.external_lib, str) else list(model.external_lib or [])
+    if model.use_fused_kernels and _FUSED_HEAD not in given:
+        raise ConfigError(
+            f"actor_rollout_ref.model.external_lib={model.external_lib} leaves out {_FUSED_HEAD}, without which verl's "
+            f"fused head fails on models with untied embeddings: set it to [{', '.join([*given, _FUSED_HEAD])}]"
+        )
+    asked = model.override_config.get("attn_implementation", "flash_attention_2")
+    found, why = attention()
+    if asked == "flash_attention_2" and found != asked:
+        raise ConfigError(
+            f"attn_implementation=flash_attention_2: {why}; leave actor_rollout_ref.model.override_config."
+            "attn_implementation out, and the run takes sdpa"
+        )
+    if asked == "sdpa":
+        say(f"attention: sdpa ({why}): slower, and a mask of a micro-batch's tokens by its tokens in memory")
+
+
+@functools.cache
+def attention() -> tuple[str, str]:
+    """(attn_implementation, why): flash-attn's where it can be imported, else torch's own."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as e:  # built for another torch; or flash-attn-4, which SGLang brings, in the same folder
+        return "sdpa", f"flash-attn cannot be imported: {one_line(e)}"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+_SHARED = 1 * GB  # NCCL's buffers and more; Docker's own size is 64 MB
+
+
+def check_shared_memory(config: DictConfig, size: int | None) -> None:
+    if size is not None and size < _SHARED and config.trainer.n_gpus_per_node > 1:
+        raise ConfigError(
+            f"/dev/shm has {size / GB:.2f} GB, and processes on several GPUs talk through it: start the container with "
+            "--shm-size=16g or --ipc=host"
+        )
+
+
+# -- what depends on the model ----------------------------------------------------------------------------------------
+
+
+def shape_of(config: DictConfig) -> Shape | None:
+    """Of the model that is trained: of its config.json, or of its name where it is yet to be downloaded."""
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        return None
+    known = read_config(model)
+    return Shape.of(known) if known is not None else memory.by_name(model.path)
+
+
+def check_disk(config: DictConfig, shape: Shape | None) -> None:
+    """Room for the checkpoints that are kept, and the one that is being written."""
+    if shape is None or config.trainer.save_freq <= 0:
+        return
+    trained = shape.adapter(config.actor_rollout_ref.model.lora_rank) or shape.parameters
+    one = 4 * shape.parameters + 8 * trained
+    kept = (config.trainer.max_actor_ckpt_to_keep or 1) + 1
+    folder = Path(config.trainer.default_local_dir).resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < kept * one / config.trainer.nnodes:
+        raise ConfigError(
+            f"{there} has {free / GB:.0f} GB free, and {kept} checkpoints of this model take about "
+            f"{kept * one / GB:.0f} GB: set run_dir to a larger disk, or trainer.max_actor_ckpt_to_keep"
+        )
+
+
+def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> Machines:
+    """The GPUs of the config, as large as the smallest that was found here; of 80 GB where none was."""
+    trainer = config.trainer
+    sizes = [gpu.memory for gpu in gpus if gpu.memory]
+    size = min(sizes) if sizes else 80 * GB
+    return Machines(trainer.n_gpus_per_node, size, trainer.nnodes, host if sizes else None)
+
+
+def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say: Say) -> None:
+    """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU.
+
+    Raises ConfigError with the sums and with what would fit, where nothing does. With gtpo_separate_async, which
+    generates on other GPUs, the sum for generation says too much.
+    """
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if config.trainer.device == "cpu":
+        _fill(config, {_TOKENS: 2 * longest})
+        return
+    parts = config.actor_rollout_ref
+    model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
+    settings = Settings(
+        tokens=longest,
+        longest=longest,
+        cpu_adam=bool(fsdp.offload_policy),
+        lora_rank=model.lora_rank,
+        tensor_parallel=rollout.tensor_model_parallel_size,
+        fused=bool(model.use_fused_kernels),
+        flash=model.override_config.get("attn_implementation", "flash_attention_2") == "flash_attention_2",
+    )
+    tokens = parts.actor.ppo_max_token_len_per_gpu
+    if not parts.actor.use_dynamic_bsz:
+        tokens = longest * (parts.actor.ppo_micro_batch_size_per_gpu or 1)
+    both = [value for value in (fsdp.param_offload, fsdp.optimizer_offload) if value is not None]
+    taken = shape or memory.QWEN25["7B"]
+    given = {"tokens": tokens, "offload": all(both) if both else None, "share": rollout.gpu_memory_utilization}
+    found = memory.choose(taken, machines, settings, **given)
+    if found is None:
+        tried = {
+            "tokens": given["tokens"] or longest,
+            "offload": given["offload"] is not False,
+            "share": given["share"],
+        }
+        if shape is not None:
+            raise ConfigError(_refusal(shape, machines, memory.best(settings, **tried)))
+        found = memory.best(settings, **tried)
+    _fill(
+        config,
+        {
+            _TOKENS: found.tokens,
+            f"{_FSDP}.param_offload": found.offload,
+            f"{_FSDP}.optimizer_offload": found.offload,
+            _SHARE: found.share,
+        },
+    )
+    update, generation = (sum(f(taken, machines, found).values()) / GB for f in (memory.update, memory.generation))
+    name = "a model of unknown size, taken for 7 B" if shape is None else f"a model of {taken.parameters / 1e9:.1f} B"
+    say(
+        f"memory: {name} parameters on {machines}, trained {'by LoRA' if found.lora_rank else 'in full'}: about "
+        f"{update:.0f} GB of a GPU in the update, {generation:.0f} GB in generation; micro-batches of {found.tokens} "
+        f"tokens, vLLM's share {found.share:g}, {'with' if found.offload else 'no'} offloading"
+    )
+
+
+def _fill(config: DictConfig, values: dict[str, object]) -> None:
+    for key, value in values.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, value)
+
+
+def _refusal(shape: Shape, machines: Machines, settings: Settings) -> str:
+    what = memory.lacking(shape, machines, settings)
+    would = "; or ".join(memory.proposals(shape, machines, settings))
+    remedy = f"what would fit: {would}" if would else "nothing that this arithmetic knows would make it fit"
+    return f"a model of {shape.parameters / 1e9:.1f} B parameters does not fit {machines}: {what}; {remedy}"

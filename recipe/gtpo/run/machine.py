@@ -1,0 +1,94 @@
+"""What this machine has: GPUs, driver, processors, memory. Read, never judged: `gpu.py` beside this judges."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB, GB = 2**20, 1e9
+CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers have it
+_SECONDS = 10  # a driver in trouble answers nvidia-smi late or never
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory: int  # bytes
+    used: int  # bytes, by whatever runs there now
+    driver: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.memory / GB:.0f} GB"
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that a process started here would see; none where there is no driver."""
+    rows = [
+        [cell.strip() for cell in line.split(",")]
+        for line in _nvidia_smi(
+            "--query-gpu=uuid,name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"
+        ).splitlines()
+        if line.count(",") == 4
+    ]
+    found = [Gpu(name, _mib(total), _mib(used), driver) for _, name, total, used, driver in rows]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(found)
+    wanted = [one.strip() for one in visible.split(",") if one.strip()]
+    by_name = {str(i): gpu for i, gpu in enumerate(found)} | {row[0]: gpu for row, gpu in zip(rows, found, strict=True)}
+    return tuple(by_name[one] for one in wanted if one in by_name)
+
+
+@functools.cache
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver serves; None without a driver."""
+    match = re.search(r"CUDA Version: (\d+)\.(\d+)", _nvidia_smi())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _mib(text: str) -> int:
+    return int(float(text) * MIB) if re.fullmatch(r"[\d.]+", text) else 0  # "[N/A]" of a card that shares the host's
+
+
+def processors() -> int:
+    """Those that this process may use; a container's quota counts."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count
+
+
+def host_memory() -> int:
+    """Bytes of the machine's own memory; a container's limit counts."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def shared_memory() -> int | None:
+    """Bytes of /dev/shm; None where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return None

@@ -1,0 +1,304 @@
+"""Whether a training fits its GPUs, by adding up what lies in their memory: pure arithmetic, in bytes.
+
+A step has two peaks on a GPU that trains and generates in turn. In the *update* the trainer has all it needs (weights,
+gradients, Adam) and the sleeping vLLM next to nothing; in *generation* vLLM has the share that it was given, and the
+trainer what it does not offload. `choose` finds settings with which both fit; `proposals` says what to change where
+there are none.
+
+Weights are float32 masters and bfloat16 for computing (verl's FSDP2 engine and its defaults), the optimizer is AdamW,
+gradient checkpointing is on. The constants that no formula gives are at the top; the tests compare with the sizes that
+verl publishes for its own scripts. Nothing of this was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+GB = 1e9
+
+#: Of a GPU in the update: CUDA contexts, NCCL, and what vLLM keeps while it sleeps.
+ASLEEP = 3 * GB
+#: Of a GPU in generation: the trainer's context, its buffers for the weight sync, what the allocator cannot use.
+SYNC = 4 * GB
+#: Of vLLM's share: CUDA graphs, sampling and activations; and so much of its weights again.
+VLLM_FIXED, VLLM_OF_WEIGHTS = 3 * GB, 0.13
+#: The part of a GPU that may be planned for.
+USABLE = 0.95
+#: The rows that verl's fused head works on at a time, and the bytes that it has of each logit in its backward pass.
+CHUNK, FUSED_BYTES = 512, 24
+#: Without the fused head: verl's pass for log-probs and entropy holds so many bfloat16 copies of all logits.
+COPIES = 4
+#: Longest trajectories that vLLM's cache has to hold at once, for the rollouts not to crawl.
+AT_ONCE = 8
+#: vLLM's share of a GPU is looked for in these steps.
+SHARES = tuple(share / 100 for share in range(70, 5, -5))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer of the Llama and Qwen2 kind."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head: int  # size of one
+    vocabulary: int
+    tied: bool  # the embedding is the head
+    bias: bool = True  # of query, key and value, as Qwen2 has them
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape | None:
+        """Of a `config.json`; None for an architecture that this arithmetic does not know."""
+        config = config.get("text_config") or config
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                hidden=config["hidden_size"],
+                layers=config["num_hidden_layers"],
+                intermediate=config["intermediate_size"],
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head=config.get("head_dim") or config["hidden_size"] // heads,
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+                bias=config.get("model_type") == "qwen2" or bool(config.get("attention_bias", False)),
+            )
+        except KeyError:
+            return None
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of a layer's matrices."""
+        wide, narrow = self.heads * self.head, self.kv_heads * self.head
+        attention = ((self.hidden, wide), (self.hidden, narrow), (self.hidden, narrow), (wide, self.hidden))
+        return (*attention, *((self.hidden, self.intermediate),) * 2, (self.intermediate, self.hidden))
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        biases = (self.heads + 2 * self.kv_heads) * self.head if self.bias else 0
+        return sum(a * b for a, b in self.linears) + biases + 2 * self.hidden
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers: embedding, head, last norm."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.root
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of LoRA with this rank on every matrix of the layers."""
+        return self.layers * rank * sum(a + b for a, b in self.linears)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of a token's keys and values, in bfloat16."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head
+
+
+def _qwen(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> Shape:
+    return Shape(hidden, layers, intermediate, heads, kv_heads, hidden // heads, vocabulary, tied)
+
+
+#: Qwen2.5 by its size, as in the name of the model; of the published config.json files.
+QWEN25 = {
+    "0.5B": _qwen(896, 24, 4864, 14, 2, 151936, tied=True),
+    "1.5B": _qwen(1536, 28, 8960, 12, 2, 151936, tied=True),
+    "3B": _qwen(2048, 36, 11008, 16, 2, 151936, tied=True),
+    "7B": _qwen(3584, 28, 18944, 28, 4, 152064, tied=False),
+    "14B": _qwen(5120, 48, 13824, 40, 8, 152064, tied=False),
+}
+
+
+def by_name(model: str) -> Shape | None:
+    """Of a hub name that says which Qwen2.5 it is, as Qwen/Qwen2.5-7B-Instruct does."""
+    found = re.search(r"Qwen2\.5-(?:Math-|Coder-)?(\d+(?:\.\d+)?B)(?:-|$)", model)
+    return QWEN25.get(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the training runs on: `nodes` of `gpus` each."""
+
+    gpus: int
+    memory: float  # bytes of one GPU
+    nodes: int = 1
+    host: float | None = None  # bytes of a node's own memory; None where nobody knows
+
+    @property
+    def all_gpus(self) -> int:
+        return self.gpus * self.nodes
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        return f"{nodes}{self.gpus} x {self.memory / GB:.0f} GB"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of the config decides on memory. The first two are for `choose` to find, unless they are given."""
+
+    tokens: int  # of one micro-batch: actor.ppo_max_token_len_per_gpu
+    longest: int  # prompt and response together
+    offload: bool = False  # weights and Adam of the trainer go to the host while vLLM generates
+    cpu_adam: bool = False  # they are there always, and the optimizer runs there: fsdp_config.offload_policy
+    share: float = 0.6  # of a GPU, for vLLM: rollout.gpu_memory_utilization
+    lora_rank: int = 0
+    tensor_parallel: int = 1  # GPUs that share one copy of vLLM's weights
+    fused: bool = True  # no logits of a whole micro-batch: model.use_fused_kernels
+    flash: bool = False  # flash-attn's kernels; without them attention reads a mask of tokens x tokens
+
+
+def trainable(shape: Shape, settings: Settings) -> int:
+    return shape.adapter(settings.lora_rank) if settings.lora_rank else shape.parameters
+
+
+def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
+    """Bytes on one GPU at the peak of the update, by what they are."""
+    tokens, trained = settings.tokens, trainable(shape, settings)
+    shards = machines.all_gpus
+    kept = 0 if settings.cpu_adam else 1
+    # of a token in one layer that is computed again: residuals, norms in float32, rotations; gate, up and two products
+    recomputed = 2 * (12 * shape.hidden + 4 * shape.intermediate)
+    logits = tokens * shape.vocabulary * 2 * COPIES
+    if settings.fused:
+        head = shape.vocabulary * shape.hidden * 2  # its gradient, and a chunk's part of it
+        logits = min(CHUNK, tokens) * shape.vocabulary * FUSED_BYTES + (0 if settings.lora_rank else 2 * head)
+    activations = tokens * (2 * shape.layers * shape.hidden + recomputed)
+    mask = 0 if settings.flash else 3 * tokens**2  # as truth values, and as the bfloat16 that the kernel adds
+    # when the backward pass is at the root, the activations are gone: its gradient, and the float32 copy to be reduced
+    root_gradient = 0 if settings.lora_rank else 6 * shape.root
+    return {
+        "weights": kept * 4 * (shape.parameters + (trained if settings.lora_rank else 0)) / shards,
+        "gradients": kept * 4 * trained / shards,
+        "Adam": kept * 8 * trained / shards,
+        "gathered layers": 2 * (2 * shape.layer + shape.root),
+        "activations and logits": max(activations + mask + logits, root_gradient),
+        "contexts": ASLEEP,
+    }
+
+
+def generation(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
+    """Bytes on one GPU while vLLM generates."""
+    trained = trainable(shape, settings)
+    weights = shape.parameters + (trained if settings.lora_rank else 0)
+    away = settings.offload or settings.cpu_adam
+    return {
+        "vLLM": settings.share * machines.memory,
+        "trainer": 0 if away else (4 * weights + 8 * trained) / machines.all_gpus,
+        "contexts and weight sync": SYNC,
+    }
+
+
+def cache_tokens(shape: Shape, machines: Machines, settings: Settings) -> int:
+    """Tokens whose keys and values vLLM has room for, in one replica."""
+    copies = settings.tensor_parallel
+    weights = 2 * shape.parameters / copies
+    left = settings.share * machines.memory - weights * (1 + VLLM_OF_WEIGHTS) - VLLM_FIXED
+    return max(0, int(left * copies / shape.cache))
+
+
+def host(shape: Shape, machines: Machines, settings: Settings) -> float:
+    """Bytes of a node's own memory: what is offloaded, and the float32 weights that its first process reads."""
+    trained = trainable(shape, settings)
+    weights = 4 * (shape.parameters + (trained if settings.lora_rank else 0))
+    away = weights + 8 * trained if settings.offload else weights + 12 * trained if settings.cpu_adam else 0
+    return away / machines.nodes + weights
+
+
+def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:
+    """What does not fit, in words with numbers; None where all does."""
+    usable = USABLE * machines.memory
+    for phase, parts in (
+        ("the update", update(shape, machines, settings)),
+        ("generation", generation(shape, machines, settings)),
+    ):
+        total = sum(parts.values())
+        if total > usable:
+            shown = ", ".join(f"{part} {size / GB:.1f}" for part, size in parts.items() if size >= 0.05 * GB)
+            return f"{phase} needs about {total / GB:.0f} GB of each GPU's {machines.memory / GB:.0f} ({shown})"
+    tokens, wanted = cache_tokens(shape, machines, settings), AT_ONCE * settings.longest
+    if tokens < wanted:
+        return (
+            f"vLLM's share of {settings.share:g} has room for {tokens} tokens beside the weights, and {AT_ONCE} of "
+            f"the longest trajectories are {wanted}"
+        )
+    needed = host(shape, machines, settings)
+    if machines.host is not None and needed > machines.host:
+        return f"the host needs about {needed / GB:.0f} GB of memory and has {machines.host / GB:.0f}"
+    return None
+
+
+def choose(
+    shape: Shape,
+    machines: Machines,
+    settings: Settings,
+    *,
+    tokens: int | None = None,
+    offload: bool | None = None,
+    share: float | None = None,
+) -> Settings | None:
+    """The settings that fit and cost least time; None where none fits.
+
+    Args:
+        settings: what is not chosen here.
+        tokens, offload, share: given ones; None: to be chosen. Less offloading comes first, then larger micro-batches,
+            then a larger share for vLLM.
+    """
+    for try_tokens in (tokens,) if tokens is not None else (2 * settings.longest, settings.longest):
+        for try_offload in (offload,) if offload is not None else (False, True):
+            for try_share in (share,) if share is not None else SHARES:
+                tried = replace(settings, tokens=try_tokens, offload=try_offload, share=try_share)
+                if lacking(shape, machines, tried) is None:
+                    return tried
+    return None
+
+
+def best(settings: Settings, *, tokens: int, offload: bool, share: float | None) -> Settings:
+    """What comes closest to fitting where nothing does: for the numbers of a refusal."""
+    return replace(settings, tokens=tokens, offload=offload, share=share or SHARES[len(SHARES) // 2])
+
+
+def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[str]:
+    """What would fit instead, each as something to set, buy or take."""
+    if not settings.lora_rank and choose(shape, machines, replace(settings, lora_rank=32)):
+        yield "actor_rollout_ref.model.lora_rank=32"
+    on_cpu = replace(settings, cpu_adam=True)
+    if not settings.cpu_adam and (chosen := choose(shape, machines, on_cpu, offload=False)):
+        yield (
+            "actor_rollout_ref.actor.fsdp_config.offload_policy=true (Adam on the CPU: slower, and "
+            f"{host(shape, machines, chosen) / GB:.0f} GB of the host's memory)"
+        )
+    half = replace(settings, longest=settings.longest // 2)
+    if choose(shape, machines, half):
+        yield f"data.max_prompt_length + data.max_response_length of {half.longest} instead of {settings.longest}"
+    more = (replace(machines, gpus=n) for n in (2, 4, 8) if n > machines.gpus)
+    if fitting := next((m for m in more if choose(shape, m, settings)), None):
+        yield f"{fitting.gpus} such GPUs"
+    smaller = [(name, s) for name, s in QWEN25.items() if s.parameters < shape.parameters]
+    if fitting_name := next((name for name, s in reversed(smaller) if choose(s, machines, settings)), None):
+        yield f"a model like Qwen2.5-{fitting_name}"
+
+
+def table(machines: Machines, settings: Settings) -> str:
+    """Which Qwen2.5 can be trained on these machines, in lines for a terminal."""
+    lines = [
+        f"{machines!s:<16} {'trained':<12} {'update':>8} {'generation':>11} {'micro-batch':>12} {'vLLM':>6}  offload"
+    ]
+    for name, shape in QWEN25.items():
+        for rank in (0, 32):
+            asked = replace(settings, lora_rank=rank)
+            found = choose(shape, machines, asked)
+            shown = found or replace(asked, tokens=asked.longest, offload=True)
+            sizes = [sum(f(shape, machines, shown).values()) / GB for f in (update, generation)]
+            what = f"{'Qwen2.5-' + name:<16} {'LoRA, 32' if rank else 'in full':<12}"
+            end = f"{shown.tokens:>12} {shown.share:>6.2f}  {'yes' if shown.offload else 'no'}"
+            lines.append(f"{what} {sizes[0]:>5.0f} GB {sizes[1]:>8.0f} GB {end if found else '  does not fit'}")
+    return "\n".join(lines)

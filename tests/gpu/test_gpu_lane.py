@@ -1,0 +1,120 @@
+"""Protects the lane for GPUs as far as a machine without one can: what its tests are made of runs on the CPU, its jobs
+compose, its script says what it would do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from composition import compose_with_choices
+from gpus import nvidia_smi
+from jobs import ATTENTIONS, METHODS, job_overrides, measured
+from measure import measure_update, save_random
+from transformers.models.qwen2 import Qwen2ForCausalLM
+
+from recipe.gtpo.run.checks import check
+from recipe.gtpo.run.gpu import shape_of
+from recipe.gtpo.run.memory import Shape
+from recipe.gtpo.run.model import check_model
+from verl_ext.cpu.engine import CPUFSDP2Engine
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape(hidden=32, layers=2, intermediate=64, heads=2, kv_heads=2, head=16, vocabulary=300, tied=False)
+
+
+def test_an_update_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)  # verl replaces it for good
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        found = measure_update(TINY, 600, "cpu", CPUFSDP2Engine)
+    finally:
+        dist.destroy_process_group()
+    assert found.second_loss < found.first_loss and found.seconds > 0 and found.peak_bytes == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_jobs_compose(tmp_path, method, attention):
+    config, choices = compose_with_choices(*job_overrides(method, attention, tmp_path))
+    check(config, choices)
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == attention
+    assert choices["method"] == method and config.actor_rollout_ref.rollout.name == "vllm"
+
+
+def test_a_random_model_of_any_shape_passes_the_checks_of_a_run(tmp_path):
+    folder = save_random(TINY, tmp_path)
+    config, _ = compose_with_choices(*job_overrides("gtpo", "sdpa", tmp_path), f"actor_rollout_ref.model.path={folder}")
+    check_model(config, [], lambda line: pytest.fail(line))
+    assert shape_of(config) == TINY
+
+
+def test_seconds_and_memory_are_taken_from_a_step():
+    step = {"timing_s/gen": 1.5, "perf/max_memory_allocated_gb": 3.0, "actor/lr": 1.0, "gtpo/log_prob_gap/mean": 0.1}
+    assert measured({"step": 2, **step}) == {key: value for key, value in step.items() if key != "actor/lr"}
+
+
+def script(*arguments, path="", **variables):
+    environment = {"PATH": f"{path}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/"), **variables}
+    command = ["bash", str(ROOT / "tests/gpu.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_the_script_says_what_it_would_do(tmp_path):
+    done = script("--dry-run", "-k", "method", VENV="/some/venv", GTPO_GPU_RESULTS="/some/results.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "VENV=/some/venv bash examples/setup_env.sh vllm dev",
+        "/some/venv/bin/python -m recipe.gtpo.doctor hardware=single_gpu rollout=vllm",
+        "/some/venv/bin/python -m pytest -m gpu tests/gpu -k method",
+        "results: /some/results.json",
+    ]
+
+
+def test_with_wheels_nothing_is_asked_of_an_index(tmp_path):
+    """In parts, as a machine without an index gets them; they are joined for good."""
+    (tmp_path / "a-1-py3-none-any.whl.part-00").write_bytes(b"one ")
+    (tmp_path / "a-1-py3-none-any.whl.part-01").write_bytes(b"two")
+    done = script("--dry-run", "--wheels", tmp_path, VENV="/some/venv", PYTHON="python3.12")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:4] == [
+        f"join {tmp_path}/a-1-py3-none-any.whl",
+        "python3.12 -m venv --system-site-packages /some/venv",
+        f"/some/venv/bin/python -m pip install -q --no-index --find-links {tmp_path} -r requirements.txt "
+        "-r requirements/tool_server.txt -r requirements/gpu_bare.txt",
+        "/some/venv/bin/python -m pip install -q --no-index --no-deps --no-build-isolation -e .",
+    ]
+    assert not (tmp_path / "a-1-py3-none-any.whl").exists()
+
+
+def test_parts_are_joined_in_order(tmp_path):
+    for i in range(11):
+        (tmp_path / f"a-1-py3-none-any.whl.part-{i:02d}").write_text(f"{i} ")
+    join = f'source "{ROOT}/tests/gpu.sh" --only-functions; join_parts "{tmp_path}"'
+    done = subprocess.run(["bash", "-euc", join], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a-1-py3-none-any.whl").read_text() == "".join(f"{i} " for i in range(11))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--wheels"], "gpu: --wheels needs a folder"),
+        (["--wheels", "/no/such/folder"], "gpu: /no/such/folder is no folder"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_a_line(arguments, words):
+    done = script("--dry-run", *arguments)
+    assert done.returncode == 1 and done.stderr.strip() == words
+
+
+def test_without_a_gpu_it_ends_before_it_installs_anything(tmp_path):
+    nvidia_smi(tmp_path, 0)
+    done = script(path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "gpu: nvidia-smi shows no GPU here; --dry-run says what would be done on one"

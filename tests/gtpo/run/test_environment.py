@@ -1,0 +1,95 @@
+"""Protects what is settled before verl's first import: the platform of the hardware that was chosen, wherever it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from composition import compose_with_choices
+
+from recipe.gtpo.run.checks import ConfigError, check
+from recipe.gtpo.run.environment import settle
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of one's own with a hardware file for the CPU and one for GPUs."""
+    (tmp_path / "hardware").mkdir()
+    (tmp_path / "hardware" / "laptop.yaml").write_text("# @package _global_\ndefaults: [cpu]\ntrainer: {device: cpu}\n")
+    (tmp_path / "hardware" / "cluster.yaml").write_text(
+        "# @package _global_\ndefaults: [/gpu]\ntrainer: {device: cuda}\n"
+    )
+    (tmp_path / "hardware" / "cpu.yaml").write_text("# @package _global_\ntrainer: {device: cuda}\n")  # ours wins
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "platform"),
+    [
+        ([], "cpu"),
+        (["hardware=cpu", "seed=1"], "cpu"),
+        (["hardware=single_gpu"], None),
+        (["hardware=single_gpu", "hardware=cpu"], "cpu"),
+        (["hardware=nonsense"], None),  # hydra refuses it
+        (["hardware=laptop", "--config-dir", "OWN"], "cpu"),
+        (["hardware=laptop", "--config-dir=OWN"], "cpu"),
+        (["-cd", "OWN", "hardware=laptop"], "cpu"),
+        (["hardware=laptop"], None),
+        (["hardware=cluster", "--config-dir", "OWN"], None),
+        (["hardware=cpu", "--config-dir", "OWN"], "cpu"),
+        (["--config-dir"], "cpu"),
+    ],
+)
+def test_the_platform_is_that_of_the_chosen_hardware(own, monkeypatch, arguments, platform):
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    settle([argument.replace("OWN", str(own)) for argument in arguments])
+    assert os.environ.get("VERL_PLATFORM") == platform
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")  # of this process
+
+
+def search(own):
+    return f"hydra.searchpath=[pkg://verl.trainer.config,file://{own}]"
+
+
+def test_a_hardware_file_of_ones_own_takes_the_rollouts_of_its_device(own):
+    check(*compose_with_choices("hardware=laptop", "rollout=transformers", search(own)))
+    check(*compose_with_choices("hardware=cluster", "rollout=vllm", search(own)))
+    with pytest.raises(ConfigError, match="rollout=vllm does not run on hardware=laptop; use rollout=transformers"):
+        check(*compose_with_choices("hardware=laptop", "rollout=vllm", search(own)))
+    with pytest.raises(ConfigError, match="rollout=transformers does not run on hardware=cluster; use rollout=vllm"):
+        check(*compose_with_choices("hardware=cluster", "rollout=transformers", search(own)))
+
+
+#: As the scripts see it: `nvidia-smi -L` lists GPUS of them.
+STACK = r"""
+nvidia-smi() { for ((i = 0; i < GPUS; i++)); do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done; }
+source "$ROOT/examples/stack.sh" "$@"
+echo "$STACK ${ARGS[*]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "stack"),
+    [
+        (0, [], "cpu hardware=cpu rollout=transformers"),
+        (1, [], "vllm hardware=single_gpu rollout=vllm"),
+        *((n, [], "vllm hardware=single_node rollout=vllm") for n in (2, 7, 8)),
+        (8, ["hardware=cpu"], "cpu hardware=cpu rollout=transformers"),
+        (0, ["hardware=laptop", "--config-dir", "OWN"], "cpu hardware=laptop rollout=transformers"),
+        (0, ["hardware=laptop", "--config-dir=OWN"], "cpu hardware=laptop rollout=transformers"),
+        (1, ["hardware=cluster", "--config-dir", "OWN"], "vllm hardware=cluster rollout=vllm"),
+    ],
+)
+def test_the_scripts_choose_the_stack_of_the_machine(own, gpus, arguments, stack):
+    given = [argument.replace("OWN", str(own)) for argument in arguments]
+    environment = {"PATH": os.environ["PATH"], "ROOT": str(ROOT), "GPUS": str(gpus)}
+    command = ["bash", "-euc", STACK, "stack", *given]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == stack

@@ -1,0 +1,403 @@
+"""Protects what is refused before Ray starts where GPUs are asked for, each in a line with its remedy, and what the
+start fills in so that the model fits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import yaml
+from composition import compose
+from omegaconf import OmegaConf
+
+from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.gpu import (
+    attention,
+    check_batch,
+    check_cuda,
+    check_disk,
+    check_gpus,
+    check_packages,
+    check_processors,
+    check_shared_memory,
+    fit_memory,
+    machine_checks,
+    machines_of,
+    needed_processors,
+    shape_of,
+)
+from recipe.gtpo.run.machine import GB, Gpu
+from recipe.gtpo.run.memory import QWEN25, Machines
+
+pytestmark = pytest.mark.unit
+
+#: Rollouts on four GPUs of their own.
+APART = (
+    *("trainer.v1.trainer_mode=gtpo_separate_async", "actor_rollout_ref.rollout.nnodes=1"),
+    "actor_rollout_ref.rollout.n_gpus_per_node=4",
+)
+H100 = Gpu("NVIDIA H100", int(85.5 * GB), 0, "580.65.06")
+
+
+@pytest.fixture(autouse=True)
+def no_gpus_here(monkeypatch):
+    """Whatever the machine of the tests has; single_node then means eight."""
+    monkeypatch.setattr("recipe.gtpo.run.checks.gpus", tuple)
+
+
+def on(hardware, *overrides):
+    """Composed once for each hardware file; the overrides are set afterwards."""
+    config = compose(f"hardware={hardware}", "rollout=vllm", "task=verl_data")
+    for key, value in (override.split("=", 1) for override in overrides):
+        OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    return config
+
+
+def refusal(check, *arguments) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def silent(line):
+    raise AssertionError(f"said: {line}")
+
+
+# -- processors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["cpu"], 3 + 1 + 1 + 1),
+        (["single_gpu"], 3 + 1 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=8"], 8 * 3 + 8 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=2"], 2 * 3 + 8 + 1 + 1),
+        (["single_node", "trainer.n_gpus_per_node=4", *APART], 4 * 3 + 8 + 1 + 1 + 4 * 2),
+    ],
+)
+def test_the_processors_in_ray_s_books_are_counted(overrides, needed):
+    config = compose() if overrides == ["cpu"] else on(*overrides)
+    assert sum(needed_processors(config).values()) == needed
+
+
+def test_the_count_is_what_verl_and_its_queue_ask_ray_for():
+    """Ours adds up what these say; each breaks this test when it moves."""
+    import inspect
+
+    from transfer_queue import controller
+    from transfer_queue.storage import simple_storage
+    from verl.single_controller.ray.base import RayResourcePool, ResourcePoolManager
+    from verl.workers.rollout import replica
+
+    assert ResourcePoolManager.max_colocate_count == 3
+    assert 'bundle = {"CPU": self.max_colocate_count}' in inspect.getsource(RayResourcePool)
+    for module in (controller, simple_storage):
+        assert re.search(r"@ray\.remote\(num_cpus=1\)", inspect.getsource(module))
+    assert "max_colocate_count=2" in inspect.getsource(replica)  # of servers that stand alone
+
+
+def test_too_few_processors_are_refused_where_ray_would_wait_for_ever(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on("single_node")
+    assert refusal(check_processors, config, 32) == (
+        "Ray has 32 CPUs and this run asks it for 34 (GPU bundles 24, storage units 8, controller 1, starting the rest "
+        "1): it would wait for ever. Set ray_kwargs.ray_init.num_cpus=34 (a number in Ray's books, nothing is "
+        "reserved), or transfer_queue.backend.SimpleStorage.num_data_storage_units=1"
+    )
+    assert refusal(check_processors, config, 26).endswith("nothing is reserved)")  # one unit would not do either
+    check_processors(config, 34)
+    OmegaConf.update(config, "ray_kwargs.ray_init.num_cpus", 34)
+    check_processors(config, 2)
+    check_processors(compose(), 1)  # the CPU's file has a number of its own
+    check_processors(on("multi_node"), 1)  # of a cluster that runs, only Ray knows
+
+
+def test_the_remedies_of_the_refusal_help(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+    check_processors(on("single_node", f"{units}=1"), 27)
+    check_processors(on("single_node", "ray_kwargs.ray_init.num_cpus=34"), 2)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_a_batch_that_divides_among_the_gpus_passes(gpus):
+    check_batch(on("single_node", f"trainer.n_gpus_per_node={gpus}"))
+
+
+@pytest.mark.parametrize(("gpus", "prompts"), [(3, 129), (5, 130), (6, 129), (7, 126)])
+def test_one_that_does_not_is_refused_with_the_nearest_that_does(gpus, prompts):
+    config = on("single_node", f"trainer.n_gpus_per_node={gpus}")
+    message = refusal(check_batch, config)
+    assert f"trajectories cannot be divided among {gpus} GPUs: set it and data.train_batch_size to {prompts}" in message
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = prompts
+    check_batch(config)
+
+
+# -- GPUs, driver, packages -------------------------------------------------------------------------------------------
+
+
+def test_missing_gpus_are_refused():
+    assert refusal(check_gpus, on("single_gpu"), [], silent).startswith(
+        "this run asks for 1 GPUs of a machine, and nvidia-smi shows 0 here: install or repair the NVIDIA driver, "
+    )
+    apart = on("single_node", "trainer.n_gpus_per_node=4", *APART)
+    assert refusal(check_gpus, apart, [H100] * 7, silent).startswith("this run asks for 8 GPUs")
+
+
+def test_gpus_that_stay_idle_are_told():
+    said = []
+    check_gpus(on("single_gpu"), [H100] * 3, said.append)
+    assert said == ["GPUs: 1 x NVIDIA H100, 86 GB, driver 580.65.06; 2 more stay idle (trainer.n_gpus_per_node)"]
+
+
+def test_a_gpu_that_others_use_is_refused():
+    busy = Gpu("NVIDIA H100", int(85.5 * GB), int(30 * GB), "580.65.06")
+    message = refusal(check_gpus, on("single_node", "trainer.n_gpus_per_node=2"), [H100, busy], silent)
+    assert message.startswith("GPU 1 (NVIDIA H100, 86 GB) has 30 GB in use by other processes: end them")
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_a_node_s_gpus_are_all_used(monkeypatch, count):
+    monkeypatch.setattr("recipe.gtpo.run.checks.gpus", lambda: (H100,) * count)
+    assert OmegaConf.create(OmegaConf.to_container(on("single_node").trainer, resolve=True)).n_gpus_per_node == count
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "words"),
+    [
+        (
+            (12, 8),
+            (13, 0),
+            "the driver serves CUDA up to 12.8, and torch was built with 13.0: update the NVIDIA driver",
+        ),
+        (None, (13, 0), "nvidia-smi names no CUDA version"),
+        ((13, 0), None, "torch is a build without CUDA: make an environment for GPUs"),
+    ],
+)
+def test_a_driver_that_does_not_serve_torch_is_refused(driver, built, words):
+    assert refusal(check_cuda, driver, built).startswith(words)
+
+
+@pytest.mark.parametrize(("driver", "built"), [((13, 0), (13, 0)), ((13, 0), (12, 8)), ((12, 2), (12, 8))])
+def test_a_driver_of_the_same_major_version_or_newer_passes(driver, built):
+    check_cuda(driver, built)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Packages that are there, by name; a None cannot be imported."""
+
+    def have(**modules):
+        monkeypatch.setattr(
+            "recipe.gtpo.run.gpu.importlib.util.find_spec",
+            lambda name: SimpleNamespace() if name in modules else None,
+        )
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        attention.cache_clear()
+
+    yield have
+    attention.cache_clear()
+
+
+def test_without_flash_attn_attention_is_torch_s_and_the_cost_is_said(packages):
+    packages(vllm=ModuleType("vllm"))
+    config = on("single_gpu")
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == "sdpa"
+    said = []
+    check_packages(config, said.append)
+    assert said == [
+        "attention: sdpa (flash-attn is not installed): slower, and a mask of a micro-batch's tokens by its tokens in "
+        "memory"
+    ]
+    config.actor_rollout_ref.model.override_config.attn_implementation = "flash_attention_2"
+    assert refusal(check_packages, config, silent).startswith(
+        "attn_implementation=flash_attention_2: flash-attn is not installed; leave actor_rollout_ref.model."
+    )
+
+
+def test_with_flash_attn_it_is_taken(packages):
+    flash_attn = ModuleType("flash_attn")
+    flash_attn.flash_attn_varlen_func = print
+    packages(vllm=ModuleType("vllm"), flash_attn=flash_attn)
+    assert attention() == ("flash_attention_2", "flash-attn is installed")
+    config = on("single_gpu")
+    assert OmegaConf.to_container(config, resolve=True)["actor_rollout_ref"]["model"]["override_config"] == {
+        "attn_implementation": "flash_attention_2"
+    }
+    check_packages(config, silent)
+
+
+@pytest.mark.parametrize("module", [None, ModuleType("flash_attn")], ids=["broken", "flash-attn-4"])
+def test_a_flash_attn_that_cannot_be_imported_is_none(packages, module):
+    """flash-attn-4 has a folder of that name, and other things in it."""
+    packages(flash_attn=module)
+    implementation, why = attention()
+    assert implementation == "sdpa" and why.startswith("flash-attn cannot be imported: ")
+
+
+def test_an_engine_that_is_not_installed_is_refused(packages):
+    packages()
+    assert refusal(check_packages, on("single_gpu"), silent) == (
+        "rollout=vllm: the package vllm is not installed; make an environment with it, `VENV=.venv-vllm bash "
+        "examples/setup_env.sh vllm`"
+    )
+
+
+def test_a_library_of_ones_own_comes_beside_the_fused_head_s(packages, tmp_path):
+    from verl.utils.config import omega_conf_to_dataclass
+
+    packages(vllm=ModuleType("vllm"))
+    key = "actor_rollout_ref.model.external_lib"
+    assert refusal(check_packages, on("single_gpu", f"{key}=json"), silent) == (
+        f"{key}=json leaves out verl_ext.fused_head, without which verl's fused head fails on models with untied "
+        "embeddings: set it to [json, verl_ext.fused_head]"
+    )
+    check_packages(
+        on("single_gpu", f"{key}=json", "actor_rollout_ref.model.use_fused_kernels=false"), lambda line: None
+    )
+    config = on("single_gpu", f"{key}=[json,colorsys,verl_ext.fused_head]")
+    check_packages(config, lambda line: None)
+    # verl imports every one of a list when a worker reads the section
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    model = config.actor_rollout_ref.model
+    model.path = str(tmp_path)
+    OmegaConf.update(model, "load_tokenizer", False, force_add=True)
+    sys.modules.pop("colorsys", None)
+    omega_conf_to_dataclass(model)
+    assert "colorsys" in sys.modules
+
+
+def test_little_shared_memory_is_refused_where_several_gpus_talk_through_it():
+    message = refusal(check_shared_memory, on("single_node"), 64 * 2**20)
+    assert message.startswith("/dev/shm has 0.07 GB, ") and "--shm-size=16g" in message
+    for config, size in ((on("single_gpu"), 64 * 2**20), (on("single_node"), 2 * GB), (on("single_node"), None)):
+        check_shared_memory(config, size)
+
+
+def test_the_cpu_is_asked_for_processors_only():
+    assert list(machine_checks(compose())) == ["processors"]
+    assert list(machine_checks(on("single_gpu"))) == [
+        *("processors", "batch", "GPUs", "shared memory", "packages", "CUDA"),
+    ]
+    assert list(machine_checks(on("multi_node"))) == ["processors", "batch", "packages"]  # its driver may have no GPU
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_of_every_gpu_config_is_fused_and_its_engine_known():
+    for hardware in ("single_gpu", "single_node", "multi_node"):
+        model = on(hardware).actor_rollout_ref.model
+        assert model.use_fused_kernels and model.fused_kernel_options.impl_backend == "torch"
+        assert model.use_remove_padding and model.external_lib == "verl_ext.fused_head"
+
+
+def test_the_shape_is_the_model_s_or_its_name_s(tmp_path):
+    config = on("single_gpu")
+    assert shape_of(config) is None
+    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-3B-Instruct"
+    assert shape_of(config) is QWEN25["3B"]
+    three = QWEN25["3B"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                **{"hidden_size": three.hidden, "num_hidden_layers": 1, "intermediate_size": three.intermediate},
+                **{"num_attention_heads": three.heads, "num_key_value_heads": three.kv_heads},
+                **{"vocab_size": three.vocabulary, "tie_word_embeddings": True, "model_type": "qwen2"},
+            }
+        )
+    )
+    config.actor_rollout_ref.model.path = str(tmp_path)
+    assert shape_of(config).parameters == three.root + three.layer
+
+
+KEYS = {
+    "tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "param_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "optimizer_offload": "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "share": "actor_rollout_ref.rollout.gpu_memory_utilization",
+}
+
+
+def filled(config):
+    return {name: OmegaConf.select(config, key) for name, key in KEYS.items()}
+
+
+def fit(config, size, gpus, memory=80):
+    said = []
+    fit_memory(config, Machines(gpus, memory * GB), QWEN25[size] if size else None, said.append)
+    (line,) = said or [None]
+    return line
+
+
+def test_what_the_hardware_file_leaves_open_is_filled_and_told():
+    config = on("single_node", "trainer.n_gpus_per_node=2")
+    assert set(filled(config).values()) == {None}
+    assert fit(config, "7B", 2) == (
+        "memory: a model of 7.6 B parameters on 2 x 80 GB, trained in full: about 75 GB of a GPU in the update, 60 GB "
+        "in generation; micro-batches of 9216 tokens, vLLM's share 0.7, with offloading"
+    )
+    assert filled(config) == {"tokens": 9216, "param_offload": True, "optimizer_offload": True, "share": 0.7}
+
+
+def test_what_the_user_sets_stays_and_has_to_fit():
+    config = on("single_gpu", f"{KEYS['tokens']}=9216", f"{KEYS['share']}=0.3", f"{KEYS['optimizer_offload']}=true")
+    fit(config, "3B", 1)
+    assert filled(config) == {"tokens": 9216, "param_offload": True, "optimizer_offload": True, "share": 0.3}
+    message = refusal(fit, on("single_gpu", f"{KEYS['share']}=0.95"), "3B", 1)
+    assert message.startswith("a model of 3.1 B parameters does not fit 1 x 80 GB: generation needs about 80 GB")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would():
+    message = refusal(fit, on("single_gpu"), "7B", 1)
+    assert message.startswith("a model of 7.6 B parameters does not fit 1 x 80 GB: the update needs about 136 GB of ")
+    assert message.endswith(
+        "; what would fit: actor_rollout_ref.model.lora_rank=32; or actor_rollout_ref.actor.fsdp_config.offload_policy="
+        "true (Adam on the CPU: slower, and 152 GB of the host's memory); or 2 such GPUs; or a model like Qwen2.5-3B"
+    )
+    fit(on("single_gpu", "actor_rollout_ref.model.lora_rank=32"), "7B", 1)
+    fit(on("single_gpu", "actor_rollout_ref.actor.fsdp_config.offload_policy=true"), "7B", 1)
+
+
+def test_a_model_of_unknown_size_is_not_refused_and_that_is_told():
+    config = on("single_gpu")
+    assert fit(config, None, 1).startswith("memory: a model of unknown size, taken for 7 B parameters on 1 x 80 GB")
+    assert None not in filled(config).values()
+
+
+def test_on_the_cpu_only_the_micro_batch_is_open():
+    config = compose("task=verl_data")
+    assert fit(config, None, 1) is None
+    assert OmegaConf.select(config, KEYS["tokens"]) == 2 * (1024 + 8192)
+
+
+def test_the_gpus_are_as_large_as_the_smallest():
+    config = on("multi_node")
+    small = Gpu("NVIDIA L4", int(24 * GB), 0, "580.65.06")
+    assert machines_of(config, [H100, small], 100 * GB) == Machines(8, 24 * GB, 2, 100 * GB)
+    assert machines_of(config, [], 100 * GB) == Machines(8, 80 * GB, 2, None)  # this node has none, the others do
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    config = on("single_gpu", f"trainer.default_local_dir={tmp_path}/a/b")
+    room = 3 * 12 * 3_085_938_688
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room))
+    check_disk(config, QWEN25["3B"])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room - 1))
+    assert refusal(check_disk, config, QWEN25["3B"]) == (
+        f"{tmp_path} has 111 GB free, and 3 checkpoints of this model take about 111 GB: set run_dir to a larger disk, "
+        "or trainer.max_actor_ckpt_to_keep"
+    )
+    check_disk(config, None)
+    config.trainer.save_freq = -1
+    check_disk(config, QWEN25["3B"])

@@ -1,0 +1,76 @@
+"""Protects what is read of the machine: GPUs as a process would see them, and a container's limits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from gpus import nvidia_smi
+
+from recipe.gtpo.run import machine
+from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, processors, shared_memory
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    for read in (gpus, driver_cuda):
+        read.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    yield
+    for read in (gpus, driver_cuda):
+        read.cache_clear()
+
+
+def test_the_gpus_and_the_driver_are_those_that_nvidia_smi_shows(tmp_path):
+    nvidia_smi(tmp_path, 2, memory=24564, used=300, name="NVIDIA GeForce RTX 4090", cuda="12.8")
+    assert gpus() == (Gpu("NVIDIA GeForce RTX 4090", 24564 * MIB, 300 * MIB, "580.65.06"),) * 2
+    assert driver_cuda() == (12, 8) and str(gpus()[0]) == "NVIDIA GeForce RTX 4090, 26 GB"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0", 1), ("3,1", 2), ("GPU-0002", 1), ("", 0), ("-1", 0), ("9", 0), (" 0 , 1 ", 2)]
+)
+def test_what_the_environment_hides_is_not_there(tmp_path, monkeypatch, visible, count):
+    nvidia_smi(tmp_path, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(gpus()) == count
+
+
+@pytest.mark.parametrize("program", [None, "exit 9", "echo 'NVIDIA-SMI has failed because it could not ...'; exit 0"])
+def test_no_driver_or_a_broken_one_is_no_gpu(tmp_path, monkeypatch, program):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    if program is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert gpus() == () and driver_cuda() is None
+
+
+def test_a_card_without_memory_of_its_own_has_none_to_count(tmp_path):
+    nvidia_smi(tmp_path, 1, memory="[N/A]")
+    assert gpus()[0].memory == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1), ("nonsense", None)]
+)
+def test_a_container_s_quota_of_processors_counts(tmp_path, monkeypatch, limit, expected):
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert processors() == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_a_container_s_limit_of_memory_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    whole = host_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory() == whole > 0
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_memory() == 1_000_000
+
+
+def test_shared_memory_is_that_of_the_mount():
+    stat = os.statvfs("/dev/shm")
+    assert shared_memory() == stat.f_blocks * stat.f_frsize

@@ -105,7 +105,7 @@ FAILED = Trajectory((turn(0, 2, broken=FIRST), turn(2, 4, "a = 2"), turn(6, 9, b
 CUT = Trajectory((turn(0, 4, "a = 1"),), Finish.LENGTH, 0.0)  # [0.5]
 WRONG = Trajectory((turn(0, 2, broken=FIRST),), Finish.ANSWER, 0.0)  # [-0.1]
 INFRA = Trajectory((turn(0, 3, "a = 1"), turn(4, 6, "a = 1")), Finish.INFRA, 0.0)
-REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, -0.1 + 0.25], "CUT": [0.5], "WRONG": [-0.1]}
+REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, 0.25], "CUT": [0.5], "WRONG": [-0.1]}
 KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "INFRA": INFRA}
 
 
@@ -216,7 +216,7 @@ def test_every_turn_reward_lies_on_the_last_token_of_its_turn(queue, tmp_path):
     make_trainer(tmp_path)._compute_advantage(batch, {})
     scores = queue.column(batch, "rm_scores")
     assert scores["p_0_0"] == [0, 0, 0, 0, 0, 0, 1]
-    assert scores["p_1_0"] == pytest.approx([0, -0.1, 0, 0, 0, 0, 0, 0, 0.15])
+    assert scores["p_1_0"] == pytest.approx([0, -0.1, 0, 0, 0, 0, 0, 0, 0.25])
     assert scores["q_0_0"] == [0, 0, 0, 0.5, 0]  # not on the last response token, which the policy did not write
 
 
@@ -384,7 +384,7 @@ def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
 def test_a_baseline_is_verls_own_estimator_on_the_summed_turn_rewards(queue, tmp_path, method):
     batch = put(queue, TWO_GROUPS)
     make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, {})
-    unshaped = {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1}  # baselines have no shaping
+    unshaped = {"SOLVED": 1.0, "FAILED": -0.1, "CUT": 0.0, "WRONG": -0.1}  # baselines have no shaping
     masks = torch.nn.utils.rnn.pad_sequence([queue.rows[key]["response_mask"] for key in batch.keys], batch_first=True)
     rewards = torch.zeros(masks.shape)
     rewards[:, 0] = torch.tensor([unshaped[kind] for kind in TWO_GROUPS.values()])

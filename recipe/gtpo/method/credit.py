@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards
+from recipe.gtpo.method.rewards import CHARGED, TurnRewards, assign_turn_rewards
 from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import Similarity, make_similarity
 from recipe.gtpo.method.tokens import scatter_to_tokens, turn_ids_of_spans
@@ -114,7 +114,7 @@ def assign_credit(
         rewards=assign_turn_rewards(
             outcomes,
             shaped,
-            reasons >= 0,
+            _is_charged(reasons, options),
             turn_mask,
             format_penalty=options.format_penalty,
             turn_rewards=options.turn_rewards,
@@ -127,6 +127,12 @@ _REASON_INDEX: dict[FormatReason | None, int] = {None: -1} | {reason: i for i, r
 
 def _is_dropped(trajectory: Trajectory, options: GTPOOptions) -> bool:
     return trajectory.finish in FAILED or (options.truncated == "drop" and trajectory.truncated)
+
+
+def _is_charged(reasons: torch.Tensor, options: GTPOOptions) -> torch.Tensor:
+    """Which of these indices in REASONS (-1: none) cost a penalty; the same shape, bool."""
+    charged = [_REASON_INDEX[reason] for reason in CHARGED[options.format_rule]]
+    return torch.isin(reasons, torch.tensor(charged))
 
 
 def _check_spans(row: int, trajectory: Trajectory) -> None:

@@ -4,16 +4,26 @@
 
 acc[i] is 1 when the answer verifies, else the shaped credit of a failed trajectory (`shaping.py`). *Why* a turn breaks
 the format is decided by the agent loop and recorded in the turn (`turns.FormatReason`, at most one a turn); here it
-only costs. The three parts are kept apart so that the metrics can tell an answer from a penalty from a closeness.
+costs, if the `format_rule` charges that reason (`CHARGED`). The three parts are kept apart so that the metrics can tell an answer from a penalty from a closeness.
 
 Shapes: B rows, T turns; `turn_mask` is (B, T) bool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from recipe.gtpo.method.options import FormatRule
+from recipe.gtpo.method.turns import FormatReason
+
+#: What each `format_rule` charges. What it does not is recorded and counted all the same.
+CHARGED: Mapping[FormatRule, frozenset[FormatReason]] = {
+    "paper": frozenset(FormatReason) - {FormatReason.NO_CALL_NO_ANSWER, FormatReason.NO_ANSWER},
+    "strict": frozenset(FormatReason),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class TurnRewards:
 
     outcome: torch.Tensor  # 1 on the last turn of a solved trajectory
     shaping: torch.Tensor  # credit on the last turn of a failed one, below 1
-    format: torch.Tensor  # the penalty, on turns that break the format
+    format: torch.Tensor  # the penalty, on turns that break the format in a way that is charged
 
     @property
     def combined(self) -> torch.Tensor:
@@ -43,7 +53,7 @@ def assign_turn_rewards(
 
     Args:
         outcomes: (B,) raw outcome, 0 or 1. shaped: (B,) the same after shaping (equal where nothing was shaped).
-        broken: (B, T) bool, the turn breaks the format.
+        broken: (B, T) bool, the turn breaks the format in a way that is charged.
         turn_mask: (B, T) bool. A row without turns gets nothing.
         format_penalty: 0 or below, added once per broken turn.
         turn_rewards: false sums each part on the last turn: the trajectory-level reward of the ablation.

@@ -57,7 +57,7 @@ class GTPOOptions:
 
     gamma: float = 0.9  # discount of the return, per turn (never per token)
     format_penalty: float = -0.1  # added to the reward of every turn that breaks the format
-    format_rule: FormatRule = "paper"  # what costs it: an invalid call, a first turn without one; strict: no answer, too
+    format_rule: FormatRule = "paper"  # what breaks it: invalid calls, a first turn without one; strict: no answer, too
     turn_rewards: bool = True  # false: a trajectory's reward parts are summed on its last turn (ablation)
     baseline: Baseline = "group"  # pool a return is compared with: the prompt's, same turn of the prompt's, the batch's
     leave_one_out: bool = False  # the mean leaves out the row's own trajectory

@@ -4,7 +4,8 @@
 
 acc[i] is 1 when the answer verifies, else the shaped credit of a failed trajectory (`shaping.py`). *Why* a turn breaks
 the format is decided by the agent loop and recorded in the turn (`turns.FormatReason`, at most one a turn); here it
-costs, if the `format_rule` charges that reason (`CHARGED`). The three parts are kept apart so that the metrics can tell an answer from a penalty from a closeness.
+costs, where the `format_rule` charges that reason (`CHARGED`). The three parts are kept apart so that the metrics can
+tell an answer from a penalty from a closeness.
 
 Shapes: B rows, T turns; `turn_mask` is (B, T) bool.
 """

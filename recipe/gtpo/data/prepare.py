@@ -42,11 +42,12 @@ class Counts:
     kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> the first lines that have it
     totals: dict[str, int] = field(default_factory=dict)  # reason -> how many
+    doubtful: dict[str, list[int]] = field(default_factory=dict)  # reason -> lines that are kept all the same
 
     def drop(self, reason: str, line: int) -> None:
         self.totals[reason] = self.totals.get(reason, 0) + 1
         lines = self.dropped.setdefault(reason, [])
-        if len(lines) < _LINES_SHOWN:
+        if len(lines) <= _LINES_SHOWN:
             lines.append(line)
 
 
@@ -106,10 +107,9 @@ async def _prepare(
             trains = _training(task, source, local)
             with _Table(folder / TRAIN_FILE) as table:
                 counts = await _write(task, trains, known, None, table, dropped, progress)
-            for train, (where, _) in trains:
-                sizes = train.sizes if source is None and len(trains) == 1 else {}
-                say_counts("training problems", where, counts, sizes, say)
-                break
+            where = " and ".join(one for _, (one, _) in trains)
+            sizes = trains[0][0].sizes if source is None and len(trains) == 1 else {}
+            say_counts("training problems", where, counts, sizes, say)
             manifest["train"] = {"rows": counts.kept}
     finally:
         await close_client()
@@ -167,14 +167,17 @@ async def _write(
         lines = enumerate(tqdm(rows, desc=source.name, unit="row", disable=not progress), start=1)
         for batch in _batches(lines, _AT_ONCE):
             counts.read += len(batch)
-            verdicts = [_first_verdict(task, source, row, seen, avoid) for _, row in batch]
-            verdicts = await asyncio.gather(*(_checked(task, verdict) for verdict in verdicts))
+            verdicts = [_read(task, source, row, seen, avoid) for _, row in batch]
+            doubts = await asyncio.gather(*(_doubt(task, verdict) for verdict in verdicts))
             kept = []
-            for (line, _), verdict in zip(batch, verdicts, strict=True):
-                if isinstance(verdict, str):
-                    counts.drop(verdict, line)
-                    dropped.write([{"set": source.name, "from": where, "line": line, "reason": verdict}])
+            for (line, _), verdict, doubt in zip(batch, verdicts, doubts, strict=True):
+                if isinstance(verdict, str) or (doubt and avoid is not None):
+                    reason = verdict if isinstance(verdict, str) else doubt
+                    counts.drop(reason, line)
+                    dropped.write([{"set": source.name, "from": where, "line": line, "reason": reason}])
                     continue
+                if doubt:  # an evaluation set stays whole, to be comparable with what others report of it
+                    counts.doubtful.setdefault(doubt, []).append(line)
                 kept.append(task.row(verdict, source, counts.kept))
                 counts.kept += 1
                 if remember is not None:
@@ -183,7 +186,7 @@ async def _write(
     return counts
 
 
-def _first_verdict(
+def _read(
     task: PreparedTask, source: DataSet, row: Mapping[str, Any], seen: dict[str, str], avoid: Known | None
 ) -> Example | str:
     """The problem, or the reason why it is left out, as far as no other process has to be asked."""
@@ -203,14 +206,14 @@ def _first_verdict(
     return example
 
 
-async def _checked(task: PreparedTask, verdict: Example | str) -> Example | str:
-    if isinstance(verdict, str):
-        return verdict
-    try:
-        await task.check(verdict)
-    except Unusable as e:
-        return str(e)
-    return verdict
+async def _doubt(task: PreparedTask, verdict: Example | str) -> str:
+    """Why a right answer to a problem could not be found right; "" where it could, or where there is no problem."""
+    if not isinstance(verdict, str):
+        try:
+            await task.check(verdict)
+        except Unusable as e:
+            return str(e)
+    return ""
 
 
 def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -227,9 +230,14 @@ def say_counts(name: str, where: str, counts: Counts, sizes: Mapping[int, str], 
         forms = "; ".join(f"{rows}: {what}" for rows, what in sizes.items())
         say(f"  note: not a number of rows that is known of it ({forms})")
     for reason, total in sorted(counts.totals.items(), key=lambda item: -item[1]):
-        lines = counts.dropped[reason]
-        shown = ", ".join(map(str, lines)) + (", ..." if total > len(lines) else "")
-        say(f"  {total} left out, {reason}: line{'s' if total > 1 else ''} {shown}")
+        say(f"  {total} left out, {reason}: {_lines(counts.dropped[reason])}")
+    for reason, lines in counts.doubtful.items():
+        say(f"  {len(lines)} kept all the same, {reason}: {_lines(lines)}")
+
+
+def _lines(lines: Sequence[int]) -> str:
+    more = ", ..." if len(lines) > _LINES_SHOWN else ""
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:_LINES_SHOWN]))}{more}"
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

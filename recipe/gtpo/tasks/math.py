@@ -31,7 +31,12 @@ def _in_verls_columns(row: Row) -> tuple[Any, Any]:
 
 
 def _olympiad(row: Row) -> tuple[Any, Any]:
-    return row["question"], ", ".join(text(answer).strip("$") for answer in row["final_answer"] or [])
+    return row["question"], ", ".join(text(answer).replace("$", "") for answer in row["final_answer"] or [])
+
+
+def _after_the_solution(row: Row) -> tuple[Any, Any]:
+    """GSM8K's answers stand at the end of a solution."""
+    return row["question"], text(row["answer"]).rpartition("####")[2]
 
 
 #: The columns by which a form is known, whose they are, and how problem and answer are read. The first that fits.
@@ -51,8 +56,8 @@ FORMS: tuple[tuple[set[str], str, Callable[[Row], tuple[Any, Any]]], ...] = (
     ({"problem", "solution"}, "AIME 2024 (math-ai)", lambda row: (row["problem"], boxed(row["solution"] or ""))),
     (
         {"question", "answer"},
-        "AMC 2023 (math-ai), AIME 2025 (opencompass)",
-        lambda row: (row["question"], row["answer"]),
+        "AMC 2023 (math-ai), AIME 2025 (opencompass), GSM8K",
+        _after_the_solution,
     ),
 )
 

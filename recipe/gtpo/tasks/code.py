@@ -49,7 +49,7 @@ class Programs(PreparedTask):
                 reference=prompt + row["canonical_solution"],
             )
         asserts = [*row["test_list"], *(row.get("challenge_test_list") or [])]
-        name = tested_function(row["code"], asserts)
+        name = function_under_test(row["code"], asserts)
         setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
         task = (row.get("text") or row.get("prompt") or "").strip()  # the sanitized config's name is `prompt`
         return Example(
@@ -73,7 +73,7 @@ class Programs(PreparedTask):
         return {"acc": float(verdict.passed), "pred": program}
 
 
-def tested_function(code: str, asserts: Sequence[str]) -> str:
+def function_under_test(code: str, asserts: Sequence[str]) -> str:
     """The function of `code` that the assertions call. Raises Unusable."""
     try:
         defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}

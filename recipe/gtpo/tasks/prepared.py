@@ -8,6 +8,7 @@ read (`read`), and how an answer is scored. `gsm8k.py` is the shortest one. What
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -124,4 +125,4 @@ def text(value: Any) -> str:
     """A number or a text of a published row as the text that a solver would write; "" where there is none."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return "" if value is None else str(value).strip()
+    return "" if value is None else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())

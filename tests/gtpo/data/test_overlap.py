@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.gtpo.data.overlap import N, SHARE, Known, key, ngrams, words
+from recipe.gtpo.data.overlap import SHARE, Known, N, key, ngrams, words
 
 pytestmark = pytest.mark.unit
 

@@ -143,7 +143,9 @@ def test_a_set_that_is_nowhere_local_is_left_out_and_said(local, tmp_path):
     said: list[str] = []
     source = str(local / "gsm8k/train.jsonl")
     write_jsonl(local / "aime24/test.jsonl", [{"problem": "What is 3+3?", "answer": "6"}])
-    prepare(make_task("math"), tmp_path / "out", local=local, source=source, evaluation=["aime24", "svamp"], say=said.append)
+    prepare(
+        make_task("math"), tmp_path / "out", local=local, source=source, evaluation=["aime24", "svamp"], say=said.append
+    )
     assert f"svamp: not in {local}, left out" in said and "aime24: 1 rows" in said[0]
 
 

@@ -19,7 +19,8 @@ import logging
 import re
 import resource
 import signal
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
@@ -34,6 +35,7 @@ CPU_SECONDS = 2.0  # of one comparison: a thousand times the usual one
 WALL_SECONDS = 4.0  # a power that C code works out does not hear the alarm: its process is killed
 MEMORY_BYTES = 2 << 30  # beyond what a process holds after its imports
 LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
+_KEPT = 4096  # verdicts, and in each process parsed answers
 _DIGITS = 6  # decimals that count where one side is a decimal number
 
 
@@ -77,6 +79,8 @@ def _settle_pair(gold: str, answer: str) -> bool | None:
     if numbers[0] is not None and numbers[1] is not None:
         whole = "." not in gold and "." not in answer
         return numbers[0] == numbers[1] if whole else abs(numbers[0] - numbers[1]) * 10**_DIGITS < Fraction(1, 2)
+    if (numbers[0] is None) != (numbers[1] is None) and _SEVERAL.search(answer if numbers[1] is None else gold):
+        return False  # one number, and a list, an interval, a tuple, a matrix
     words = _words(gold), _words(answer)
     if words[0] is not None and words[1] is not None:
         return words[0] == words[1]
@@ -108,9 +112,10 @@ _PERCENT = re.compile(r"\s*(\\?%|\bpercent\b)")
 _CURRENCY = re.compile(r"^(-?)\s*(?:\\\$|\$|€|£|\\pounds\b)\s*(?=[\d.])")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|textrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+)?")
 _SIMPLE_FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_SEVERAL = re.compile(r",|\\cup|\\begin")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?\.?")
 
@@ -162,7 +167,7 @@ def _clean(text: str) -> str:
             text = text[len(left) : -len(right)]
     text = _SEPARATOR.sub("", text)
     if not any(opener in text for opener in ("(", "[", r"\{")):  # in (100,200) the comma is none of thousands
-        text = _THOUSANDS.sub("", text)
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     return _SPACES.sub(" ", text).strip().rstrip(".").strip()
 
 
@@ -212,6 +217,18 @@ def _words(text: str) -> str | None:
     return " ".join(text.lower().split()) if _WORDS.fullmatch(text) and "\\" not in text else None
 
 
+_USUAL = (
+    r"\frac{3\sqrt{2}}{2}",
+    r"2x^2-\frac{1}{3}y+7",
+    r"(-\infty,3)\cup[5,\infty)",
+    r"\left(3,\frac{\pi}{2}\right)",
+    r"\{1,-2,\sqrt[3]{5}\}",
+    r"-2\le x\le 7",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"x=\sin 2a+6i",
+    r"10^{-3}\log_2 5",
+)
+
 # -- math-verify, in a process ----------------------------------------------------------------------------------------
 
 
@@ -220,7 +237,28 @@ def _processes() -> Processes:
     return Processes(_warm_up)
 
 
-async def _ask_math_verify(pairs: list[tuple[str, str]]) -> bool:
+_verdicts: OrderedDict[tuple[tuple[str, str], ...], bool] = OrderedDict()
+
+
+async def _ask_math_verify(pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether one of the pairs is equal. Rollouts of a problem often agree: each answer is asked about once."""
+    asked = tuple(pairs)
+    if asked not in _verdicts:
+        _verdicts[asked] = await _in_a_process(asked)
+        while len(_verdicts) > _KEPT:
+            _verdicts.popitem(last=False)
+    return _verdicts[asked]
+
+
+def forget() -> None:
+    """Drop all verdicts, and end the processes: the next answer starts new ones."""
+    _verdicts.clear()
+    if _processes.cache_info().currsize:
+        _processes().end()
+        _processes.cache_clear()
+
+
+async def _in_a_process(pairs: Sequence[tuple[str, str]]) -> bool:
     try:
         done, same = await _processes().call(_any_equal, pairs, seconds=WALL_SECONDS)
     except (TimeoutError, ProcessExpired):
@@ -234,7 +272,8 @@ def _warm_up() -> None:
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # that its own alarm is off: ours is on
-    math_verify.verify(_parse(r"\frac{1}{2}"), _parse("x^2"))
+    for usual in _USUAL:  # the parser is slow at what it has never seen
+        math_verify.verify(_parse(usual), _parse("x+1"), timeout_seconds=None)
     with open("/proc/self/statm") as statm:
         held = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))
@@ -244,7 +283,7 @@ class _TooLong(BaseException):
     """Not an Exception: math-verify catches those and tries something else."""
 
 
-def _any_equal(pairs: list[tuple[str, str]]) -> tuple[bool, bool]:
+def _any_equal(pairs: Sequence[tuple[str, str]]) -> tuple[bool, bool]:
     """Whether it came to an end, and whether one of the pairs is equal."""
     from math_verify import verify
 
@@ -264,6 +303,7 @@ def _any_equal(pairs: list[tuple[str, str]]) -> tuple[bool, bool]:
         return False, False
 
 
+@functools.lru_cache(maxsize=_KEPT)  # of gold answers above all
 def _parse(text: str) -> list[Any]:
     from math_verify import parse
     from math_verify.parser import LatexExtractionConfig

@@ -201,8 +201,8 @@ def _number(text: str) -> Fraction | None:
     fraction = _SIMPLE_FRACTION.fullmatch(text)
     if fraction is not None:
         sign, *parts = fraction.groups()
-        over, under = (int(parts[i] or parts[i + 1]) for i in (0, 2))
-        return None if under == 0 else Fraction(-over if sign else over, under)
+        top, bottom = (int(parts[i] or parts[i + 1]) for i in (0, 2))
+        return None if bottom == 0 else Fraction(-top if sign else top, bottom)
     if len(text) > 300 or not _NUMBER.fullmatch(text):  # `int` refuses more than 4300 digits
         return None
     over, _, under = text.partition("/")

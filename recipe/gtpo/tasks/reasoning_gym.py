@@ -84,9 +84,8 @@ class ReasoningGym(PreparedTask):
 
     def _generator(self, name: str, seeds: range) -> Sequence[Mapping[str, Any]]:
         try:
-            return _package().create_dataset(
-                name, **self.generators[name] | {"seed": seeds.start, "size": max(1, len(seeds))}
-            )
+            settings = {**self.generators[name], "seed": seeds.start, "size": max(1, len(seeds))}
+            return _package().create_dataset(name, **settings)
         except (TypeError, AssertionError) as e:  # how generators refuse a setting
             raise ValueError(f"task.generators.{name}: {e}") from e
 

@@ -91,13 +91,13 @@ async def run_tests(program: str, tests: UnitTests, client: ToolClient | None = 
     calls = await _calls(tests, client)
     if isinstance(calls, Verdict):
         return calls
-    values: list[Any] = []
     for _ in range(_ROUNDS):
         asked = {"do": "call", "program": program, "calls": calls} | asdict(tests)
         said = await _ask(client, {key: asked[key] for key in asked if key != "tests"})  # it never sees them
         if isinstance(said, Verdict):
             return said
-        values = said.get("values") if isinstance(said.get("values"), list) else []
+        told = said.get("values")
+        values = told if isinstance(told, list) else []
         checked = await _ask(client, {"do": "check", "calls": calls, "values": values} | asdict(tests))
         if isinstance(checked, Verdict):
             return checked

@@ -35,6 +35,7 @@ CPU_SECONDS = 2.0  # of one comparison: a thousand times the usual one
 WALL_SECONDS = 4.0  # a power that C code works out does not hear the alarm: its process is killed
 MEMORY_BYTES = 2 << 30  # beyond what a process holds after its imports
 LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
+DEEPEST = 40  # brackets of an answer in one another: the parser's time doubles with some of them
 _KEPT = 4096  # verdicts, and in each process parsed answers
 _DIGITS = 6  # decimals that count where one side is a decimal number
 
@@ -69,7 +70,16 @@ def settle(gold: str, answer: str) -> bool | None:
     verdicts = [_settle_pair(*pair) for pair in _candidates(gold, answer)]
     if any(verdicts):
         return True
-    return None if None in verdicts else False
+    return None if None in verdicts and _depth(answer) <= DEEPEST else False
+
+
+def _depth(text: str) -> int:
+    """How deeply brackets are nested, closed or not."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _settle_pair(gold: str, answer: str) -> bool | None:

@@ -31,13 +31,13 @@ from recipe.gtpo.run.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-CPU_SECONDS = 2.0  # of one comparison: a thousand times the usual one
+CPU_SECONDS = 2.0  # of one comparison: a hundred times the usual one
 WALL_SECONDS = 4.0  # a power that C code works out does not hear the alarm: its process is killed
 MEMORY_BYTES = 2 << 30  # beyond what a process holds after its imports
 LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
 DEEPEST = 40  # brackets of an answer in one another: the parser's time doubles with some of them
 _KEPT = 4096  # verdicts, and in each process parsed answers
-_DIGITS = 6  # decimals that count where one side is a decimal number
+_DIGITS = 6  # that count where one side is a decimal number
 
 
 async def same_answer(gold: str, answer: str) -> bool:
@@ -61,7 +61,7 @@ async def is_checkable(gold: str) -> bool:
 
 def settle(gold: str, answer: str) -> bool | None:
     """The verdict on what needs no algebra: equal texts, numbers, words. None for everything else."""
-    if len(answer) > LONGEST:
+    if not answer.strip() or len(answer) > LONGEST:
         return False
     if _clean(gold) == _clean(answer):
         return True
@@ -88,7 +88,8 @@ def _settle_pair(gold: str, answer: str) -> bool | None:
     numbers = _number(gold), _number(answer)
     if numbers[0] is not None and numbers[1] is not None:
         whole = "." not in gold and "." not in answer
-        return numbers[0] == numbers[1] if whole else abs(numbers[0] - numbers[1]) * 10**_DIGITS < Fraction(1, 2)
+        error = abs(numbers[0] - numbers[1])
+        return error == 0 if whole else 2 * error * 10**_DIGITS <= abs(numbers[0])
     if (numbers[0] is None) != (numbers[1] is None) and _SEVERAL.search(answer if numbers[1] is None else gold):
         return False  # one number, and a list, an interval, a tuple, a matrix
     words = _words(gold), _words(answer)

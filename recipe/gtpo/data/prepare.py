@@ -181,7 +181,7 @@ async def _write(
                 kept.append(task.row(verdict, source, counts.kept))
                 counts.kept += 1
                 if remember is not None:
-                    remember.add(verdict.problem, source.name)
+                    remember.add(verdict.statement or verdict.problem, source.name)
             table.write(kept)
     return counts
 
@@ -196,11 +196,12 @@ def _read(
         return str(e)
     except KeyError as e:
         return f"no column {e}"
-    same = key(example.problem)
+    statement = example.statement or example.problem
+    same = key(statement)
     if same in seen:
         return "the same problem as an earlier line" + ("" if seen[same] == example.answer else ", with another answer")
     seen[same] = example.answer
-    if avoid is not None and (found := avoid.find(example.problem)) is not None:
+    if avoid is not None and (found := avoid.find(statement)) is not None:
         how, name = found
         return f"a problem of {name}" if how == "exactly" else f"half of the text of a problem of {name}"
     return example

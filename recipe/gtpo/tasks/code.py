@@ -46,6 +46,7 @@ class Programs(PreparedTask):
             return Example(
                 f"Complete this function; give the whole of it.\n\n```python\n{prompt.strip()}\n```",
                 tests.to_json(),
+                statement=prompt,
                 reference=prompt + row["canonical_solution"],
             )
         asserts = [*row["test_list"], *(row.get("challenge_test_list") or [])]
@@ -55,6 +56,7 @@ class Programs(PreparedTask):
         return Example(
             f"{task}\nThe function's name is `{name}`. For example: `{row['test_list'][0].strip()}`",
             UnitTests(name, setup, "\n".join(asserts)).to_json(),
+            statement=task,
             reference=row["code"],
         )
 

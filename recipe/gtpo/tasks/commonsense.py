@@ -33,7 +33,7 @@ class Commonsense(PreparedTask):
         if "choices" not in row:
             if not isinstance(row.get("answer"), bool):
                 raise Unusable("an answer that is neither true nor false")
-            return Example(f"{question}\nAnswer yes or no.", "yes" if row["answer"] else "no", {"choice": ""})
+            return Example(f"{question}\nAnswer yes or no.", "yes" if row["answer"] else "no", {"choice": ""}, question)
         labels, texts = row["choices"]["label"], row["choices"]["text"]
         if row["answerKey"] not in labels:
             raise Unusable("no answer")

@@ -47,6 +47,7 @@ class Example:
     problem: str
     answer: str  # the row's ground truth
     extra: Mapping[str, Any] = field(default_factory=dict)  # goes to `extra_info`
+    statement: str = ""  # what problems are compared by, where `problem` has words of ours that all problems have
     reference: str = ""  # a solution, for `check`; not written anywhere
 
 

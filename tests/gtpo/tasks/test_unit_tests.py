@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import pyarrow.parquet
 import pytest
 from composition import compose
+from published import write_jsonl
 
+from recipe.gtpo.data.__main__ import make_task
+from recipe.gtpo.data.prepare import prepare
 from recipe.gtpo.run.scoring import ScoreError, load_score
 from recipe.gtpo.tasks import inside_tests, unit_tests
 from recipe.gtpo.tasks.task import load_task
@@ -200,6 +204,25 @@ def test_a_tool_server_that_fails_is_never_charged_to_the_program(monkeypatch):
     with pytest.raises(ScoreError, match=r"the score of task=code raised ToolServerFailed: .*no worker"):
         score(monkeypatch, "http://nowhere", f"```python\n{RIGHT[0]}\n```", UnitTests("other", "", "assert other(1)"))
     assert issubclass(ToolServerFailed, RuntimeError)
+
+
+def test_problems_whose_own_solution_fails_are_no_training_problems(monkeypatch, url, tmp_path):
+    monkeypatch.setenv("GTPO_TOOL_SERVER_URL", url)
+    monkeypatch.delenv("GTPO_TOOL_SERVER_TOKEN", raising=False)
+
+    def mbpp(text, body, *tests):
+        return {"text": text, "code": f"def f(x):\n    return {body}", "test_list": tests, "test_setup_code": ""}
+
+    good, bad = mbpp("Double it.", "2 * x", "assert f(2) == 4"), mbpp("Halve it.", "x", "assert f(2) == 1")
+    own = mbpp("Make one.", "type('C', (), {})()", "assert f(1) is not None")  # an object of a class of its own
+    write_jsonl(tmp_path / "local/mbpp/train.jsonl", [good, bad, own])
+    write_jsonl(tmp_path / "local/mbpp/test.jsonl", [mbpp("Square it.", "x", "assert f(2) == 4")])
+    said: list[str] = []
+    prepare(make_task("code"), tmp_path / "out", local=tmp_path / "local", say=said.append)
+    assert "  1 kept all the same, its own solution does not pass its tests: line 1" in said
+    assert "  2 left out, its own solution does not pass its tests: lines 2, 3" in said
+    (row,) = pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert UnitTests.from_json(row["reward_model"]["ground_truth"]) == UnitTests("f", "", "assert f(2) == 4")
 
 
 class _Failing:

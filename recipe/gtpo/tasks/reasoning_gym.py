@@ -94,7 +94,7 @@ class ReasoningGym(PreparedTask):
         if not file.is_file() or json.loads(file.read_text()).get("settings") != self.settings:
             from recipe.gtpo.data.prepare import prepare  # it imports this package's tasks
 
-            prepare(self, Path(self.folder))
+            prepare(self, Path(self.folder), say=lambda text: print(f"gtpo: data: {text}", flush=True))
         return super().prepare()
 
     def rows(self, source: DataSet) -> Iterator[Mapping[str, Any]]:

@@ -10,5 +10,5 @@ python=${VENV:-.venv}/bin/python
 "$python" -m mypy
 lanes=(-m "unit or e2e")
 for argument in "$@"; do [[ $argument == -m ]] && lanes=(); done
-# One thread a process: the tests start many processes on few cores.
-OMP_NUM_THREADS=1 exec "$python" -m pytest "${lanes[@]}" --durations=15 "$@"
+# Two tests at once, the trainings (tests/e2e) first; one thread a process: the tests start many processes on few cores.
+OMP_NUM_THREADS=1 exec "$python" -m pytest "${lanes[@]}" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 "$@"

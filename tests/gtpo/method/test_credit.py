@@ -96,6 +96,7 @@ def test_the_papers_rule_charges_an_invalid_call_and_a_first_turn_without_one_an
     free = reason in (FormatReason.NO_ANSWER, FormatReason.NO_CALL_NO_ANSWER)
     torch.testing.assert_close(paper.rewards.format, torch.tensor([[0, 0.0 if free else -0.1]]))
     torch.testing.assert_close(strict.rewards.format, torch.tensor([[0, -0.1]]))
+    assert (paper.well_formed.item(), strict.well_formed.item()) == (free, False)
     assert paper.reasons.tolist() == strict.reasons.tolist() == [[-1, REASONS.index(reason)]]  # what was seen stays
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.conversation import Rules
+from recipe.gtpo.method.estimators import ESTIMATORS
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import ConfigError
 from recipe.gtpo.tasks.arithmetic.problems import tool_schema
@@ -30,6 +31,8 @@ READ = (
     "task",
     "seed",
     "run_dir",
+    "trajectory_freq",
+    "trajectory_zstd",
     "algorithm.adv_estimator",
     "algorithm.norm_adv_by_std_in_grpo",
     "algorithm.gtpo",
@@ -76,7 +79,7 @@ class Settings:
     """One run of the engine."""
 
     method: str
-    estimator: str  # gtpo, or grpo
+    estimator: str  # one of method.estimators.ESTIMATORS
     options: GTPOOptions
     scale_by_std: bool  # of grpo
     task: Arithmetic
@@ -95,16 +98,18 @@ class Settings:
     clip_grad: float
     micro_batch_tokens: int
     run_dir: Path
+    trajectory_freq: int  # steps between two records of all trajectories
+    compress: bool  # them
 
     @classmethod
     def of(cls, config: DictConfig, task: Task) -> Settings:
         """From a composed and prepared config (`run.checks.prepare`). Raises ConfigError for what it has not got."""
         if not isinstance(task, Arithmetic):
             raise ConfigError(f"task={task.name}: the plain-PyTorch engine has task=arithmetic only; use engine=verl")
-        if config.algorithm.adv_estimator not in ("gtpo", "grpo"):
+        if config.algorithm.adv_estimator not in ESTIMATORS:
             raise ConfigError(
-                f"method={config.method} uses the estimator {config.algorithm.adv_estimator!r}; "
-                "the plain-PyTorch engine has gtpo and grpo"
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator}: the plain-PyTorch engine has "
+                f"{', '.join(ESTIMATORS)}; use engine=verl"
             )
         for key, value in FIXED.items():
             if (found := OmegaConf.select(config, key)) != value:
@@ -139,6 +144,8 @@ class Settings:
             clip_grad=actor.optim.clip_grad,
             micro_batch_tokens=actor.ppo_max_token_len_per_gpu,
             run_dir=Path(config.run_dir),
+            trajectory_freq=config.trajectory_freq,
+            compress=config.trajectory_zstd,
         )
 
 

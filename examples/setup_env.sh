@@ -69,6 +69,7 @@ case $stack in
     "$venv/bin/python" -m uv pip install -q --python "$venv/bin/python" -r "$file" --override requirements/sglang-overrides.txt
     ;;
 esac
+"${pip[@]}" install -q --no-deps -r requirements/reasoning_gym.txt  # its file says why without dependencies
 "${pip[@]}" install -q --no-deps -e .
 [[ -z $extra ]] || "${pip[@]}" install -q -r "requirements/$extra.txt"
 echo "$wanted${extra:++$extra}" >"$stamp"

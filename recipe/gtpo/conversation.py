@@ -212,7 +212,7 @@ def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAn
 def judge_format(
     *, is_first: bool, is_last: bool, truncated: bool, calls: Sequence[ToolCall], has_answer: bool
 ) -> FormatReason | None:
-    """The one format verdict of a turn (the penalty of equation (1)), or None when it keeps the format.
+    """The one format verdict of a turn, or None when it keeps the format. What it costs: `rewards.CHARGED`.
 
     Args:
         is_first, is_last: position in the trajectory.

@@ -474,6 +474,12 @@ def test_the_tasks_answer_format_decides_whether_the_last_turn_answers(tokenizer
     assert boxed.broken == [None, FormatReason.NO_ANSWER]
 
 
+def test_a_task_whose_score_is_a_coroutine_is_waited_for(tokenizer):
+    gsm8k = {"_target_": "recipe.gtpo.tasks.gsm8k.GSM8K", "name": "gsm8k", "folder": "unused", "system": ""}
+    right, wrong = (Rollout(tokenizer, [said], changes={"task": gsm8k}) for said in (RIGHT, WRONG))
+    assert (right.trajectory.acc, right.trajectory.pred, wrong.trajectory.acc) == (1.0, "5", 0.0)
+
+
 # -- seeds ------------------------------------------------------------------------------------------------------------
 
 

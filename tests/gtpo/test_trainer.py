@@ -111,7 +111,7 @@ CUT = Trajectory((turn(0, 4, "a = 1"),), Finish.LENGTH, 0.0)  # [0.5]
 WRONG = Trajectory((turn(0, 2, broken=FIRST),), Finish.ANSWER, 0.0)  # [-0.1]
 BROKEN = Trajectory((turn(0, 1, broken=FIRST), turn(3, 5, "a = 1"), turn(6, 7)), Finish.ANSWER, 1.0)
 INFRA = Trajectory((turn(0, 3, "a = 1"), turn(4, 6, "a = 1")), Finish.INFRA, 0.0)
-REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, -0.1 + 0.25], "CUT": [0.5], "WRONG": [-0.1]}
+REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, 0.25], "CUT": [0.5], "WRONG": [-0.1]}
 KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "BROKEN": BROKEN, "INFRA": INFRA}
 
 
@@ -222,7 +222,7 @@ def test_every_turn_reward_lies_on_the_last_token_of_its_turn(queue, tmp_path):
     make_trainer(tmp_path)._compute_advantage(batch, {})
     scores = queue.column(batch, "rm_scores")
     assert scores["p_0_0"] == [0, 0, 0, 0, 0, 0, 1]
-    assert scores["p_1_0"] == pytest.approx([0, -0.1, 0, 0, 0, 0, 0, 0, 0.15])
+    assert scores["p_1_0"] == pytest.approx([0, -0.1, 0, 0, 0, 0, 0, 0, 0.25])
     assert scores["q_0_0"] == [0, 0, 0, 0.5, 0]  # not on the last response token, which the policy did not write
 
 
@@ -388,7 +388,7 @@ def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
 
 #: Of a trajectory, by `algorithm.gtpo.trajectory_reward`, without shaping. BROKEN is right, with a turn that is not.
 ONE_REWARD = {
-    "sum": {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1, "BROKEN": 0.9},
+    "sum": {"SOLVED": 1.0, "FAILED": -0.1, "CUT": 0.0, "WRONG": -0.1, "BROKEN": 0.9},
     "min": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 0.0},
     "outcome": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 1.0},
 }

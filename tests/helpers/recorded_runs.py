@@ -6,6 +6,8 @@ from pathlib import Path
 
 from recipe.gtpo.run.record import RunRecord
 
+_RULE = "algorithm.gtpo.format_rule"
+
 
 def make_run(
     folder: Path,
@@ -16,13 +18,15 @@ def make_run(
     task: str = "arithmetic",
     horizon: int | None = None,
     reward: str | None = "min",
+    rule: str | None = "paper",
     seconds: float = 2.0,
     adv: float = 0.1,
     **extra: float,
 ) -> Path:
     """A run in a folder of its own in `folder`: `curve` is step -> held-out accuracy.
 
-    Old records name no horizon (None) and no `algorithm.gtpo.trajectory_reward` (`reward=None`).
+    Old records name no horizon (None), no `algorithm.gtpo.trajectory_reward` (`reward=None`, no config at all) and no
+    `format_rule` (`rule=None`).
 
     Returns the run's folder.
     """
@@ -30,7 +34,8 @@ def make_run(
     record.write_start(seed)
     if reward is not None:
         estimator = "gtpo" if method.startswith("gtpo") else method
-        record.write_config({"algorithm.adv_estimator": estimator, "algorithm.gtpo.trajectory_reward": reward})
+        options = {"algorithm.gtpo.trajectory_reward": reward} | ({} if rule is None else {_RULE: rule})
+        record.write_config({"algorithm.adv_estimator": estimator} | options)
     for step in range(max(curve) + 1):
         metrics = {"timing_s/step": seconds, "timing_s/adv": adv, "gtpo/by_turn/advantage/mean/t0": 0.1 * step}
         if step in curve:

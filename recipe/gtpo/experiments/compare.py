@@ -126,6 +126,13 @@ def refuse_others(cells: Sequence[Cell]) -> None:
                 f"{cell.dir} was made when method={cell.method} compared the sum of outcome and format penalties: by "
                 f"today's names it is {name}. Give this matrix another out="
             )
+        config = record.read_config() or {"algorithm.gtpo.format_rule": "unknown"}
+        published = any(override.startswith("experiment=") for override in cell.overrides)  # it says strict
+        if "algorithm.gtpo.format_rule" not in config and not published:
+            raise ValueError(
+                f"{cell.dir} was made when every break of the format was charged, which is "
+                "algorithm.gtpo.format_rule=strict now and not the default. Give this matrix another out="
+            )
         before = starts[-1]["command"][1:] if starts else cell.overrides
         if not same_overrides(before, cell.overrides):
             raise ValueError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.rewards import TurnRewards, assign_turn_rewards
+from recipe.gtpo.method.rewards import CHARGED, TurnRewards, assign_turn_rewards
 from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import Similarity, make_similarity
 from recipe.gtpo.method.tokens import scatter_to_tokens, turn_ids_of_spans
@@ -39,6 +39,7 @@ class Credit:
     turn_mask: torch.Tensor  # (B, T) bool
     spans: torch.Tensor  # (B, T, 2) int64: the tokens [start, end) of each turn in the response
     reasons: torch.Tensor  # (B, T) int64: index in REASONS of why the turn breaks the format, -1 when it does not
+    charged: torch.Tensor  # (B, T) bool: the turn breaks the format in a way that the `format_rule` charges
     states: torch.Tensor  # (B, T) int64: equal in turns of one prompt that have seen the same tool outputs; -1: no turn
     rewards: TurnRewards  # (B, T), by part
     shaped: torch.Tensor  # (B,) float32: `outcomes` after shaping
@@ -46,8 +47,8 @@ class Credit:
 
     @property
     def well_formed(self) -> torch.Tensor:
-        """(B,) bool: no turn breaks the format. True also for a row without turns."""
-        return (self.reasons < 0).all(dim=1)
+        """(B,) bool: no turn breaks the format in a way that is charged. True also for a row without turns."""
+        return ~self.charged.any(dim=1)
 
     @property
     def trajectory_rewards(self) -> torch.Tensor:
@@ -134,6 +135,7 @@ def assign_credit(
         shaped[rows] = found.outcomes
         for row, compared in zip(rows, found.partners, strict=True):
             partners[row] = tuple((rows[other], close) for other, close in compared)
+    charged = _is_charged(reasons, options)
     return Credit(
         group_ids=tuple(group_ids),
         valid=valid,
@@ -143,13 +145,14 @@ def assign_credit(
         turn_mask=turn_mask,
         spans=spans,
         reasons=reasons,
+        charged=charged,
         shaped=shaped,
         partners=tuple(partners),
         states=states,
         rewards=assign_turn_rewards(
             outcomes,
             shaped,
-            reasons >= 0,
+            charged,
             turn_mask,
             format_penalty=options.format_penalty,
             turn_rewards=options.turn_rewards,
@@ -163,6 +166,12 @@ _REASON_INDEX: dict[FormatReason | None, int] = {None: -1} | {reason: i for i, r
 
 def _is_dropped(trajectory: Trajectory, options: GTPOOptions) -> bool:
     return trajectory.finish in FAILED or (options.truncated == "drop" and trajectory.truncated)
+
+
+def _is_charged(reasons: torch.Tensor, options: GTPOOptions) -> torch.Tensor:
+    """Which of these indices in REASONS (-1: none) cost a penalty; the same shape, bool."""
+    charged = [_REASON_INDEX[reason] for reason in CHARGED[options.format_rule]]
+    return torch.isin(reasons, torch.tensor(charged))
 
 
 def _check_spans(row: int, trajectory: Trajectory) -> None:

@@ -4,7 +4,8 @@
 
 acc[i] is 1 when the answer verifies, else the shaped credit of a failed trajectory (`shaping.py`). *Why* a turn breaks
 the format is decided by the agent loop and recorded in the turn (`turns.FormatReason`, at most one a turn); here it
-only costs. The three parts are kept apart so that the metrics can tell an answer from a penalty from a closeness.
+costs, where the `format_rule` charges that reason (`CHARGED`). The three parts are kept apart so that the metrics can
+tell an answer from a penalty from a closeness.
 
 What the rewards of a trajectory's turns add up to is an option (`trajectory_rewards`), because the methods that GTPO is
 compared with see nothing but that sum, and it decides how strong they are.
@@ -14,11 +15,19 @@ Shapes: B rows, T turns; `turn_mask` is (B, T) bool.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from recipe.gtpo.method.options import TrajectoryReward
+from recipe.gtpo.method.options import FormatRule, TrajectoryReward
+from recipe.gtpo.method.turns import FormatReason
+
+#: What each `format_rule` charges. What it does not is recorded and counted all the same.
+CHARGED: Mapping[FormatRule, frozenset[FormatReason]] = {
+    "paper": frozenset(FormatReason) - {FormatReason.NO_CALL_NO_ANSWER, FormatReason.NO_ANSWER},
+    "strict": frozenset(FormatReason),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ def trajectory_rewards(
     Args:
         outcomes: (B,), shaped where shaping is on.
         penalties: (B,) the sum of the trajectory's format penalties, 0 or below.
-        well_formed: (B,) bool, no turn breaks the format.
+        well_formed: (B,) bool, no turn breaks the format in a way that is charged.
         kind: `sum` outcome + penalties; `min` min(outcome, 1 if well formed else 0), so one broken turn costs a success
             as much as failing, and an outcome above 1 counts as 1; `outcome` the outcome alone.
     """
@@ -68,7 +77,7 @@ def assign_turn_rewards(
 
     Args:
         outcomes: (B,) raw outcome, 0 or 1. shaped: (B,) the same after shaping (equal where nothing was shaped).
-        broken: (B, T) bool, the turn breaks the format.
+        broken: (B, T) bool, the turn breaks the format in a way that is charged.
         turn_mask: (B, T) bool. A row without turns gets nothing.
         format_penalty: 0 or below, added once per broken turn; without effect unless `trajectory_reward` is `sum`.
         turn_rewards: false sums each part on the last turn: the trajectory-level reward of the ablation.

@@ -7,28 +7,21 @@ own, each in its main thread; one that takes too long is killed, and its traject
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import concurrent.futures
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
-import multiprocessing
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pebble import ProcessPool
 
+from recipe.gtpo.run.processes import Processes
 from recipe.gtpo.tasks.task import Task
 
 Score = Callable[..., Awaitable[Any]]
-
-MAX_PROCESSES = 4  # of one agent-loop worker
 
 
 class ScoreError(RuntimeError):
@@ -48,7 +41,7 @@ def load_score(config: DictConfig, task: Task) -> Score | None:
 
 
 async def _ask_task(task: Task, **row: Any) -> Any:
-    """A task of this package scores within microseconds, or is a coroutine."""
+    """A task of this package scores within microseconds, or is a coroutine that leaves the work to a process."""
     try:
         scored = task.score(**row)
         return await scored if inspect.isawaitable(scored) else scored
@@ -70,26 +63,17 @@ def _custom(section: str, seconds: float) -> Score:
 
         return ask
 
-    pool = ProcessPool(
-        max_workers=max(1, min(MAX_PROCESSES, os.cpu_count() or 1)),
-        context=multiprocessing.get_context("spawn"),  # the worker has threads: a fork of it could inherit a held lock
-    )
-    atexit.register(_end, pool)
+    processes = Processes()
 
     async def ask_process(**row: Any) -> Any:
         try:
-            return await asyncio.wrap_future(pool.schedule(_call, args=[section, row], timeout=seconds))
-        except concurrent.futures.TimeoutError as e:  # the built-in one from Python 3.11 on
+            return await processes.call(_call, section, row, seconds=seconds)
+        except TimeoutError as e:
             raise ScoreError(f"{what} took longer than reward_timeout_seconds={seconds:g} and was ended") from e
         except Exception as e:  # what it raised, an answer that cannot be sent, or the death of its process
             raise ScoreError(f"{what} raised {type(e).__name__}: {e}") from e
 
     return ask_process
-
-
-def _end(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()
 
 
 def _call(section: str, row: Mapping[str, Any]) -> Any:

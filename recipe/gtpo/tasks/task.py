@@ -1,4 +1,5 @@
-r"""What a task brings: data, answer format, score. The example to copy is `tasks/arithmetic/task.py`.
+r"""What a task brings: data, answer format, score. Examples to copy: `tasks/gsm8k.py`, a task on published problems
+(its base is in `prepared.py`), and `tasks/arithmetic/task.py`, whose problems and policy are made here.
 
 A task of your own is two files: a class that extends `Task`, and a file of `config/task` whose `task` section names it.
 Every other key of that section is a field of the class:
@@ -16,13 +17,15 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+Scored = Mapping[str, Any] | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,11 @@ class Task:
 
     def score(
         self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None
-    ) -> Mapping[str, Any] | float:
+    ) -> Scored | Awaitable[Scored]:
         """The outcome of a trajectory, 0 or 1, or a mapping with `acc` and `pred` (the answer as a string, for maj@k).
+
+        A method that takes longer than a millisecond is `async` and leaves the work to others (`run/processes.py`,
+        the tool server): all trajectories of a worker wait while it works.
 
         Args:
             solution_str: text of the *final assistant turn*, never what a tool printed.

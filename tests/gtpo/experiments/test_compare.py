@@ -302,6 +302,21 @@ def test_a_cell_made_when_its_method_had_another_meaning_is_not_counted_as_done(
     compare.refuse_others(cells[:1])  # GTPO is what it was
 
 
+def test_a_cell_made_before_there_was_a_format_rule_is_not_counted_as_done(tmp_path):
+    """All that breaks the format was charged; only a published result still asks for that."""
+    (cell,) = matrix(*parse(["methods=gtpo", "seeds=1", f"out={tmp_path}"]))
+    make_run(tmp_path, "gtpo", 1, {0: 0.2, 1: 0.5}, rule=None)
+    (cell.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *cell.overrides]}]))
+    with pytest.raises(
+        ValueError, match=r"gtpo-seed1 was made when every break .* algorithm\.gtpo\.format_rule=strict"
+    ):
+        compare.refuse_others([cell])
+    arguments = ["experiment=horizon6", "methods=gtpo", "seeds=1", f"out={tmp_path}"]
+    (published,) = matrix(*parse(arguments))
+    (cell.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *published.overrides]}]))
+    compare.refuse_others([published])
+
+
 def test_the_default_is_the_fair_set_of_rivals():
     own, rest = parse([])
     methods = [cell.method for cell in matrix(own | {"seeds": "1"}, rest)]

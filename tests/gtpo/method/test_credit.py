@@ -15,7 +15,7 @@ from recipe.gtpo.method.turns import Finish, FormatReason
 
 pytestmark = pytest.mark.unit
 
-OPTIONS = GTPOOptions()
+OPTIONS = GTPOOptions(format_rule="strict")
 SOLVED = trajectory(turn(0, 3, "a = 1"), turn(5, 7), acc=1.0)
 FAILED = trajectory(
     turn(0, 2, broken=FormatReason.FIRST_TURN_NO_CALL), turn(2, 4, "a = 2"), turn(6, 9, broken=FormatReason.NO_ANSWER)
@@ -88,15 +88,27 @@ def test_truncated_trajectories_are_kept_or_dropped():
     assert dropped.dropped.tolist() == [False, True] and not dropped.turn_mask[1].any()
 
 
+@pytest.mark.parametrize("reason", FormatReason)
+def test_the_papers_rule_charges_an_invalid_call_and_a_first_turn_without_one_and_the_strict_rule_everything(reason):
+    row = trajectory(turn(0, 2), turn(3, 5, broken=reason))
+    paper = assign_credit([row], "p", GTPOOptions())
+    strict = assign_credit([row], "p", OPTIONS)
+    free = reason in (FormatReason.NO_ANSWER, FormatReason.NO_CALL_NO_ANSWER)
+    torch.testing.assert_close(paper.rewards.format, torch.tensor([[0, 0.0 if free else -0.1]]))
+    torch.testing.assert_close(strict.rewards.format, torch.tensor([[0, -0.1]]))
+    assert (paper.well_formed.item(), strict.well_formed.item()) == (free, False)
+    assert paper.reasons.tolist() == strict.reasons.tolist() == [[-1, REASONS.index(reason)]]  # what was seen stays
+
+
 def test_shaping_can_be_switched_off():
-    options = GTPOOptions.from_config({"shaping": {"enable": False}})
+    options = GTPOOptions.from_config({"shaping": {"enable": False}, "format_rule": "strict"})
     credit = assign_credit([SOLVED, FAILED], "pp", options)
     assert not credit.rewards.shaping.any()
     torch.testing.assert_close(credit.rewards.combined[1], torch.tensor([-0.1, 0, -0.1]))
 
 
 def test_without_turn_rewards_all_parts_lie_on_the_last_turn():
-    credit = assign_credit([SOLVED, FAILED], "pp", GTPOOptions(turn_rewards=False))
+    credit = assign_credit([SOLVED, FAILED], "pp", GTPOOptions(turn_rewards=False, format_rule="strict"))
     torch.testing.assert_close(credit.rewards.combined, torch.tensor([[0, 1, 0], [0, 0, 0.05]]))
 
 

@@ -27,7 +27,7 @@ ROWS = [
     ("pad", None),
 ]
 TRAJECTORIES = [t for _, t in ROWS]
-CREDIT = assign_credit(TRAJECTORIES, [uid for uid, _ in ROWS], GTPOOptions())
+CREDIT = assign_credit(TRAJECTORIES, [uid for uid, _ in ROWS], GTPOOptions(format_rule="strict"))
 RETURNS = torch.tensor([[0.9, 1.0], [0.15, 0], [0.9, 1.0], [-0.1, 0], [0, 0], [0, 0], [0, 0]])
 ADVANTAGES = torch.tensor([[0.5, 1.0], [-1.5, 0], [-0.7, 0.7], [-0.6, 0], [0.6, 0], [0, 0], [0, 0]])
 

@@ -1,0 +1,63 @@
+r"""task=commonsense: StrategyQA (yes or no; Geva et al. 2021) and CommonsenseQA (five choices; Talmor et al. 2019)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable, text
+from recipe.gtpo.tasks.task import boxed
+
+_CHOICE = re.compile(r"\(?([a-z])\)?[.:]?(?:\s+(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commonsense(PreparedTask):
+    r"""Answers in `\boxed{}`: yes or no, or the letter of a choice (or its text)."""
+
+    training = (
+        DataSet("commonsenseqa", "tau/commonsense_qa", "train", sizes={9741: "the training questions"}),
+        DataSet("strategyqa", "ChilleD/StrategyQA", "train", sizes={1603: "the training questions"}),
+    )
+    evaluation = (
+        DataSet("strategyqa", "ChilleD/StrategyQA", "test", sizes={687: "the test questions"}),
+        DataSet("commonsenseqa", "tau/commonsense_qa", "validation", sizes={1221: "the validation questions"}),
+    )
+
+    def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
+        question = text(row.get("question"))
+        if not question:
+            raise Unusable("no question")
+        if "choices" not in row:
+            if not isinstance(row.get("answer"), bool):
+                raise Unusable("an answer that is neither true nor false")
+            return Example(f"{question}\nAnswer yes or no.", "yes" if row["answer"] else "no", {"choice": ""}, question)
+        labels, texts = row["choices"]["label"], row["choices"]["text"]
+        if row["answerKey"] not in labels:
+            raise Unusable("no answer")
+        choices = "\n".join(f"{label}. {words}" for label, words in zip(labels, texts, strict=True))
+        right = texts[labels.index(row["answerKey"])]
+        return Example(f"{question}\n{choices}", row["answerKey"], {"choice": right})
+
+    def score(
+        self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        answer = boxed(solution_str) or ""
+        return {"acc": float(is_right(ground_truth, (extra_info or {}).get("choice") or "", answer)), "pred": answer}
+
+
+def is_right(gold: str, words: str, answer: str) -> bool:
+    """Whether an answer is yes or no, or the letter of the right choice, its text, or both.
+
+    Args:
+        gold: yes, no, or a letter. words: the text of the right choice; "" for yes and no.
+    """
+    said = re.sub(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", answer).strip().lower().rstrip(".")
+    if not words:
+        return said in ({"yes": ("yes", "true"), "no": ("no", "false")}[gold])
+    if said == words.lower():
+        return True
+    choice = _CHOICE.fullmatch(said)
+    return choice is not None and choice[1] == gold.lower() and choice[2] in (None, words.lower())

@@ -1,0 +1,339 @@
+r"""Whether two answers to a maths problem are the same: `await same_answer(gold, answer)`.
+
+Most answers are numbers or words, and those are settled here (`settle`). Everything else is math-verify's to decide: it
+reads LaTeX as SymPy expressions, of which a model can write some that never end (`9^9^9^9`). So it works in processes
+that are ended, and whose memory is limited; an answer that takes too long is not the gold answer.
+
+What math-verify does not decide as a task needs it is decided before it is asked:
+
+* **percent**: `50\%` is 50 and also 0.5, whichever the other side says; two percentages are compared as such.
+* **units** and degrees are left out, unless both sides name units and these differ (5 cm, 5 m).
+* **words** are compared as text, without regard to case (to math-verify, they are products of variables).
+* **choices**: `(B)`, `B.` and `\text{B}` are B.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import resource
+import signal
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+from pebble import ProcessExpired
+
+from recipe.gtpo.run.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+CPU_SECONDS = 2.0  # of one comparison: a hundred times the usual one
+WALL_SECONDS = 4.0  # a power that C code works out does not hear the alarm: its process is killed
+MEMORY_BYTES = 2 << 30  # beyond what a process holds after its imports
+LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
+DEEPEST = 40  # brackets of an answer in one another: the parser's time doubles with some of them
+_KEPT = 4096  # verdicts, and in each process parsed answers
+_DIGITS = 6  # that count where one side is a decimal number
+
+
+async def same_answer(gold: str, answer: str) -> bool:
+    """Whether `answer` states what `gold` states. Never raises for what an answer is.
+
+    Args:
+        gold, answer: the content of a `\\boxed{}`, with or without dollar signs.
+    """
+    verdict = settle(gold, answer)
+    if verdict is not None:
+        return verdict
+    return await _ask_math_verify(_candidates(gold, answer))
+
+
+async def is_checkable(gold: str) -> bool:
+    """Whether an answer that is right can be found right: the gold is compared with itself, as by math-verify where
+    the text alone would not settle it."""
+    number_or_words = _number(_bare(gold)) is not None or _words(_bare(gold)) is not None
+    return number_or_words or await _ask_math_verify([(_bare(gold), _bare(gold))])
+
+
+def settle(gold: str, answer: str) -> bool | None:
+    """The verdict on what needs no algebra: equal texts, numbers, words. None for everything else."""
+    if not answer.strip() or len(answer) > LONGEST:
+        return False
+    if _clean(gold) == _clean(answer):
+        return True
+    if _other_units(gold, answer):
+        return False
+    verdicts = [_settle_pair(*pair) for pair in _candidates(gold, answer)]
+    if any(verdicts):
+        return True
+    return None if None in verdicts and _depth(answer) <= DEEPEST else False
+
+
+def _depth(text: str) -> int:
+    """How deeply brackets are nested, closed or not."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _settle_pair(gold: str, answer: str) -> bool | None:
+    if gold == answer:
+        return True
+    numbers = _number(gold), _number(answer)
+    if numbers[0] is not None and numbers[1] is not None:
+        whole = "." not in gold and "." not in answer
+        error = abs(numbers[0] - numbers[1])
+        return error == 0 if whole else 2 * error * 10**_DIGITS <= abs(numbers[0])
+    if (numbers[0] is None) != (numbers[1] is None) and _SEVERAL.search(answer if numbers[1] is None else gold):
+        return False  # one number, and a list, an interval, a tuple, a matrix
+    words = _words(gold), _words(answer)
+    if words[0] is not None and words[1] is not None:
+        return words[0] == words[1]
+    return None
+
+
+def _candidates(gold: str, answer: str) -> list[tuple[str, str]]:
+    """The pairs of which one has to be equal: several where one side alone is a percentage."""
+    percent = [_is_percentage(text) for text in (gold, answer)]
+    gold, answer = _bare(gold), _bare(answer)
+    pairs = [(gold, answer)]
+    if percent == [True, False]:
+        pairs.append((_hundredth(gold), answer))
+    if percent == [False, True]:
+        pairs.append((gold, _hundredth(answer)))
+    return pairs
+
+
+def _hundredth(text: str) -> str:
+    number = _number(text)
+    return str(number / 100) if number is not None else rf"\frac{{{text}}}{{100}}"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+_SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b)|~")
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree\b|\^\s*\{?\s*\\degree\s*\}?|\bdegrees?\b")
+_PERCENT = re.compile(r"\s*(\\?%|\bpercent\b)")
+_CURRENCY = re.compile(r"^(-?)\s*(?:\\\$|\$|€|£|\\pounds\b)\s*(?=[\d.])")
+_TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|textrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+)?")
+_SIMPLE_FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_SEVERAL = re.compile(r",|\\cup|\\begin")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
+_CHOICE = re.compile(r"\(?([A-Za-z])\)?\.?")
+
+#: One unit a line, in all its spellings.
+_UNITS = {
+    spelling: line.split()[0]
+    for line in """
+        mm millimeter millimeters millimetre millimetres
+        cm centimeter centimeters centimetre centimetres
+        meter meters metre metres
+        km kilometer kilometers kilometre kilometres
+        inch inches
+        foot feet ft
+        yard yards yd
+        mile miles mi
+        mph
+        gram grams
+        kg kilogram kilograms
+        pound pounds lb lbs
+        ounce ounces oz
+        liter liters litre litres
+        ml milliliter milliliters
+        gallon gallons
+        second seconds sec secs
+        minute minutes min mins
+        hour hours hr hrs
+        day days
+        week weeks
+        month months
+        year years
+        dollar dollars
+        cent cents
+        unit units
+        square
+        cubic
+    """.strip().splitlines()
+    for spelling in line.split()
+}
+_UNIT = re.compile(
+    rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})\b(?:\s*\^\s*\{{?\d\}}?)?", re.I
+)
+
+
+def _clean(text: str) -> str:
+    """Without the marks that only typeset: outer dollar signs and brackets of maths mode, spaces, a full stop."""
+    text = text.strip()
+    for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
+            text = text[len(left) : -len(right)]
+    text = _SEPARATOR.sub("", text)
+    if not any(opener in text for opener in ("(", "[", r"\{")):  # in (100,200) the comma is none of thousands
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    return _SPACES.sub(" ", text).strip().rstrip(".").strip()
+
+
+def _bare(text: str) -> str:
+    """Also without currency, percent and degree signs, and without units that follow a number."""
+    text = _DEGREES.sub("", _PERCENT.sub("", _CURRENCY.sub(r"\1", _clean(text))))
+    spoken = _TEXT.sub(r" \1 ", text)
+    if re.search(r"\d", spoken):
+        without = _UNIT.sub("", spoken).strip()
+        if _number(without) is not None:
+            return without
+        return text.strip()
+    return " ".join(spoken.split())
+
+
+def _is_percentage(text: str) -> bool:
+    return _PERCENT.search(_clean(text)) is not None
+
+
+def _other_units(gold: str, answer: str) -> bool:
+    named = [
+        {_UNITS[word.lower()] for word in re.findall("[A-Za-z]+", _TEXT.sub(r" \1 ", text)) if word.lower() in _UNITS}
+        for text in (gold, answer)
+    ]
+    named = [units - {"unit", "square", "cubic"} for units in named]
+    return bool(named[0] and named[1] and named[0] != named[1])
+
+
+def _number(text: str) -> Fraction | None:
+    """An integer, a decimal number, or a fraction of integers, written a/b or `\\frac{a}{b}`."""
+    fraction = _SIMPLE_FRACTION.fullmatch(text)
+    if fraction is not None:
+        sign, *parts = fraction.groups()
+        top, bottom = (int(parts[i] or parts[i + 1]) for i in (0, 2))
+        return None if bottom == 0 else Fraction(-top if sign else top, bottom)
+    if len(text) > 300 or not _NUMBER.fullmatch(text):  # `int` refuses more than 4300 digits
+        return None
+    over, _, under = text.partition("/")
+    return None if under and int(under) == 0 else Fraction(over.rstrip(".")) / (int(under) if under else 1)
+
+
+def _words(text: str) -> str | None:
+    """Words, or one letter that names a choice, in lower case."""
+    choice = _CHOICE.fullmatch(text)
+    if choice is not None:
+        return choice[1].lower()
+    return " ".join(text.lower().split()) if _WORDS.fullmatch(text) and "\\" not in text else None
+
+
+_USUAL = (
+    r"\frac{3\sqrt{2}}{2}",
+    r"2x^2-\frac{1}{3}y+7",
+    r"(-\infty,3)\cup[5,\infty)",
+    r"\left(3,\frac{\pi}{2}\right)",
+    r"\{1,-2,\sqrt[3]{5}\}",
+    r"-2\le x\le 7",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"x=\sin 2a+6i",
+    r"10^{-3}\log_2 5",
+)
+
+# -- math-verify, in a process ----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _processes() -> Processes:
+    return Processes(_warm_up)
+
+
+_verdicts: OrderedDict[tuple[tuple[str, str], ...], bool] = OrderedDict()
+
+
+async def _ask_math_verify(pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether one of the pairs is equal. Rollouts of a problem often agree: each answer is asked about once."""
+    asked = tuple(pairs)
+    if asked not in _verdicts:
+        _verdicts[asked] = await _in_a_process(asked)
+        while len(_verdicts) > _KEPT:
+            _verdicts.popitem(last=False)
+    return _verdicts[asked]
+
+
+def forget() -> None:
+    """Drop all verdicts, and end the processes: the next answer starts new ones."""
+    _verdicts.clear()
+    if _processes.cache_info().currsize:
+        _processes().end()
+        _processes.cache_clear()
+
+
+async def _in_a_process(pairs: Sequence[tuple[str, str]]) -> bool:
+    try:
+        done, same = await _processes().call(_any_equal, pairs, seconds=WALL_SECONDS)
+    except (TimeoutError, ProcessExpired):
+        done, same = False, False
+    if not done:
+        logger.warning("an answer takes too long to compare and counts as wrong: %.80r", pairs[0][1])
+    return same
+
+
+def _warm_up() -> None:
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # that its own alarm is off: ours is on
+    for usual in _USUAL:  # the parser is slow at what it has never seen
+        math_verify.verify(_parse(usual), _parse("x+1"), timeout_seconds=None)
+    with open("/proc/self/statm") as statm:
+        held = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))
+
+
+class _TooLong(BaseException):
+    """Not an Exception: math-verify catches those and tries something else."""
+
+
+def _any_equal(pairs: Sequence[tuple[str, str]]) -> tuple[bool, bool]:
+    """Whether it came to an end, and whether one of the pairs is equal."""
+    from math_verify import verify
+
+    try:
+        with _alarm(CPU_SECONDS):
+            return True, any(
+                verify(
+                    _parse(gold),
+                    _parse(answer),
+                    float_rounding=_DIGITS,
+                    allow_set_relation_comp=True,
+                    timeout_seconds=None,
+                )
+                for gold, answer in pairs
+            )
+    except (_TooLong, MemoryError, RecursionError):
+        return False, False
+
+
+@functools.lru_cache(maxsize=_KEPT)  # of gold answers above all
+def _parse(text: str) -> list[Any]:
+    from math_verify import parse
+    from math_verify.parser import LatexExtractionConfig
+
+    # as an expression, and the first match only: a box holds one answer, and no words around it
+    return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """After so many seconds of the CPU, however busy the machine: raise _TooLong. In the main thread of a process."""
+
+    def ring(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -1,0 +1,165 @@
+"""task=reasoning_gym: problems that the package reasoning-gym generates, scored by its own verifiers. Needs no data.
+
+Problem i of a generator is made of `seed + i`, so that seeds which look different can give the same problems (1 and
+1001, with 2000 problems each): ranges that overlap are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe.gtpo.run.processes import Processes
+from recipe.gtpo.tasks.prepared import MANIFEST, DataSet, Example, PreparedTask
+from recipe.gtpo.tasks.task import boxed
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "pip install --no-deps -r requirements/reasoning_gym.txt"
+#: Their verifiers evaluate the answer as Python: whatever the model writes would run in the trainer's processes.
+EVALUATE_ANSWERS = frozenset(
+    "binary_matrix countdown intermediate_integration n_queens number_sorting polynomial_multiplication puzzle24 "
+    "simple_integration spiral_matrix string_insertion".split()
+)
+_NEED_PYCOSAT = frozenset({"zebra_puzzles"})
+_SECONDS = 10.0  # of one verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningGym(PreparedTask):
+    r"""Answers in `\boxed{}`. A verifier that gives partial credit counts only when it gives all of it.
+
+    Args:
+        generators: name -> settings of that generator.
+        train_problems, validation_problems: of all generators together, in equal parts.
+        train_seed, validation_seed: of the first problem of each generator.
+    """
+
+    generators: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    train_problems: int
+    validation_problems: int
+    train_seed: int
+    validation_seed: int
+
+    training = (DataSet("reasoning_gym", "", "train"),)
+    evaluation = (DataSet("reasoning_gym", "", "test"),)
+    templated = True
+
+    def __post_init__(self) -> None:
+        if not self.generators:
+            raise ValueError("task.generators is empty: at least one, such as chain_sum")
+        known = _package().factory.DATASETS
+        for name in self.generators:
+            if name not in known:
+                raise ValueError(f"task.generators.{name} is no generator of reasoning-gym; it has {', '.join(known)}")
+            if name in EVALUATE_ANSWERS:
+                raise ValueError(f"task.generators.{name}: its verifier runs the answer as Python; take another one")
+            if name in _NEED_PYCOSAT and importlib.util.find_spec("pycosat") is None:
+                raise ValueError(f"task.generators.{name} needs the package pycosat: pip install pycosat")
+            self._generator(name, range(1))
+        ranges = {key: self._range(key) for key in ("train", "validation")}
+        train, validation = ranges["train"], ranges["validation"]
+        if min(len(train), len(validation)) < 1:
+            raise ValueError("task.train_problems and task.validation_problems: at least one for each generator")
+        if train.start < validation.stop and validation.start < train.stop:
+            raise ValueError(
+                f"task.train_seed={train.start} and task.validation_seed={validation.start} share problems: problem i "
+                f"is made of seed + i, so put them at least {max(len(train), len(validation))} apart"
+            )
+
+    def _range(self, split: str) -> range:
+        """The seeds of the problems of each generator."""
+        count = {"train": self.train_problems, "validation": self.validation_problems}[split]
+        start = {"train": self.train_seed, "validation": self.validation_seed}[split]
+        return range(start, start + count // len(self.generators))
+
+    def _generator(self, name: str, seeds: range) -> Sequence[Mapping[str, Any]]:
+        try:
+            settings = {**self.generators[name], "seed": seeds.start, "size": max(1, len(seeds))}
+            return _package().create_dataset(name, **settings)
+        except (TypeError, AssertionError) as e:  # how generators refuse a setting
+            raise ValueError(f"task.generators.{name}: {e}") from e
+
+    def prepare(self) -> dict[str, Any]:
+        file = Path(self.folder) / MANIFEST
+        if not file.is_file() or json.loads(file.read_text()).get("settings") != self.settings:
+            from recipe.gtpo.data.prepare import prepare  # it imports this package's tasks
+
+            prepare(self, Path(self.folder), say=lambda text: print(f"gtpo: data: {text}", flush=True))
+        return super().prepare()
+
+    def rows(self, source: DataSet) -> Iterator[Mapping[str, Any]]:
+        """The problems of a split, the generators taking turns."""
+        seeds = self._range("train" if source.split == "train" else "validation")
+        made = {name: self._generator(name, seeds) for name in self.generators}
+        for i in range(len(seeds)):
+            for name, problems in made.items():
+                yield {"generator": name, **problems[i]}
+
+    def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
+        extra = {"generator": row["generator"], "metadata": json.dumps(row["metadata"], default=str)}
+        return Example(row["question"], str(row["answer"]), extra)
+
+    def row(self, example: Example, source: DataSet, index: int) -> dict[str, Any]:
+        """Validation metrics are grouped by generator."""
+        return super().row(example, source, index) | {"data_source": example.extra["generator"]}
+
+    async def score(
+        self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        answer = boxed(solution_str)
+        if answer is None or extra_info is None:
+            return {"acc": 0.0, "pred": ""}
+        entry = {"answer": ground_truth, "metadata": json.loads(extra_info["metadata"])}
+        try:
+            reward = await _processes().call(_verify, extra_info["generator"], answer, entry, seconds=_SECONDS)
+        except TimeoutError:
+            logger.warning("an answer takes too long to verify and counts as wrong: %.80r", answer)
+            reward = 0.0
+        return {"acc": float(reward == 1.0), "pred": answer}
+
+
+@functools.lru_cache(maxsize=1)
+def _processes() -> Processes:
+    return Processes(_warm_up)
+
+
+def _warm_up() -> None:
+    _package()
+
+
+@functools.lru_cache(maxsize=1)
+def _package() -> types.ModuleType:
+    """reasoning_gym, also where one of its dependencies is missing that only `_NEED_PYCOSAT` use.
+
+    pycosat has to be compiled, and not every machine has a compiler; the package imports it in any case.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError(f"the package reasoning-gym is not installed: {REMEDY}")
+    missing = importlib.util.find_spec("pycosat") is None
+    if missing:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    try:
+        return importlib.import_module("reasoning_gym")
+    except ImportError as e:
+        raise ValueError(f"the package reasoning-gym cannot be imported ({e}): {REMEDY}") from e
+    finally:
+        if missing:
+            del sys.modules["pycosat"]
+
+
+def _verify(generator: str, answer: str, entry: Mapping[str, Any]) -> float:
+    """In a process: what the generator's verifier gives an answer, 0 for one that it cannot read."""
+    try:
+        return float(_package().get_score_answer_fn(generator)(answer, entry))
+    except Exception:  # verifiers parse answers, each in its own way, and raise in as many
+        return 0.0

@@ -1,0 +1,174 @@
+r"""Answers that are the same, answers that are not, and answers that never end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe.gtpo.tasks import equality
+from recipe.gtpo.tasks.equality import is_checkable, same_answer, settle
+
+pytestmark = pytest.mark.unit
+
+SAME = [  # gold, answer
+    ("42", "42."),
+    ("43", "43.0"),
+    ("0.1", ".10"),
+    ("18", r"\$18"),
+    ("18", "$18$"),
+    ("18", "$18"),
+    ("-5", "-\\$5"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac12", r"\dfrac{2}{4}"),
+    (r"\frac{1}{3}", "0.3333333"),
+    # thousands separators
+    ("1000", "1,000"),
+    (r"11{,}111{,}100", "11111100"),
+    ("12500", r"12,\!500"),
+    ("1234567.5", "1,234,567.5"),
+    ("27,54,108,135", "27, 54, 108, 135"),  # a list
+    # percent
+    (r"50\%", "50"),
+    (r"50\%", "0.5"),
+    ("50", r"50\%"),
+    ("0.5", "50%"),
+    (r"\frac{1}{3}", r"\frac{100}{3}\%"),
+    # units, degrees
+    ("5", r"5\text{ cm}"),
+    (r"10\text{ cm}^2", "10"),
+    ("12", "12 cm^2"),
+    ("18", "18 dollars"),
+    ("45", r"45^\circ"),
+    (r"45^{\circ}", "45°"),
+    (r"3\text{ km}", "3 kilometers"),
+    # sets, lists, intervals
+    (r"\{1,2,3\}", r"\{3, 2, 1\}"),
+    ("1,2", "2, 1"),
+    (r"\pm 2", "-2, 2"),
+    ("[0,1)", r"\left[0, 1\right)"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    ("[-2,7]", r"-2 \le x \le 7"),
+    (r"(-\infty,3)\cup(5,\infty)", r"(5,\infty)\cup(-\infty,3)"),
+    # tuples, matrices
+    (r"\left(3, \frac{\pi}{2}\right)", r"(3, \pi/2)"),
+    ("(100,200)", "(100, 200)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
+    # expressions
+    ("5", "x=5"),
+    ("y=2x+1", "2x+1"),
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    ("1500", r"1.5\times 10^3"),
+    ("6-5i", "-5i + 6"),
+    # text, choices
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{two  sides}", "Two sides"),
+    ("B", r"\text{(B)}"),
+    (r"\text{(C)}", "c."),
+]
+OTHER = [
+    ("42", "43"),
+    ("42", ""),
+    ("50", "0.5"),
+    (r"50\%", r"0.5\%"),
+    ("5", r"\frac{5}{100}"),
+    (r"\frac13", "0.333"),
+    (r"5\text{ cm}", "5 m e t e r s"),
+    ("5 cm", "5 meters"),
+    (r"\{1,2,3\}", r"\{1,2\}"),
+    ("1,2", "1,3"),
+    ("[0,1)", "[0,1]"),
+    ("(1,2)", "(2,1)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
+    ("x+1", "x-1"),
+    ("2xy", "2"),
+    (r"\text{Evelyn}", "Evenly"),  # the same letters
+    ("even", "odd"),
+    ("B", "D"),
+    ("1", "1" * 5000),
+    (r"\frac{1}{0}", "1"),
+    ("0.0000001", "0.0"),
+    # more than one answer is none
+    ("7", r"\text{7 or 8}"),
+    ("7", r"7 \text{ or } 8"),
+    ("7", "7 or 8"),
+    ("7", "7, 8"),
+    ("7", "8; 7"),
+    ("7", r"8 \quad 7"),
+    ("7", r"x=8 \text{ or } x=7"),
+    ("7", r"\{7, 8\}"),
+    (r"\sqrt{2}", r"\sqrt{3} \text{ or } \sqrt{2}"),
+]
+
+
+def verdicts(pairs):
+    async def ask():
+        return await asyncio.gather(*(same_answer(*pair) for pair in pairs))
+
+    return asyncio.run(ask())
+
+
+def test_same_answers():
+    assert [pair for pair, same in zip(SAME, verdicts(SAME), strict=True) if not same] == []
+
+
+def test_other_answers():
+    assert [pair for pair, same in zip(OTHER, verdicts(OTHER), strict=True) if same] == []
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
+def test_whole_numbers_are_the_same_when_they_are_equal_however_they_are_written(a, b):
+    for written in (str(b), f"{b:,}", rf"\boxed{{{b}}}"[7:-1], f"{b}.0", f"${b}$"):
+        assert settle(str(a), written) is (a == b)
+
+
+@given(st.text(max_size=60))
+def test_no_text_makes_it_raise(text):
+    assert settle("7", text) in (True, False, None)
+    assert settle(text, text) is bool(text.strip())
+
+
+def test_what_a_task_may_ask_is_known_before_it_is_asked():
+    async def ask():
+        return [await is_checkable(gold) for gold in ("4", "Evelyn", r"\frac{\pi}{2}", r"\{1,2\}", r"\frac{", "")]
+
+    assert asyncio.run(ask()) == [True, True, True, True, False, False]
+
+
+NEVER_ENDS = ["9^{9^{9^9}}", "(" * 30 + r"\sum_{n=1}^{10^9} \sqrt{n}" + ")" * 30, r"10^{10^{10}}!"]
+
+
+def test_answers_that_never_end_count_as_wrong_and_hold_up_nobody(monkeypatch):
+    """Neither those that are asked about in the meantime, nor those that come after."""
+
+    async def ask():
+        began = time.perf_counter()
+        stalled = [asyncio.create_task(same_answer("7", answer)) for answer in NEVER_ENDS]
+        quick = [await same_answer("7", "7"), await same_answer("7", "8")]
+        assert not any(task.done() for task in stalled)  # nothing of theirs waits for a process
+        with monkeypatch.context() as patch:
+            patch.setattr(equality, "WALL_SECONDS", 1.0)
+            verdicts = await asyncio.gather(*stalled)
+        assert time.perf_counter() - began < 60
+        return quick, verdicts, await same_answer(r"\sqrt{8}", r"2\sqrt{2}")
+
+    assert asyncio.run(ask()) == ([True, False], [False] * len(NEVER_ENDS), True)
+
+
+def test_what_no_parser_should_see_is_wrong_at_once():
+    """As the text is: neither the length nor the depth of an answer reaches a process."""
+    assert settle("7", "(" * 400 + "1" + ")" * 400) is False and settle("7", "x" * 5000) is False
+    assert settle("7", "9^9^9^9") is None  # a parser's to decide, and quickly
+
+
+def test_a_process_that_dies_is_a_wrong_answer(monkeypatch):
+    class Dying:
+        async def call(self, *args, seconds):
+            raise equality.ProcessExpired("killed for its memory")
+
+    monkeypatch.setattr(equality, "_processes", Dying)
+    assert asyncio.run(same_answer("x", "y+1")) is False

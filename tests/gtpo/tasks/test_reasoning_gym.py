@@ -1,0 +1,111 @@
+"""Generated problems: no problem in two splits, a verifier's partial credit counts as nothing, settings are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import re
+
+import pyarrow.parquet
+import pytest
+
+from recipe.gtpo.conversation import read_score
+from recipe.gtpo.data.__main__ import make_task
+from recipe.gtpo.tasks import reasoning_gym as module
+from recipe.gtpo.tasks import task as task_module
+from recipe.gtpo.tasks.reasoning_gym import EVALUATE_ANSWERS
+
+pytestmark = pytest.mark.unit
+
+if importlib.util.find_spec("reasoning_gym") is None:
+    pytest.skip("reasoning-gym is not installed (requirements/reasoning_gym.txt)", allow_module_level=True)
+
+SMALL = ("task.train_problems=40", "task.validation_problems=8", "task.train_seed=100")
+
+
+def task(*settings, folder="unused"):
+    return make_task("reasoning_gym", [f"task.folder={folder}", *SMALL, *settings])
+
+
+def problems(file):
+    return [row["prompt"][-1]["content"] for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def test_a_run_makes_its_data_and_makes_them_again_when_the_settings_differ(tmp_path):
+    files = task(folder=tmp_path / "data").prepare()
+    first = problems(files["data.train_files"])
+    assert task(folder=tmp_path / "data").prepare() == files
+    written = (tmp_path / "data").stat().st_ino
+    assert task(folder=tmp_path / "data").prepare() == files and (tmp_path / "data").stat().st_ino == written
+    task("task.train_seed=200", folder=tmp_path / "data").prepare()
+    assert problems(files["data.train_files"]) != first
+
+
+def test_no_problem_is_in_both_splits_and_metrics_are_grouped_by_generator(tmp_path):
+    files = task("task.train_problems=400", folder=tmp_path / "data").prepare()
+    (validation,) = files["data.val_files"]
+    assert not set(problems(files["data.train_files"])) & set(problems(validation))
+    sources = {row["data_source"] for row in pyarrow.parquet.read_table(validation).to_pylist()}
+    assert sources == {"chain_sum", "products", "lcm", "simple_equations"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["task.train_seed=1", "task.validation_seed=8"],
+            "task.train_seed=1 and task.validation_seed=8 share problems",
+        ),
+        (
+            ["task.train_seed=0", "task.validation_seed=0"],
+            "task.train_seed=0 and task.validation_seed=0 share problems",
+        ),
+        (["task.train_problems=3"], "task.train_problems and task.validation_problems: at least one for each"),
+        (["task.generators.chain_sums={}"], "task.generators.chain_sums is no generator of reasoning-gym; it has "),
+        (["task.generators.countdown={}"], "task.generators.countdown: its verifier runs the answer as Python"),
+        (["task.generators.lcm.colour=red"], "task.generators.lcm: "),
+        (["task.generators.lcm.min_numbers=0"], "task.generators.lcm: "),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(settings, message):
+    with pytest.raises(ValueError) as refused:
+        task(*settings)
+    assert str(refused.value).startswith(f"task=reasoning_gym: {message}")
+
+
+def test_ranges_that_only_touch_share_nothing():
+    """40 problems of 4 generators: seeds 1 to 10 and 11 onwards."""
+    task("task.train_seed=1", "task.validation_seed=11")
+    with pytest.raises(ValueError, match="at least 10 apart"):
+        task("task.train_seed=1", "task.validation_seed=10")
+
+
+def test_the_refused_generators_are_those_whose_verifiers_evaluate():
+    known = module._package().factory.DATASETS
+    evaluate = re.compile(r"\beval\(|\bexec\(|parse_expr|sympify")
+    assert {
+        n for n, (cls, _) in known.items() if evaluate.search(inspect.getsource(cls.score_answer))
+    } == EVALUATE_ANSWERS
+
+
+def scored(said):
+    asked = task()
+    row = asked.row(asked.read(next(iter(asked.rows(asked.training[0]))), asked.training[0]), asked.training[0], 0)
+    truth = row["reward_model"]["ground_truth"]
+    return read_score(asyncio.run(asked.score("x", said.replace("ANSWER", truth), truth, row["extra_info"])))
+
+
+def test_full_credit_is_right_and_less_is_wrong():
+    assert scored(r"\boxed{ANSWER}")[1] is True and scored(r"\boxed{ANSWER.0}")[1] is True
+    for wrong in (r"\boxed{ANSWER and more}", r"\boxed{7 7}", r"\boxed{}", "ANSWER", r"\boxed{text}"):
+        assert scored(wrong)[:2] == (0.0, False)
+
+
+def test_without_the_package_the_remedy_is_named(monkeypatch):
+    module._package.cache_clear()
+    task_module._make.cache_clear()
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="reasoning-gym is not installed: pip install --no-deps -r requirements/"):
+        task()
+    module._package.cache_clear()

@@ -68,14 +68,15 @@ class Index:
         if self._version() != VERSION:
             self.path.unlink(missing_ok=True)
             with self.connect() as db:
+                db.execute("PRAGMA journal_mode=WAL")  # pages are served while it is filled
                 db.executescript(_TABLES)
-                db.execute("PRAGMA journal_mode=WAL")
                 db.execute("INSERT INTO meta VALUES ('version', ?), ('run_dir', ?)", (VERSION, str(self.run_dir)))
 
     @contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
         db = sqlite3.connect(self.path, timeout=60)
         db.row_factory = sqlite3.Row
+        db.execute("PRAGMA synchronous=NORMAL")  # nothing is lost that the run folder has not
         try:
             with db:
                 yield db

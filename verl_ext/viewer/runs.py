@@ -74,7 +74,7 @@ class Run:
             ).fetchall()
         key = (split, step, len(found), found[-1]["id"] if found else 0)
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, [_row(one) for one in found])
+            self._rows = (key, [_row(one, position) for position, one in enumerate(found)])
         return self._rows[1]
 
     def recompute(self, split: str, step: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,11 +128,12 @@ class Run:
         return weights
 
 
-def _row(found: Any) -> dict[str, Any]:
+def _row(found: Any, position: int) -> dict[str, Any]:
     kept = json.loads(found["kept"])
     similar = kept["similar"]
     return kept | {
         "id": found["id"],
+        "position": position,  # by which `similar` names siblings
         "grp": found["grp"],
         "group": found["label"],
         "similar": similar and {int(k): v for k, v in similar.items()},

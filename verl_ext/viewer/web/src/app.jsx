@@ -1,4 +1,4 @@
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useState } from "preact/hooks";
 import { exported, get } from "./api.js";
 import { Curves, Gradient } from "./charts.jsx";
 import { GroupList } from "./list.jsx";
@@ -25,7 +25,7 @@ export function useDark() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const stored = () => { try { return localStorage.getItem("theme"); } catch { return null; } };
   const [theme, setTheme] = useState(stored() ?? (system.matches ? "dark" : "light"));
-  useEffect(() => { document.documentElement.dataset.theme = theme; }, [theme]);
+  useLayoutEffect(() => { document.documentElement.dataset.theme = theme; }, [theme]);
   const toggle = () => {
     const next = theme === "dark" ? "light" : "dark";
     try { localStorage.setItem("theme", next); } catch { /* a page from disk may have no storage */ }
@@ -40,7 +40,7 @@ export function App() {
   const [dark, toggleDark] = useDark();
   const [help, setHelp] = useState(false);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const pressed = (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       if (event.key === "Escape") { setHelp(false); event.target.blur?.(); return; }

@@ -1,11 +1,11 @@
 // One group: grid, ledger of the chosen turn, what-if, and the conversation of the chosen sibling.
-import { useEffect, useState } from "preact/hooks";
+import { useLayoutEffect, useState } from "preact/hooks";
 import { get } from "./api.js";
 import { Conversation } from "./conversation.jsx";
 import { Grid, Legend, orders, sorted, strongest } from "./grid.jsx";
 import { Ledger } from "./ledger.jsx";
 import { Solved } from "./list.jsx";
-import { go, useAnswer } from "./route.js";
+import { go, read, useAnswer } from "./route.js";
 import { Copy, visible } from "./text.jsx";
 import { WhatIf } from "./whatif.jsx";
 
@@ -27,13 +27,15 @@ export function GroupView({ overview, run, route, dark }) {
   const k = Math.min(Number(route.turn ?? 0), Math.max(0, (row?.turns.length ?? 1) - 1));
   const choose = (which, turn) => go({ row: which, turn }, { replace: true });
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const pressed = ({ detail }) => {
-      const at = rows.findIndex((one) => one.id === row?.id);
-      const down = { j: 1, k: -1 }[detail], right = { ArrowRight: 1, ArrowLeft: -1 }[detail];
-      if (down && rows.length) choose(rows[Math.max(0, Math.min(rows.length - 1, at + down))].id, k);
-      if (right && row) choose(row.id, Math.max(0, Math.min(row.turns.length - 1, k + right)));
       if (detail === "e") setOpen((now) => !now);
+      const down = { j: 1, k: -1 }[detail] ?? 0, right = { ArrowRight: 1, ArrowLeft: -1 }[detail] ?? 0;
+      if (!rows.length || !(down || right)) return;
+      const now = read();
+      const at = Math.max(0, rows.findIndex((one) => String(one.id) === now.row));
+      const next = rows[Math.max(0, Math.min(rows.length - 1, at + down))];
+      choose(next.id, Math.max(0, Math.min(next.turns.length - 1, Number(now.turn ?? 0) + right)));
     };
     addEventListener("viewer-key", pressed);
     return () => removeEventListener("viewer-key", pressed);

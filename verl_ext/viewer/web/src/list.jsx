@@ -1,7 +1,7 @@
 // The list of groups: what to look at, found by filter, search and order.
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { get } from "./api.js";
-import { go, useAnswer } from "./route.js";
+import { go, read, useAnswer } from "./route.js";
 import { visible } from "./text.jsx";
 
 const PAGE = 100;
@@ -18,17 +18,17 @@ export function GroupList({ overview, run, route }) {
   const selected = useRef();
   useEffect(() => { selected.current?.scrollIntoView({ block: "nearest" }); }, [route.group, groups.length]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {  // a key may come as soon as the list is there
     const pressed = ({ detail }) => {
       const step = { n: 1, p: -1 }[detail];
       if (!step || !groups.length) return;
-      const at = groups.findIndex((group) => String(group.id) === route.group);
+      const at = groups.findIndex((group) => String(group.id) === read().group);
       const next = groups[at < 0 ? 0 : Math.max(0, Math.min(groups.length - 1, at + step))];
       go({ group: next.id, row: "", turn: "" });
     };
     addEventListener("viewer-key", pressed);
     return () => removeEventListener("viewer-key", pressed);
-  }, [groups, route.group]);
+  }, [groups]);
 
   const toggle = (flag) =>
     go({ flags: (flags.includes(flag) ? flags.filter((f) => f !== flag) : [...flags, flag]).join(","), offset: "" });

@@ -1,7 +1,8 @@
 // The address after # is the whole state of the page: a link opens what its sender saw.
 import { useEffect, useState } from "preact/hooks";
 
-const read = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+// What the address says now: an event may come before a change of it is drawn.
+export const read = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 
 export function go(changes, { replace = false } = {}) {
   const next = { ...read(), ...changes };

@@ -80,7 +80,10 @@ def page(browser) -> Iterator[sync_api.Page]:
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: message.type in ("error", "warning") and faults.append(message.text))
     page.on("dialog", lambda dialog: faults.append(dialog.message))
-    page.on("request", lambda asked: asked.url.startswith(("http://127.0.0.1", "file:", "data:")) or faults.append(asked.url))
+    page.on(
+        "request",
+        lambda asked: asked.url.startswith(("http://127.0.0.1", "file:", "data:")) or faults.append(asked.url),
+    )
     yield page
     context.close()
     assert faults == []
@@ -170,7 +173,12 @@ def test_hostile_text_is_text(page, address):
         expect(page.locator(".talk h3")).to_contain_text(f"Trajectory {row + 1}")
         page.locator(".talk h4 button", has_text="as written").first.click()
         assert page.evaluate("window.hacked === undefined && location.hostname === '127.0.0.1'")
-        assert page.evaluate("document.querySelectorAll('.talk :is(script,img,iframe,svg,style,link,meta,base,object)').length") == 0
+        assert (
+            page.evaluate(
+                "document.querySelectorAll('.talk :is(script,img,iframe,svg,style,link,meta,base,object)').length"
+            )
+            == 0
+        )
         if row == 15:
             expect(page.locator(".talk")).to_contain_text("⟨U+202E⟩evil reversed⟨U+202C⟩")
         if row == 16:

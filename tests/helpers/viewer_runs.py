@@ -109,5 +109,7 @@ def hostile() -> list[dict[str, Any]]:
         turn = call(short, output=text) | {"text": short}
         turn["calls"][0] |= {"name": short[:60], "detail": short[:400]}
         row = trajectory("hostile", turn, say(short, "no_answer"), pred=short[:60], fault="")
-        rows.append(row | {"prompt": [{"role": "system", "content": short[:900]}, {"role": "user", "content": short[:900]}]})
+        rows.append(
+            row | {"prompt": [{"role": "system", "content": short[:900]}, {"role": "user", "content": short[:900]}]}
+        )
     return rows

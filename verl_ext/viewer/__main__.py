@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="python -m verl_ext.viewer", description="Show where the credit of a run went.")
     parser.add_argument("run_dir", nargs="+", type=Path, help="run folders; each has a folder trajectories/")
     parser.add_argument("--port", type=int, default=8686, help="port to listen on, 0 for any free one (default: 8686)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
     parser.add_argument("--export", type=Path, metavar="PAGE.html", help="write one self-contained page and end")
     parser.add_argument("--steps", type=_steps, help="with --export: the steps to put in, as 1,5,10-12 (default: all)")
     arguments = parser.parse_args(argv)
@@ -100,6 +102,8 @@ def _tail(runs: Sequence[Run], stop: threading.Event) -> None:
     while not stop.is_set():
         for run in runs:
             _read(run)
+        if warm := runs[0].whatif:
+            warm.recompute([], {}, None, list)  # the first question would wait for what the method imports
         stop.wait(_TAIL_SECONDS)
 
 

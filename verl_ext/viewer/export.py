@@ -1,7 +1,7 @@
 """The page as one file: data, script and style inside, nothing loaded from anywhere, opened from disk.
 
-Data is JSON, gzipped, in base64: whatever a model wrote, the file around it is the same. The policy in the page names the
-hash of each of its two scripts and of its style; any other is refused by the browser.
+Data is JSON, gzipped, in base64: whatever a model wrote, the file around it is the same. The policy in the page names
+the hash of each of its two scripts and of its style; any other is refused by the browser.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def write(runs: Sequence[Run], out: Path, steps: set[int] | None) -> str:
     contents = [_run(run, steps) for run in runs]
     trajectories = sum(len(content["conversations"]) for content in contents)
     if not trajectories:
-        raise ValueError(f"no recorded trajectory in {', '.join(str(run.path) for run in runs)}, or none of those steps")
-    data = {"overview": queries.overview(runs), "runs": contents}
+        raise ValueError(
+            f"no recorded trajectory in {', '.join(str(run.path) for run in runs)}, or none of those steps"
+        )
+    data: dict[str, Any] = {"overview": queries.overview(runs), "runs": contents}
     for said, content in zip(data["overview"]["runs"], contents, strict=True):
         said["steps"] = _steps(content["groups"])
         said["trajectories"] = len(content["conversations"])
@@ -76,7 +78,9 @@ def _run(run: Run, steps: set[int] | None) -> dict[str, Any]:
     groups = [one for one in queries.all_groups(run) if steps is None or one["step"] in steps]
     count = sum(one["size"] for one in groups)
     if count > MOST:
-        raise ValueError(f"{run.path} has {count} trajectories, more than {MOST}: choose some with --steps, e.g. --steps 1,20")
+        raise ValueError(
+            f"{run.path} has {count} trajectories, more than {MOST}: choose some with --steps, e.g. --steps 1,20"
+        )
     rows = {}
     for split, step in sorted({(one["split"], one["step"]) for one in groups}):
         found = queries.step_rows(run, split, step)

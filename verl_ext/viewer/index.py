@@ -6,8 +6,8 @@ It keeps where each trajectory's line is, the numbers that grid, ledger and what
 texts; texts themselves stay in the run's files. It lies in the user's cache folder, never in the run's, and can be
 deleted at any time. One process may fill it while others read.
 
-A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed run
-does steps again) is read again from its start. A line that is no record is counted (`files.skipped`), never silent.
+A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed
+run does steps again) is read again from its start. A line that is no record is counted (`files.skipped`) and said.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CREATE INDEX trajectories_group ON trajectories (grp, position);
 CREATE INDEX trajectories_step ON trajectories (split, step, position);
 CREATE INDEX trajectories_file ON trajectories (file);
 CREATE TABLE gradient (
-    split TEXT, step INTEGER, turn INTEGER, kind TEXT, part TEXT, weight REAL, PRIMARY KEY (split, step, turn, kind, part));
+    split TEXT, step INTEGER, turn INTEGER, kind TEXT, part TEXT, weight REAL,
+    PRIMARY KEY (split, step, turn, kind, part));
 CREATE VIRTUAL TABLE texts USING fts5(content, content='', columnsize=0, tokenize="unicode61 tokenchars '_'");
 """
 

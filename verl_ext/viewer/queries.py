@@ -1,4 +1,4 @@
-"""What the page asks, as functions from runs to plain JSON values. `app.py` serves them, `export.py` writes them down."""
+"""What the page asks, as functions from runs to JSON values. `app.py` serves them, `export.py` writes them down."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def groups(
 
     Raises ValueError, naming it, on a flag or an order that does not exist.
     """
-    where, values = ["split = ?"], [split]
+    where: list[str] = ["split = ?"]
+    values: list[Any] = [split]
     if step is not None:
         where, values = [*where, "step = ?"], [*values, step]
     for flag in flags:

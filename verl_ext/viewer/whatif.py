@@ -1,11 +1,11 @@
 """Who answers "what would the advantages be with other options?": the method that trained, registered by its package.
 
     [project.entry-points."verl_ext.viewer"]
-    gtpo = "recipe.gtpo.viewer_credit"
+    gtpo = "recipe.gtpo.whatif"
 
 The module has `controls()`, `presets()`, `settings_of(config)`, `recompute(rows, settings, config, codes)`,
-`similarities(rows, config, codes)` and the path `JAVASCRIPT` of the same formulas for an exported page; the docstrings of
-`recipe/gtpo/viewer_credit.py` say what goes in and out. Without such a package the page has no what-if and says so.
+`similarities(rows, config, codes)`, and in `JAVASCRIPT` the path of the same formulas for an exported page; the
+docstrings of `recipe/gtpo/whatif/` say what goes in and out. Without one the page has no what-if, and says so.
 """
 
 from __future__ import annotations

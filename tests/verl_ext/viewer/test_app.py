@@ -32,7 +32,15 @@ def ask(tmp_path) -> Callable[..., tuple[int, Any, str]]:
     return lambda path, **headers: asyncio.run(get(path, **headers))
 
 
-PATHS = ("/", "/static/app.js", "/api/overview", "/api/0/groups", "/api/9/groups", "/nowhere", "/api/0/text?id=4&path=turns/0/text")
+PATHS = (
+    "/",
+    "/static/app.js",
+    "/api/overview",
+    "/api/0/groups",
+    "/api/9/groups",
+    "/nowhere",
+    "/api/0/text?id=4&path=turns/0/text",
+)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -53,7 +61,9 @@ def test_this_machines_names_are_answered(ask, host):
     assert ask("/api/overview", Host=host)[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8686", "localhost.evil.example", "127.0.0.1.nip.io", "", "[::2]", "@"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8686", "localhost.evil.example", "127.0.0.1.nip.io", "", "[::2]", "@"]
+)
 @pytest.mark.parametrize("path", ["/", "/api/0/groups", "/static/app.js"])
 def test_other_names_are_not(ask, host, path):
     status, _, body = ask(path, Host=host)

@@ -27,7 +27,13 @@ def test_groups_have_their_trajectories_in_the_order_of_the_record(run):
     assert run.update() == 9
     assert run.update() == 0
     apples, pears, plums = queries.groups(run)["groups"]
-    assert (apples["label"], apples["step"], apples["size"], apples["solved"], apples["tokens"]) == ("apples", 1, 3, 2, 60)
+    assert (apples["label"], apples["step"], apples["size"], apples["solved"], apples["tokens"]) == (
+        "apples",
+        1,
+        3,
+        2,
+        60,
+    )
     assert apples["top"] == 1.4 and apples["spread"] == pytest.approx(2.3)
     assert pears["flags"] == ["no first call", "malformed", "timeout", "truncated", "dropped", "no answer"]
     assert plums["flags"] == ["no first call", "all equal"]
@@ -119,4 +125,6 @@ def test_every_hostile_text_is_read_and_comes_back_as_it_was(tmp_path):
 def test_where_the_gradient_goes_is_advantage_times_tokens(run):
     run.update()
     found = {(one["step"], one["turn"], one["kind"]): one["weight"] for one in queries.gradient(run)}
-    assert found == pytest.approx({(1, 0, "mixed"): 20.0, (1, 1, "mixed"): 32.0, (2, 0, "unsolved"): 12.5, (2, 1, "unsolved"): 5.0})
+    assert found == pytest.approx(
+        {(1, 0, "mixed"): 20.0, (1, 1, "mixed"): 32.0, (2, 0, "unsolved"): 12.5, (2, 1, "unsolved"): 5.0}
+    )

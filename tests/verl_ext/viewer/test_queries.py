@@ -36,7 +36,10 @@ class Doubler:
             {
                 "dropped": row["dropped"],
                 "turns": [
-                    {"advantage": 2 * settings["factor"] * (turn["advantage"] or 0), "advantage_parts": {"outcome": 1.0}}
+                    {
+                        "advantage": 2 * settings["factor"] * (turn["advantage"] or 0),
+                        "advantage_parts": {"outcome": 1.0},
+                    }
                     for turn in row["turns"]
                 ],
                 "code": code,
@@ -86,7 +89,9 @@ def test_groups_are_found(run, question, expected):
     assert labels(run, **question) == expected
 
 
-@pytest.mark.parametrize("typed", ['"', "'", "a OR b", "NEAR(", "content:x", "^z", "z* y*", "-x", '""', "\x00", "😀", "(" * 50])
+@pytest.mark.parametrize(
+    "typed", ['"', "'", "a OR b", "NEAR(", "content:x", "^z", "z* y*", "-x", '""', "\x00", "😀", "(" * 50]
+)
 def test_whatever_is_typed_is_words_to_search_for_and_no_error(run, typed):
     assert queries.groups(run, text=typed)["total"] == 0
 
@@ -130,7 +135,11 @@ def test_the_same_prompt_is_found_in_other_runs_and_steps(run, tmp_path):
     later.update()
     key = queries.group(run, 1)["prompt_key"]
     found = queries.same_prompt([run, later], key)
-    assert [(one["name"], one["step"], one["size"]) for one in found] == [("run", 1, 3), ("later", 7, 3), ("later", 9, 1)]
+    assert [(one["name"], one["step"], one["size"]) for one in found] == [
+        ("run", 1, 3),
+        ("later", 7, 3),
+        ("later", 9, 1),
+    ]
 
 
 def test_configs_are_compared_by_key(run, tmp_path):
@@ -146,7 +155,11 @@ def test_configs_are_compared_by_key(run, tmp_path):
 
 
 def test_curves_are_the_metrics_of_every_run_and_torn_lines_are_passed_over(run):
-    lines = [{"step": 1, "metrics": {"a": 0.5}}, {"step": 2, "metrics": {"a": 0.6, "b": 1.0}}, {"step": 1, "metrics": {"a": 0.7}}]
+    lines = [
+        {"step": 1, "metrics": {"a": 0.5}},
+        {"step": 2, "metrics": {"a": 0.6, "b": 1.0}},
+        {"step": 1, "metrics": {"a": 0.7}},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run.path / "metrics.jsonl").write_text('{"step": 0, "met\n' + text + '{"step": 3')
     assert queries.curves([run], ["a", "c"]) == {

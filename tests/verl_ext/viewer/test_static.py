@@ -22,9 +22,13 @@ def test_the_built_page_is_up_to_date():
 
 def test_packages_are_pinned_by_version_and_hash_and_their_licences_are_shipped():
     lock = json.loads((WEB / "package-lock.json").read_text())["packages"]
-    bundled = {name.removeprefix("node_modules/"): entry for name, entry in lock.items() if name and not entry.get("dev")}
+    bundled = {
+        name.removeprefix("node_modules/"): entry for name, entry in lock.items() if name and not entry.get("dev")
+    }
     wanted = json.loads((WEB / "package.json").read_text())
-    assert all(version[0].isdigit() for kind in ("dependencies", "devDependencies") for version in wanted[kind].values())
+    assert all(
+        version[0].isdigit() for kind in ("dependencies", "devDependencies") for version in wanted[kind].values()
+    )
     assert all(entry["integrity"].startswith("sha512-") for entry in bundled.values())
     licences = (STATIC / "LICENSES.txt").read_text()
     for name in wanted["dependencies"]:

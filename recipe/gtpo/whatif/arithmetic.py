@@ -1,100 +1,35 @@
-"""What `verl_ext.viewer` asks of this recipe: "what would the advantages be with other options?", from recorded numbers.
+"""Rewards, returns, pools and advantages of recorded trajectories as other options would have had them.
 
-The viewer finds this module through the entry-point group `verl_ext.viewer` and knows no method itself. On the server
-the answer comes from `method/`, the code that trains; an exported page, which has no Python, gets the same formulas as
-`viewer_credit.js`, and a test compares the two on a thousand generated groups.
+By `method/`, the code that trains. `arithmetic.js` has the same formulas for an exported page, which has no Python; a
+test compares the two on a thousand generated groups. A row is what the viewer's index keeps of a trajectory:
 
-A row is a mapping with what the viewer's index keeps of one trajectory:
-
-    group, finish, acc, outcome      as recorded; `acc` None: the row is padding or has no outcome, and takes part in nothing
-    code                             bool: it ran code that shaping compares
-    similar                          {position of a sibling in the rows: similarity}, None where nothing was recorded
-    turns                            [{"tokens": n, "broken": reason or None}, ...]
+    group, finish, acc, outcome  as recorded; `acc` None: padding, or no outcome; such a row takes part in nothing
+    code                         bool: it ran code that shaping compares
+    similar                      {position of a sibling in the rows: similarity}; None where nothing was recorded
+    turns                        [{"tokens": n, "broken": reason or None}, ...]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from recipe.gtpo.method import options as words
 from recipe.gtpo.method.advantage import EPSILON, discounted_returns, normalize_returns, turn_advantages
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.pools import group_index, pool_of, pool_statistics
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.whatif import UNITS, defaults
 
-_FOLDER = Path(__file__).parent
-#: The formulas of this module for a page without a server: defines `globalThis.viewerCredit.recompute`.
-JAVASCRIPT = _FOLDER / "viewer_credit.js"
 #: Reward parts, in the order in which they are shown.
 PARTS = ("outcome", "shaping", "format")
 
 Rows = Sequence[Mapping[str, Any]]
 Settings = Mapping[str, Any]
-
-
-def controls() -> list[dict[str, Any]]:
-    """What can be changed, in the order of the page. `name` is a key of the settings."""
-    return [
-        _control("unit", "one advantage for each", choices=("turn", "trajectory")),
-        _control("gamma", "gamma, discount per turn", low=0.0, high=1.0, step=0.05),
-        _control("baseline", "compared with the returns of", choices=get_args(words.Baseline)),
-        _control("scale", "divided by", choices=get_args(words.Scale)),
-        _control("leave_one_out", "mean without the trajectory itself", choices=(False, True)),
-        _control("format_penalty", "format penalty", low=-1.0, high=0.0, step=0.05),
-        _control("turn_rewards", "penalty on the turn that earned it", choices=(True, False)),
-        _control("shaping.enable", "shaping", choices=(True, False)),
-        _control("shaping.alpha", "shaping, alpha", low=0.0, high=0.95, step=0.05),
-        _control("unsolved_groups", "groups that nobody solved", choices=get_args(words.UnsolvedGroups)),
-        _control("sparse_turn", "a turn pool that is too small", choices=get_args(words.SparseTurn)),
-        _control("min_pool", "smallest pool", low=2, high=16, step=1),
-        _control("truncated", "trajectories cut by a limit", choices=get_args(words.Truncated)),
-    ]
-
-
-def _control(name: str, label: str, **rest: Any) -> dict[str, Any]:
-    return {"name": name, "label": label, **rest}
-
-
-def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings of a run, from its flat config (`algorithm.gtpo.gamma`, ...); without one the defaults of GTPO."""
-    config = config or {}
-    known = {name: config.get(f"algorithm.gtpo.{name}", value) for name, value in _defaults().items() if name != "unit"}
-    estimator = config.get("algorithm.adv_estimator", "gtpo")
-    if estimator == "gtpo":
-        return {"unit": "turn"} | known
-    by_std = estimator == "grpo" and config.get("algorithm.norm_adv_by_std_in_grpo", True)
-    own = {"gamma": 1.0, "baseline": "group", "scale": "std" if by_std else "none"}
-    return {"unit": "trajectory"} | known | own | {"leave_one_out": estimator == "rloo"}
-
-
-def presets() -> dict[str, dict[str, Any]]:
-    """The settings of every method of the recipe (config/method), by name."""
-    found = {}
-    for path in sorted((_FOLDER / "config" / "method").glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())["algorithm"]
-        found[path.stem] = settings_of({f"algorithm.{key}": value for key, value in _flat(content).items()})
-    return found
-
-
-def _flat(node: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= {f"{key}.{k}": v for k, v in _flat(value).items()} if isinstance(value, Mapping) else {key: value}
-    return flat
-
-
-def _defaults() -> dict[str, Any]:
-    flat = _flat(asdict(GTPOOptions()))
-    return {"unit": "turn"} | {one["name"]: flat[one["name"]] for one in controls() if one["name"] != "unit"}
 
 
 def recompute(
@@ -115,26 +50,28 @@ def recompute(
 
     Raises ValueError naming the option that is wrong, SimilarityError when programs cannot be compared.
     """
-    options, unit = _options({**_defaults(), **settings}, config)
+    options, unit = _options({**defaults(), **settings}, config)
     taking_part = [i for i, row in enumerate(rows) if row["acc"] is not None and row["turns"]]
     members = [_trajectory(i, rows[i]) for i in taking_part]
     groups = [str(rows[i]["group"]) for i in taking_part]
     credit = assign_credit(members, groups, options, _Recorded(rows, options, codes))
     numbers = _numbers(credit, options, unit)
+    # One conversion each: asking a tensor for its numbers one by one takes most of the time of a step.
+    parts = {part: getattr(credit.rewards, part).tolist() for part in PARTS}
+    lists = {name: value.tolist() for name, value in numbers.items()}
+    shaped = (credit.outcomes + credit.rewards.shaping.sum(dim=1)).tolist()
+    counts, dropped = credit.turn_mask.sum(dim=1).tolist(), credit.dropped.tolist()
     answers: list[dict[str, Any]] = [{"dropped": False, "shaped": None, "turns": []} for _ in rows]
     for at, i in enumerate(taking_part):
-        answers[i]["dropped"] = bool(credit.dropped[at])
-        if not credit.dropped[at]:
-            count = int(credit.turn_mask[at].sum())
-            answers[i]["shaped"] = float(credit.outcomes[at] + credit.rewards.shaping[at].sum())
-            answers[i]["turns"] = [_turn(credit, numbers, at, k) for k in range(count)]
+        turns = [_turn(parts, lists, at, k) for k in range(counts[at])]
+        answers[i] = {"dropped": dropped[at], "shaped": None if dropped[at] else shaped[at], "turns": turns}
     return answers
 
 
 def _options(settings: Settings, config: Mapping[str, Any] | None) -> tuple[GTPOOptions, str]:
     unit = settings["unit"]
-    if unit not in ("turn", "trajectory"):
-        raise ValueError(f"unit: {unit!r} is not one of turn, trajectory")
+    if unit not in UNITS:
+        raise ValueError(f"unit: {unit!r} is not one of {', '.join(UNITS)}")
     nested: dict[str, Any] = {"shaping": {"similarity": {}}}
     for name, value in settings.items():
         if name == "unit":
@@ -198,7 +135,7 @@ def similarities(
     rows: Rows, config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
 ) -> list[dict[int, float] | None]:
     """`similar` of every row, the missing ones computed: what an exported page needs to switch shaping on."""
-    options, _ = _options(_defaults(), config)
+    options, _ = _options(defaults(), config)
     found: list[dict[int, float] | None] = [dict(row["similar"]) if row["similar"] else None for row in rows]
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -218,7 +155,7 @@ def similarities(
 
 
 def _numbers(credit: Credit, options: GTPOOptions, unit: str) -> dict[str, torch.Tensor]:
-    """(B, T) each. With `unit=trajectory` all turns of a row have the trajectory's numbers: verl's GRPO, Dr. GRPO, RLOO."""
+    """(B, T) each. With `unit=trajectory` all turns of a row have its numbers, as in verl's GRPO, Dr. GRPO and RLOO."""
     mask, groups = credit.turn_mask, credit.group_ids
     rewards = {part: getattr(credit.rewards, part) for part in PARTS}
     if unit == "trajectory":
@@ -227,7 +164,8 @@ def _numbers(credit: Credit, options: GTPOOptions, unit: str) -> dict[str, torch
         rewards = {part: value.sum(dim=1, keepdim=True) for part, value in rewards.items()}
     else:
         one, compared = mask, options
-    returns, advantages = turn_advantages(sum(rewards.values()), one, groups, compared, credit.solved)  # type: ignore[arg-type]
+    total = torch.stack(list(rewards.values())).sum(dim=0)
+    returns, advantages = turn_advantages(total, one, groups, compared, credit.solved)
     pool = _pool(returns, one, groups, compared)
     numbers = {"return": returns, "advantage": advantages} | pool
     for part, value in rewards.items():
@@ -271,13 +209,13 @@ def _pool(
     return out
 
 
-def _turn(credit: Credit, numbers: Mapping[str, torch.Tensor], row: int, turn: int) -> dict[str, Any]:
+def _turn(parts: Mapping[str, Any], numbers: Mapping[str, Any], row: int, turn: int) -> dict[str, Any]:
     def number(name: str) -> float | None:
-        value = float(numbers[name][row, turn])
+        value = numbers[name][row][turn]
         return None if value != value else value
 
     return {
-        "rewards": {part: float(getattr(credit.rewards, part)[row, turn]) for part in PARTS},
+        "rewards": {part: parts[part][row][turn] for part in PARTS},
         **{name: number(name) for name in ("return", "mean", "divisor", "count", "advantage")},
         "advantage_parts": {part: number(part) for part in PARTS},
     }

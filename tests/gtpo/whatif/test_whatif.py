@@ -1,4 +1,4 @@
-"""The viewer's what-if: the numbers are those that the run recorded, and the exported page's are those of the method."""
+"""What-if: the numbers are those that the run recorded, and the exported page's are those of the method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from composition import METHODS, compose
 from omegaconf import OmegaConf
 
-from recipe.gtpo import viewer_credit
+from recipe.gtpo import whatif
 from recipe.gtpo.experiments.draw_credit import EXAMPLE
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import Trajectory
@@ -40,27 +40,27 @@ CODES = [Trajectory.from_dict(record).code for record in RECORD]
 
 
 def advantages(**settings: Any) -> list[list[float]]:
-    answers = viewer_credit.recompute(ROWS, settings, None, lambda: CODES)
+    answers = whatif.recompute(ROWS, settings, None, lambda: CODES)
     return [[turn["advantage"] for turn in answer["turns"]] for answer in answers]
 
 
 def test_with_the_runs_own_settings_the_advantages_are_those_it_recorded():
-    for computed, record in zip(advantages(**viewer_credit.settings_of(None)), RECORD, strict=True):
+    for computed, record in zip(advantages(**whatif.settings_of(None)), RECORD, strict=True):
         assert computed == pytest.approx(record["advantages"], abs=1e-6)
 
 
 def test_as_grpo_every_turn_has_the_advantage_of_its_trajectory():
-    computed = advantages(**viewer_credit.presets()["grpo"])
+    computed = advantages(**whatif.presets()["grpo"])
     assert all(len({*turns}) == 1 for turns in computed)
     assert computed[7][0] == pytest.approx(0.79, abs=0.005)  # the README's picture
 
 
 def test_a_presets_settings_are_those_of_a_run_with_that_method():
-    presets = viewer_credit.presets()
+    presets = whatif.presets()
     assert sorted(presets) == METHODS
     for method in ("gtpo_turn_batch_std", "dr_grpo", "rloo"):
         config = compose(f"method={method}").algorithm
-        assert viewer_credit.settings_of(flatten({"algorithm": OmegaConf.to_container(config)})) == presets[method]
+        assert whatif.settings_of(flatten({"algorithm": OmegaConf.to_container(config)})) == presets[method]
 
 
 def test_every_option_of_the_method_can_be_changed_but_those_that_say_how_programs_are_compared():
@@ -69,13 +69,18 @@ def test_every_option_of_the_method_can_be_changed_but_those_that_say_how_progra
             yield from flat(value, f"{path}{name}.") if hasattr(value, "__dataclass_fields__") else [f"{path}{name}"]
 
     options = {name for name in flat(GTPOOptions()) if not name.startswith("shaping.similarity.")}
-    named = {control["name"] for control in viewer_credit.controls()} - {"unit"}
+    named = {control["name"] for control in whatif.controls()} - {"unit"}
     assert named == options - {"success_threshold"}  # the record has what became of it: `acc`
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"gamma": 2.0}, "gamma"), ({"unit": "token"}, "unit"), ({"gama": 0.5}, "gama"), ({"shaping.alpha": 1.0}, "alpha")],
+    [
+        ({"gamma": 2.0}, "gamma"),
+        ({"unit": "token"}, "unit"),
+        ({"gama": 0.5}, "gama"),
+        ({"shaping.alpha": 1.0}, "alpha"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -83,12 +88,10 @@ def test_settings_that_cannot_be_are_refused_by_name(settings, message):
 
 
 def test_missing_similarities_are_computed_from_the_code_and_then_recorded_ones_give_the_same():
-    similar = viewer_credit.similarities(ROWS, None, lambda: CODES)
+    similar = whatif.similarities(ROWS, None, lambda: CODES)
     recorded = [one | {"similar": found} for one, found in zip(ROWS, similar, strict=True)]
-    settings = viewer_credit.settings_of(None)
-    assert viewer_credit.recompute(recorded, settings, None, never) == viewer_credit.recompute(
-        ROWS, settings, None, lambda: CODES
-    )
+    settings = whatif.settings_of(None)
+    assert whatif.recompute(recorded, settings, None, never) == whatif.recompute(ROWS, settings, None, lambda: CODES)
 
 
 # -- the exported page ------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def random_settings(draw: random.Random) -> dict[str, Any]:
             return draw.randint(2, 6)
         return draw.choice([control["low"], control["high"], draw.uniform(control["low"], control["high"])])
 
-    return {control["name"]: value(control) for control in viewer_credit.controls()}
+    return {control["name"]: value(control) for control in whatif.controls()}
 
 
 def agree(a: Any, b: Any) -> bool:
@@ -132,21 +135,23 @@ def agree(a: Any, b: Any) -> bool:
 
 
 def test_the_exported_pages_formulas_are_the_methods_on_a_thousand_groups(tmp_path):
-    driver = pytest.importorskip("playwright._impl._driver", reason="needs the node of playwright (requirements/dev.txt)")
+    driver = pytest.importorskip(
+        "playwright._impl._driver", reason="needs the node of playwright (requirements/dev.txt)"
+    )
     node = Path(driver.compute_driver_executable()[0])
     draw = random.Random(16)
     cases = [(random_rows(draw), random_settings(draw)) for _ in range(1000)]
-    computed = [viewer_credit.recompute(rows, settings, None, never) for rows, settings in cases]
+    computed = [whatif.recompute(rows, settings, None, never) for rows, settings in cases]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     script = (
-        f"require({json.dumps(str(viewer_credit.JAVASCRIPT))}); const cases = JSON.parse(require('fs').readFileSync(0));"
+        f"require({json.dumps(str(whatif.JAVASCRIPT))}); const cases = JSON.parse(require('fs').readFileSync(0));"
         "console.log(JSON.stringify(cases.map(([rows, settings]) => viewerCredit.recompute(rows, settings))))"
     )
     with (tmp_path / "cases.json").open() as stdin:
         done = subprocess.run([node, "-e", script], stdin=stdin, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
-    assert sum(len(turn) for case in answers for turn in case) > 10_000
+    assert sum(len(row["turns"]) for case in answers for row in case) > 10_000
     wrong = [case for case, a, b in zip(cases, computed, answers, strict=True) if not agree(a, b)]
     assert not wrong, json.dumps(wrong[0])
 
@@ -155,6 +160,6 @@ def test_the_advantage_is_the_sum_of_its_parts():
     draw = random.Random(5)
     for _ in range(100):
         rows, settings = random_rows(draw), random_settings(draw)
-        for answer in viewer_credit.recompute(rows, settings, None, never):
+        for answer in whatif.recompute(rows, settings, None, never):
             for turn in answer["turns"]:
                 assert sum(turn["advantage_parts"].values()) == pytest.approx(turn["advantage"], rel=1e-3, abs=1e-3)

@@ -1,4 +1,4 @@
-// The formulas of viewer_credit.py for a page without a server, in the same order. A test compares the two.
+// The formulas of arithmetic.py for a page without a server, in the same order. A test compares the two.
 //
 //   recompute(rows, settings) -> one {dropped, shaped, turns: [{rewards, return, mean, divisor, count, advantage}]} a row
 //

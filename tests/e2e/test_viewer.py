@@ -24,21 +24,22 @@ PICTURE = [json.loads(line) for line in (ROOT / "docs" / "credit_group.jsonl").r
 SECONDS = 20  # for what a busy machine may take; everything is waited for, nothing is slept
 
 
-def executable(playwright) -> str | None:
-    """A Chromium of this machine: playwright's own, else the system's."""
-    own = playwright.chromium.executable_path
-    names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-    return own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+def launch(playwright) -> sync_api.Browser:
+    """The system's Chromium, else playwright's own. Skips, with what each said, where there is none that starts."""
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to run as root with it
+    said = []
+    for name in (*filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None):
+        try:
+            return playwright.chromium.launch(executable_path=name, args=sandbox)
+        except sync_api.Error as error:
+            said.append(f"{name or 'playwright'}: {str(error).strip().splitlines()[0]}")
+    pytest.skip(f"no Chromium starts here ({'; '.join(said)}): python -m playwright install chromium")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
     with sync_api.sync_playwright() as playwright:
-        path = executable(playwright)
-        if path is None:
-            pytest.skip("no Chromium: python -m playwright install chromium, or the system's package")
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses to run as root with it
-        browser = playwright.chromium.launch(executable_path=path, args=sandbox)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

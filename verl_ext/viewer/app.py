@@ -107,7 +107,7 @@ def _groups(run: Run, get: Any) -> dict[str, Any]:
 
 def _group(run: Run, get: Any) -> dict[str, Any]:
     number = int(get["id"])
-    return queries.group(run, number) | queries.neighbours(run, number)
+    return queries.group(run, number, get.get("q", "")) | queries.neighbours(run, number)
 
 
 def _what_if(run: Run, get: Any) -> dict[str, Any]:

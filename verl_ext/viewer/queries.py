@@ -138,17 +138,28 @@ def step_rows(run: Run, split: str, step: int) -> list[dict[str, Any]]:
     return [row | {"flags": _names(records.flags(row))} for row in run.rows(split, step)]
 
 
-def group(run: Run, number: int) -> dict[str, Any]:
-    """One group with the numbers of all its trajectories. Raises KeyError when it is not there."""
+def group(run: Run, number: int, text: str = "") -> dict[str, Any]:
+    """One group with the numbers of all its trajectories, and which of them have all words of `text` (`found`).
+
+    Raises KeyError when it is not there.
+    """
     with run.index.connect() as db:
         head = db.execute("SELECT * FROM groups WHERE id = ?", (number,)).fetchone()
     if head is None:
         raise KeyError(number)
     rows = [row for row in run.rows(head["split"], head["step"]) if row["grp"] == number]
+    found = _matching(run, [row["id"] for row in rows], text) if text.strip() else set()
     return dict(head) | {
         "flags": _names(head["flags"]),
-        "rows": [row | {"flags": _names(records.flags(row))} for row in rows],
+        "rows": [row | {"flags": _names(records.flags(row)), "found": row["id"] in found} for row in rows],
     }
+
+
+def _matching(run: Run, trajectories: Sequence[int], text: str) -> set[int]:
+    marks = ", ".join("?" * len(trajectories))
+    with run.index.connect() as db:
+        query = f"SELECT rowid FROM texts WHERE texts MATCH ? AND rowid IN ({marks})"
+        return {row[0] for row in db.execute(query, [match_expression(text), *trajectories])}
 
 
 def neighbours(run: Run, number: int) -> dict[str, int | None]:

@@ -105,6 +105,11 @@ def test_a_question_that_cannot_be_is_refused_by_name(run, question, message):
         queries.groups(run, **question)
 
 
+def test_an_opened_group_says_which_siblings_have_the_words(run):
+    assert [row["found"] for row in queries.group(run, 1, "so boxed")["rows"]] == [False, True, False]
+    assert not any(row["found"] for row in queries.group(run, 1)["rows"])
+
+
 def test_neighbours_follow_the_record(run):
     assert queries.neighbours(run, 1) == {"before": None, "after": 2}
     assert queries.neighbours(run, 2) == {"before": 1, "after": 3}

@@ -6,10 +6,11 @@ import { sign } from "./grid.jsx";
 import { useAnswer } from "./route.js";
 import { Code, Copy, Cut, Diff, Prose, start, visible } from "./text.jsx";
 
-export function Conversation({ run, row, k, rows, open, dark, most, choose }) {
+export function Conversation({ run, row, k, rows, open, dark, most, choose, words }) {
   const [talk, error] = useAnswer(() => get(`api/${run.run}/conversation`, { id: row.id }), [run.run, row.id]);
   const at = useRef();
   useEffect(() => { at.current?.querySelector(`[data-turn="${k}"]`)?.scrollIntoView({ block: "nearest" }); }, [k, talk]);
+  useEffect(() => mark(at.current, words), [talk, words, open, k]);
   if (!talk) return <p class="empty">{error ?? "reading …"}</p>;
   const where = { run: run.run, id: row.id };
   return (
@@ -26,6 +27,27 @@ export function Conversation({ run, row, k, rows, open, dark, most, choose }) {
       <Partners {...{ run, row, rows, talk }} />
     </section>
   );
+}
+
+// Paints what was searched for, without touching the text: the browser's own highlights.
+function mark(element, words = "") {
+  if (!element || !globalThis.Highlight) return;
+  CSS.highlights.delete("found");
+  const wanted = words.toLowerCase().replaceAll('"', " ").split(/\s+/).filter(Boolean);
+  if (!wanted.length) return;
+  const ranges = [], nodes = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+  while (nodes.nextNode() && ranges.length < 2000) {
+    const text = nodes.currentNode.data.toLowerCase();
+    for (const word of wanted) {
+      for (let at = text.indexOf(word); at >= 0 && ranges.length < 2000; at = text.indexOf(word, at + word.length)) {
+        const range = new Range();
+        range.setStart(nodes.currentNode, at);
+        range.setEnd(nodes.currentNode, Math.min(at + word.length, nodes.currentNode.length));
+        ranges.push(range);
+      }
+    }
+  }
+  CSS.highlights.set("found", new Highlight(...ranges));
 }
 
 function Fold({ title, open, kind, children }) {

@@ -29,7 +29,9 @@ function answer(data, [first, second], p) {
   const step = run.rows[`${group.split}/${group.step}`];
   if (second === "group") {
     const near = (by) => (run.groups[at + by]?.split === group.split ? run.groups[at + by].id : null);
-    return { ...group, rows: step.filter((row) => row.grp === group.id), before: near(-1), after: near(1) };
+    const words = wordsOf(p.q);
+    const found = (row) => words.length > 0 && has(run, row, words);
+    return { ...group, rows: step.filter((row) => row.grp === group.id).map((row) => ({ ...row, found: found(row) })), before: near(-1), after: near(1) };
   }
   if (second === "whatif") {
     const answers = globalThis.viewerCredit.recompute(step, JSON.parse(p.settings));
@@ -47,15 +49,20 @@ const ORDERS = {
   "least solved": (a, b) => a.solved / a.size - b.solved / b.size || a.id - b.id,
 };
 
+const wordsOf = (text) => (text ?? "").toLowerCase().replaceAll('"', " ").split(/\s+/).filter(Boolean);
+const has = (run, row, words) => {
+  const text = JSON.stringify(run.conversations[row.id]).toLowerCase();
+  return words.every((word) => text.includes(word));
+};
+
 function list(run, p) {
-  const words = (p.q ?? "").toLowerCase().split(/\s+/).filter(Boolean);
-  const texts = (g) => Object.values(run.rows[`${g.split}/${g.step}`]).filter((row) => row.grp === g.id)
-    .map((row) => JSON.stringify(run.conversations[row.id]).toLowerCase());
+  const words = wordsOf(p.q);
+  const rows = (g) => run.rows[`${g.split}/${g.step}`].filter((row) => row.grp === g.id);
   const found = run.groups.filter((g) =>
     g.split === (p.split ?? "train") &&
     (!p.step || g.step === Number(p.step)) &&
     [p.flag ?? []].flat().every((flag) => g.flags.includes(flag)) &&
-    (!words.length || texts(g).some((text) => words.every((word) => text.includes(word)))));
+    (!words.length || rows(g).some((row) => has(run, row, words))));
   found.sort(ORDERS[p.sort ?? "step"]);
   const offset = Number(p.offset ?? 0);
   return { total: found.length, groups: found.slice(offset, offset + PAGE) };

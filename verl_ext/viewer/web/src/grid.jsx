@@ -44,7 +44,7 @@ export function Grid({ rows, answers = null, most, dark, selected, choose, small
           const here = selected?.row === row.id;
           return (
             <tr class={here ? "here" : ""}>
-              <th scope="row">{(row.at ?? 0) + 1}</th>
+              <th scope="row" title={row.found ? "found by the search" : undefined}>{row.found && <span class="found">⌕</span>}{(row.at ?? 0) + 1}</th>
               <td class="outcome"><Outcome row={row} answer={answers?.[row.id]} /></td>
               {Array.from({ length: turns }, (_, k) => (
                 <td>{k < row.turns.length && <Cell row={row} k={k} {...{ answers, most, dark, widest, choose }} here={here && selected.turn === k} />}</td>))}

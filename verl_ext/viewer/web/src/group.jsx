@@ -13,7 +13,7 @@ const parse = (text) => { try { return JSON.parse(text); } catch { return null; 
 
 export function GroupView({ overview, run, route, dark }) {
   const id = Number(route.group);
-  const [group, error] = useAnswer(() => get(`api/${run.run}/group`, { id }), [run.run, id, run.revision]);
+  const [group, error] = useAnswer(() => get(`api/${run.run}/group`, { id, q: route.q }), [run.run, id, run.revision, route.q]);
   const settings = route.whatif ? parse(route.whatif) : null;
   const trains = group?.split === "train" && overview.controls.length > 0;
   const ask = (wanted) => (trains && wanted && group?.id === id ? get(`api/${run.run}/whatif`, { id, settings: JSON.stringify(wanted) }) : null);
@@ -23,7 +23,7 @@ export function GroupView({ overview, run, route, dark }) {
   const [open, setOpen] = useState(null);
 
   const rows = group ? sorted(group.rows, order) : [];
-  const row = rows.find((one) => String(one.id) === route.row) ?? rows[0];
+  const row = rows.find((one) => String(one.id) === route.row) ?? rows.find((one) => one.found) ?? rows[0];
   const k = Math.min(Number(route.turn ?? 0), Math.max(0, (row?.turns.length ?? 1) - 1));
   const choose = (which, turn) => go({ row: which, turn }, { replace: true });
 
@@ -33,7 +33,7 @@ export function GroupView({ overview, run, route, dark }) {
       const down = { j: 1, k: -1 }[detail] ?? 0, right = { ArrowRight: 1, ArrowLeft: -1 }[detail] ?? 0;
       if (!rows.length || !(down || right)) return;
       const now = read();
-      const at = Math.max(0, rows.findIndex((one) => String(one.id) === now.row));
+      const at = Math.max(0, rows.findIndex((one) => (now.row ? String(one.id) === now.row : one.id === row.id)));
       const next = rows[Math.max(0, Math.min(rows.length - 1, at + down))];
       choose(next.id, Math.max(0, Math.min(next.turns.length - 1, Number(now.turn ?? 0) + right)));
     };
@@ -72,7 +72,7 @@ export function GroupView({ overview, run, route, dark }) {
       </div>
      </div>
      <div class="pane">
-      {row && <Conversation key={row.id} {...{ run, row, k, rows, open, dark, most, choose }} />}
+      {row && <Conversation key={row.id} {...{ run, row, k, rows, open, dark, most, choose }} words={route.q} />}
      </div>
     </div>
   );

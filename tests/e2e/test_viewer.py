@@ -191,7 +191,7 @@ def test_a_page_follows_the_run(page, address, folder):
     page.goto(address)
     groups = page.locator("ol.groups button")
     expect(groups).to_have_count(4)
-    write(folder, {4: [trajectory("late", advantages=[])]})
+    write(folder, {4: [trajectory("late")]})
     try:
         expect(groups).to_have_count(5)
     finally:

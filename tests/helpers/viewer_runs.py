@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from verl_ext.records import VERSION
+
 
 def call(code: str, outcome: str = "ok", output: str = "7\n") -> dict[str, Any]:
     """A turn that calls the tool; everything of a turn that a test does not care about is filled in."""
@@ -33,16 +35,18 @@ def trajectory(
     tokens: int = 10,
     **extra: Any,
 ) -> dict[str, Any]:
-    """A line of `trajectories/<step>.jsonl`. Every turn has `tokens` tokens, with two that are not its own between."""
+    """A record (verl_ext/records). Every turn has `tokens` tokens, with two that are not its own between.
+
+    Args:
+        advantages: one a turn; None: none was assigned.
+    """
     placed = [turn | {"start": k * (tokens + 2), "end": k * (tokens + 2) + tokens} for k, turn in enumerate(turns)]
-    rewards = [-0.1 if turn["broken"] else 0.0 for turn in placed]
-    if rewards:
-        rewards[-1] += acc
+    for turn, advantage in zip(placed, advantages or [], strict=False):
+        turn["advantage"] = advantage
     return {
+        "version": VERSION,
         "group": group,
         "dropped": dropped,
-        "turn_rewards": [] if dropped else rewards,
-        "advantages": [] if dropped else (advantages if advantages is not None else [0.5] * len(turns)),
         "turns": placed,
         "finish": finish,
         "acc": acc,

@@ -8,11 +8,14 @@ deleted at any time. One process may fill it while others read.
 
 A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed
 run does steps again) is read again from its start. A line that is no record is counted (`files.skipped`) and said.
+
+`verl_ext.records.Reader` reads whole files; here a file is read on from where the last look ended, by bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sqlite3
@@ -20,8 +23,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import zstandard
+
+from verl_ext.records.files import SUFFIXES, step_of
+from verl_ext.records.reader import FOLDERS
+from verl_ext.records.schema import Record
 from verl_ext.viewer import records
 
 #: Changes whenever the tables or what is kept in them do: an index of another version is made anew.
@@ -33,7 +41,7 @@ _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE files (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, split TEXT, step INTEGER, read INTEGER, seen TEXT, last TEXT,
-    lines INTEGER, skipped INTEGER);
+    lines INTEGER, skipped INTEGER, why TEXT);
 CREATE TABLE groups (
     id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT, step INTEGER, label TEXT, prompt_key TEXT, prompt TEXT,
     size INTEGER, solved INTEGER, flags INTEGER, tokens INTEGER, top REAL, spread REAL, turns INTEGER,
@@ -65,7 +73,6 @@ class Index:
         folder = folder or default_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = folder / f"{hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:24]}.sqlite"
-        self.trajectories = self.run_dir / "trajectories"
         if self._version() != VERSION:
             self.path.unlink(missing_ok=True)
             with self.connect() as db:
@@ -99,48 +106,59 @@ class Index:
         """Read what is new; how many lines that was."""
         with self.connect() as db:
             known = {row["name"]: dict(row) for row in db.execute("SELECT * FROM files")}
-            there = {path.name: path for path in self.trajectories.glob("*.jsonl")}
+            there = {name: split for split, folder in FOLDERS.items() for name in self._names(folder)}
             for name in known.keys() - there.keys():
                 _forget(db, known[name]["id"])
             changed = 0
-            for name, path in sorted(there.items(), key=lambda item: (_step(item[0]), item[0])):
-                changed += self._update_file(db, path, known.get(name))
+            for name in sorted(there, key=lambda name: (step_of(Path(name)), name)):
+                changed += self._update_file(db, name, there[name], known.get(name))
         return changed
 
-    def _update_file(self, db: sqlite3.Connection, path: Path, known: dict[str, Any] | None) -> int:
+    def _names(self, folder: str) -> list[str]:
+        """The files of a folder that have a step for a name, as paths in the run folder."""
+        paths = (path for suffix in SUFFIXES for path in (self.run_dir / folder).glob(f"*{suffix}"))
+        return [f"{folder}/{path.name}" for path in paths if path.name.split(".")[0].isdecimal()]
+
+    def _update_file(self, db: sqlite3.Connection, name: str, split: str, known: dict[str, Any] | None) -> int:
         try:
-            status = path.stat()
+            status = (self.run_dir / name).stat()
             seen = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
             if known and known["seen"] == seen:
                 return 0
-            with path.open("rb") as file:
+            with self.open(name) as file:
                 if known and not _continues(file, known):
                     _forget(db, known["id"])
                     known = None
-                if known is None:
-                    known = self._new_file(db, path.name)
-                return self._read_lines(db, file, known, seen)
+            with self.open(name) as file:
+                return self._read_lines(db, file, known or _new_file(db, name, split), seen)
         except FileNotFoundError:  # deleted or replaced in between: the next update sees what is there then
             return 0
 
-    def _new_file(self, db: sqlite3.Connection, name: str) -> dict[str, Any]:
-        split = "val" if "val" in name else "train"
-        values = (name, split, _step(name), 0, "", "", 0, 0)
-        columns = "name, split, step, read, seen, last, lines, skipped"
-        db.execute(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-        return dict(db.execute("SELECT * FROM files WHERE name = ?", (name,)).fetchone())
+    def open(self, name: str) -> IO[bytes]:
+        """A file of the run folder, what is in it if it is compressed."""
+        path = self.run_dir / name
+        raw = path.open("rb")
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw)) if path.suffix == ".zst" else raw
 
-    def _read_lines(self, db: sqlite3.Connection, file: Any, known: dict[str, Any], seen: str) -> int:
-        file.seek(known["read"])
+    def line(self, name: str, start: int, length: int) -> bytes:
+        with self.open(name) as file:
+            _skip(file, start)
+            return file.read(length)
+
+    def _read_lines(self, db: sqlite3.Connection, file: IO[bytes], known: dict[str, Any], seen: str) -> int:
+        _skip(file, known["read"])
         touched: set[int] = set()
         began, new = time.monotonic(), 0
         for line in file:
             if not line.endswith(b"\n"):  # the writer may be in the middle of it
                 break
             try:
-                touched.add(self._add(db, known, line))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                record = records.parse(line, known["step"], known["split"])
+            except ValueError as error:
                 known["skipped"] += 1
+                known["why"] = known["why"] or f"line {known['lines'] + 1}: {str(error).splitlines()[0]}"
+            else:
+                touched.add(self._add(db, known, record, len(line)))
             known["read"] += len(line)
             known["lines"] += 1
             known["last"] = _digest(line)
@@ -151,26 +169,25 @@ class Index:
         self._save(db, known, touched, seen)
         return new
 
-    def _add(self, db: sqlite3.Connection, file: dict[str, Any], line: bytes) -> int:
-        record = json.loads(line)
+    def _add(self, db: sqlite3.Connection, file: dict[str, Any], record: Record, length: int) -> int:
         kept = records.numbers(record)
         group = self._group(db, file, record)
-        where = (file["id"], group, file["split"], file["step"], file["lines"], file["read"], len(line))
+        where = (file["id"], group, file["split"], file["step"], file["lines"], file["read"], length)
         row = db.execute(
             "INSERT INTO trajectories (file, grp, split, step, position, start, length, flags, kept) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*where, records.flags(kept), json.dumps(kept, separators=(",", ":"))),
         )
-        text = "\n".join(records.searchable(record)).encode("utf-8", "replace").decode()  # no lone surrogates
+        text = _utf8("\n".join(records.searchable(record)))
         db.execute("INSERT INTO texts (rowid, content) VALUES (?, ?)", (row.lastrowid, text))
         return group
 
-    def _group(self, db: sqlite3.Connection, file: dict[str, Any], record: dict[str, Any]) -> int:
-        key = (file["split"], file["step"], records.group_label(record))
+    def _group(self, db: sqlite3.Connection, file: dict[str, Any], record: Record) -> int:
+        key = (file["split"], file["step"], _utf8(record.group))
         found = db.execute("SELECT id FROM groups WHERE split = ? AND step = ? AND label = ?", key).fetchone()
         if found:
             return int(found[0])
-        head = records.prompt_head(record).encode("utf-8", "replace").decode()
+        head = _utf8(records.prompt_head(record))
         new = db.execute(
             "INSERT INTO groups (split, step, label, prompt_key, prompt) VALUES (?, ?, ?, ?, ?)",
             (*key, records.prompt_key(record), head),
@@ -181,28 +198,43 @@ class Index:
         for group in touched:
             _summarise(db, group)
         db.execute(
-            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ? WHERE id = ?",
-            (file["read"], seen, file["last"], file["lines"], file["skipped"], file["id"]),
+            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ? WHERE id = ?",
+            (file["read"], seen, file["last"], file["lines"], file["skipped"], _utf8(file["why"]), file["id"]),
         )
         db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (time.time_ns(),))
         db.commit()
 
 
-def _step(name: str) -> int:
-    digits = "".join(c for c in name if c.isdigit())
-    return int(digits or 0)
+def _utf8(text: str) -> str:
+    """Half a character (a lone surrogate) is no UTF-8, and SQLite takes nothing else."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _new_file(db: sqlite3.Connection, name: str, split: str) -> dict[str, Any]:
+    columns = "name, split, step, read, seen, last, lines, skipped, why"
+    values = (name, split, step_of(Path(name)), 0, "", "", 0, 0, "")
+    db.execute(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    return dict(db.execute("SELECT * FROM files WHERE name = ?", (name,)).fetchone())
+
+
+def _skip(file: IO[bytes], count: int) -> None:
+    """Go to a place in a file that was just opened; one that is compressed has to be read up to there."""
+    if file.seekable():
+        file.seek(count)
+    while not file.seekable() and count > 0 and (some := file.read(min(count, 1 << 20))):
+        count -= len(some)
 
 
 def _digest(line: bytes) -> str:
     return f"{len(line)} {hashlib.sha256(line).hexdigest()[:16]}"
 
 
-def _continues(file: Any, known: dict[str, Any]) -> bool:
+def _continues(file: IO[bytes], known: dict[str, Any]) -> bool:
     """Whether the file still holds what was read of it: its last read line stands where it stood."""
     if not known["last"]:
         return True
     length = int(known["last"].split()[0])
-    file.seek(known["read"] - length)
+    _skip(file, known["read"] - length)
     return _digest(file.read(length)) == known["last"]
 
 

@@ -45,6 +45,7 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for split, step in db.execute("SELECT DISTINCT split, step FROM groups ORDER BY split, step"):
                 steps.setdefault(split, []).append(step)
             lines, skipped = db.execute("SELECT TOTAL(lines), TOTAL(skipped) FROM files").fetchone()
+            why = db.execute("SELECT name, why FROM files WHERE skipped > 0 ORDER BY id LIMIT 1").fetchone()
             revision = db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()
         found.append(
             {
@@ -54,6 +55,7 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "steps": steps,
                 "trajectories": int(lines - skipped),
                 "skipped": int(skipped),
+                "why": why and f"{why['name']}, {why['why']}",
                 "revision": revision and revision[0],
                 "settings": run.settings,
                 "has_config": run.config is not None,
@@ -191,8 +193,15 @@ def what_if(run: Run, number: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def conversation(run: Run, trajectory: int, limit: int = TEXT_LIMIT) -> dict[str, Any]:
-    """All texts of a trajectory; one longer than `limit` is {"text": its start, "length": of all}."""
-    return _cut(records.conversation(run.record(trajectory)), limit)
+    """All texts of a trajectory; one longer than `limit` is {"text": its start, "length": of all}.
+
+    A turn whose log-probability gaps are recorded by token has `tokens`: [[text, gap], ...].
+    """
+    record = run.record(trajectory)
+    found = _cut(records.conversation(record), limit)
+    for turn, gaps in zip(found["turns"], records.gaps(record), strict=True):
+        turn["tokens"] = None if gaps is None else [(run.token(number), gap) for number, gap in gaps[:limit]]
+    return found
 
 
 def full_text(run: Run, trajectory: int, path: str) -> str:

@@ -1,4 +1,4 @@
-"""What the viewer reads in one recorded line: the only module that knows how a record spells it."""
+"""What the page needs of one recorded trajectory: the numbers that the index keeps, and the texts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from verl_ext.records.schema import Call, Record, Turn, upgrade
 
 #: What a reader can filter by; the value is the bit in the index.
 FLAGS = {
@@ -16,43 +18,58 @@ FLAGS = {
     "truncated": 16,
     "dropped": 32,
     "no answer": 64,
-    "all equal": 128,  # of a group: no return differs from another, so that it teaches nothing
+    "all equal": 128,  # of a group: no advantage is other than 0, so that it teaches nothing
 }
 _TRUNCATED = ("turn_limit", "length")
-#: Characters of a prompt that lists show.
-_HEAD = 240
+_DID_NOT_RUN = ("malformed", "over_limit")
+#: Characters of a prompt, and of an answer, that lists show.
+_HEAD, _ANSWER = 240, 80
 
 
-def numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the index keeps of a trajectory so that grid, ledger and what-if need no text."""
-    turns = [_turn(record, k) for k in range(len(record["turns"]))]
-    acc = record.get("acc")
+def parse(line: bytes, step: int, split: str) -> Record:
+    """A line of any version. Raises ValueError when it is none."""
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    try:
+        return Record.model_validate(upgrade({"step": step, "split": split, **found}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no record: {type(error).__name__} {error}") from error
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    """What the index keeps of a trajectory, so that grid, ledger and what-if need no text."""
     return {
-        "finish": record["finish"],
-        "acc": acc,
-        "outcome": acc if record.get("outcome") is None else record["outcome"],
-        "dropped": bool(record.get("dropped")),
-        "pred": str(record.get("pred") or "")[:80],
+        "finish": record.finish,
+        "acc": record.acc,
+        "outcome": record.acc if record.outcome is None else record.outcome,
+        "shaped": record.shaped,
+        "dropped": record.dropped,
+        "pred": record.pred[:_ANSWER],
+        "gold": None if record.gold is None else _text(record.gold)[:_ANSWER],
+        "session": record.session,
+        "index": record.index,
+        "weights": record.weights,
         "code": any(code.strip() for code in executed(record)),
-        "similar": None,
-        "turns": turns,
+        "partners": {partner.session: partner.similarity for partner in record.partners},
+        "turns": [_numbers_of(turn) for turn in record.turns],
     }
 
 
-def _turn(record: Mapping[str, Any], k: int) -> dict[str, Any]:
-    turn = record["turns"][k]
-    rewards, advantages = record.get("turn_rewards") or [], record.get("advantages") or []
+def _numbers_of(turn: Turn) -> dict[str, Any]:
     return {
-        "tokens": turn["end"] - turn["start"],
-        "broken": turn["broken"],
-        "calls": len(turn["calls"]),
-        "tools": [outcome["outcome"] for outcome in turn["outcomes"]],
-        "rewards": None,
-        "reward": rewards[k] if k < len(rewards) else None,
-        "return": None,
-        "mean": None,
-        "std": None,
-        "advantage": advantages[k] if k < len(advantages) else None,
+        "tokens": turn.end - turn.start,
+        "broken": turn.broken,
+        "calls": len(turn.calls),
+        "tools": [outcome.outcome for outcome in turn.outcomes],
+        "rewards": turn.rewards,
+        "reward": turn.reward,
+        "return": turn.return_,
+        "mean": turn.pool_mean,
+        "divisor": turn.divisor,
+        "advantage": turn.advantage,
+        "log_prob": turn.log_prob,
+        "gap": turn.log_prob_gap,
     }
 
 
@@ -60,83 +77,97 @@ def flags(kept: Mapping[str, Any]) -> int:
     """The bits of FLAGS that a trajectory (`numbers`) has."""
     turns = kept["turns"]
     tools = {outcome for turn in turns for outcome in turn["tools"]}
-    broken = {turn["broken"] for turn in turns}
     found = {
         "no first call": not turns or not turns[0]["calls"],
         "malformed": "malformed" in tools,
         "timeout": "timeout" in tools,
-        "tool error": bool(tools - {"ok", "malformed", "over_limit", "infra", "timeout"}),
+        "tool error": bool(tools - {"ok", "infra", "timeout", *_DID_NOT_RUN}),
         "truncated": kept["finish"] in _TRUNCATED,
         "dropped": kept["dropped"],
-        "no answer": "no_answer" in broken,
+        "no answer": any(turn["broken"] == "no_answer" for turn in turns),
     }
     return sum(FLAGS[name] for name, has in found.items() if has)
 
 
-def prompt(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def prompt(record: Record) -> list[dict[str, str]]:
     """The messages before the first turn."""
-    return [{"role": str(m.get("role", "")), "content": _text(m.get("content"))} for m in record.get("prompt") or []]
+    return [{"role": message.role, "content": _text(message.content)} for message in record.prompt or []]
 
 
-def prompt_head(record: Mapping[str, Any]) -> str:
+def prompt_head(record: Record) -> str:
     """The last thing the user said, shortened: how lists name a prompt."""
-    said = [m["content"] for m in prompt(record) if m["role"] == "user"]
+    said = [message["content"] for message in prompt(record) if message["role"] == "user"]
     return (said or [""])[-1][:_HEAD]
 
 
-def prompt_key(record: Mapping[str, Any]) -> str:
+def prompt_key(record: Record) -> str:
     """Equal for the same prompt in other steps and runs; "" where the record has no prompt."""
     messages = prompt(record)
-    return hashlib.sha256(json.dumps(messages).encode("utf-8", "replace")).hexdigest()[:16] if messages else ""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] if messages else ""
 
 
-def group_label(record: Mapping[str, Any]) -> str:
-    return str(record["group"])
-
-
-def executed(record: Mapping[str, Any]) -> list[str]:
+def executed(record: Record) -> list[str]:
     """The code that each turn ran: what shaping compares."""
-    return [_code(turn) for turn in record["turns"]]
+    return [
+        "\n".join(
+            str(call.arguments.get("code", ""))
+            for call, outcome in zip(turn.calls, turn.outcomes, strict=False)
+            if outcome.outcome not in _DID_NOT_RUN
+        )
+        for turn in record.turns
+    ]
 
 
-def _code(turn: Mapping[str, Any]) -> str:
-    pairs = zip(turn["calls"], turn["outcomes"], strict=False)
-    ran = [call for call, outcome in pairs if outcome["outcome"] not in ("malformed", "over_limit")]
-    return "\n".join(str(call["arguments"].get("code", "")) for call in ran)
-
-
-def searchable(record: Mapping[str, Any]) -> Iterator[str]:
+def searchable(record: Record) -> Iterator[str]:
     """Every text of a trajectory that search finds."""
     for message in prompt(record):
         yield message["content"]
-    for turn in record["turns"]:
-        yield turn["text"]
-        for outcome in turn["outcomes"]:
-            yield outcome["output"]
+    for turn in record.turns:
+        yield turn.text
+        for outcome in turn.outcomes:
+            yield outcome.output
 
 
-def conversation(record: Mapping[str, Any]) -> dict[str, Any]:
+def conversation(record: Record) -> dict[str, Any]:
     """All texts of a trajectory, as the page shows them."""
-    turns = []
-    for turn in record["turns"]:
-        calls = []
-        for k, call in enumerate(turn["calls"]):
-            outcome = turn["outcomes"][k] if k < len(turn["outcomes"]) else None
-            code = call["arguments"].get("code")
-            calls.append(
-                {
-                    "name": call["name"],
-                    "arguments": _text(code if code is not None else call["arguments"]),
-                    "language": "python" if code is not None else "json",
-                    "error": call["error"],
-                    "detail": call["detail"],
-                    "outcome": outcome and outcome["outcome"],
-                    "output": outcome and outcome["output"],
-                    "seconds": outcome and outcome["seconds"],
-                }
-            )
-        turns.append({"text": turn["text"], "calls": calls, "ended_by": turn.get("ended_by", "")})
-    return {"prompt": prompt(record), "gold": record.get("gold"), "fault": record.get("fault", ""), "turns": turns}
+    return {
+        "prompt": prompt(record),
+        "fault": record.fault,
+        "turns": [
+            {"text": turn.text, "ended_by": turn.ended_by, "calls": [_call(turn, k) for k in range(len(turn.calls))]}
+            for turn in record.turns
+        ],
+    }
+
+
+def _call(turn: Turn, k: int) -> dict[str, Any]:
+    call = turn.calls[k]
+    came = turn.outcomes[k] if k < len(turn.outcomes) else None
+    return {
+        "name": call.name,
+        **_arguments(call),
+        "error": call.error,
+        "detail": call.detail,
+        "outcome": came and came.outcome,
+        "output": came and came.output,
+        "seconds": came and came.seconds,
+    }
+
+
+def _arguments(call: Call) -> dict[str, str]:
+    """Code as code; other arguments as JSON."""
+    code = call.arguments.get("code")
+    if isinstance(code, str):
+        return {"arguments": code, "language": "python"}
+    return {"arguments": _text(call.arguments), "language": "json"}
+
+
+def gaps(record: Record) -> list[list[tuple[int, float]] | None]:
+    """By turn the (token id, rollout's log-probability minus the policy's) of each token; None where not recorded."""
+    return [
+        list(zip(turn.token_ids, turn.log_prob_gaps, strict=False)) if turn.token_ids and turn.log_prob_gaps else None
+        for turn in record.turns
+    ]
 
 
 def _text(value: Any) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from verl_ext.records.schema import Record
 from verl_ext.viewer import records
 from verl_ext.viewer.index import Index
 
@@ -46,23 +49,18 @@ class Run:
 
     # -- the record ----------------------------------------------------------------------------------------------------
 
-    def record(self, trajectory: int) -> dict[str, Any]:
-        """The whole line of a trajectory, by its number in the index. Raises KeyError when it is not there."""
+    def record(self, trajectory: int) -> Record:
+        """The whole record of a trajectory, by its number in the index. Raises KeyError when it is not there."""
         with self.index.connect() as db:
             where = db.execute(
-                "SELECT name, start, length FROM trajectories JOIN files ON files.id = file WHERE trajectories.id = ?",
+                "SELECT name, start, length, trajectories.step, trajectories.split "
+                "FROM trajectories JOIN files ON files.id = file WHERE trajectories.id = ?",
                 (trajectory,),
             ).fetchone()
         if where is None:
             raise KeyError(trajectory)
-        with (self.index.trajectories / where["name"]).open("rb") as file:
-            file.seek(where["start"])
-            return json.loads(file.read(where["length"]))
-
-    def step_records(self, split: str, step: int) -> Iterator[dict[str, Any]]:
-        """All lines of a step, in order."""
-        for row in self.rows(split, step):
-            yield self.record(row["id"])
+        line = self.index.line(where["name"], where["start"], where["length"])
+        return records.parse(line, where["step"], where["split"])
 
     def rows(self, split: str, step: int) -> list[dict[str, Any]]:
         """What the index keeps of every trajectory of a step, in order; the latest step asked for is kept."""
@@ -74,7 +72,7 @@ class Run:
             ).fetchall()
         key = (split, step, len(found), found[-1]["id"] if found else 0)
         if self._rows is None or self._rows[0] != key:
-            self._rows = (key, [_row(one, position) for position, one in enumerate(found)])
+            self._rows = (key, _rows(found))
         return self._rows[1]
 
     def recompute(self, split: str, step: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -83,7 +81,20 @@ class Run:
         return self.whatif.recompute(self.rows(split, step), settings, self.config, lambda: self.codes(split, step))
 
     def codes(self, split: str, step: int) -> list[str]:
-        return ["\n".join(c for c in records.executed(one) if c) for one in self.step_records(split, step)]
+        """What every trajectory of a step ran, all turns in order."""
+        found = (self.record(row["id"]) for row in self.rows(split, step))
+        return ["\n".join(code for code in records.executed(record) if code) for record in found]
+
+    def token(self, number: int) -> str:
+        """A token as text, where the policy's tokenizer lies where the run had it; else its number."""
+        if self._tokenizer is None:
+            return f"{number} "
+        return self._tokenizer.decode([number], skip_special_tokens=False)
+
+    @cached_property
+    def _tokenizer(self) -> Any | None:
+        path = Path(str((self.config or {}).get("actor_rollout_ref.model.path"))) / "tokenizer.json"
+        return Tokenizer.from_file(str(path)) if path.is_file() else None
 
     # -- where the gradient goes ---------------------------------------------------------------------------------------
 
@@ -128,13 +139,12 @@ class Run:
         return weights
 
 
-def _row(found: Any, position: int) -> dict[str, Any]:
-    kept = json.loads(found["kept"])
-    similar = kept["similar"]
-    return kept | {
-        "id": found["id"],
-        "position": position,  # by which `similar` names siblings
-        "grp": found["grp"],
-        "group": found["label"],
-        "similar": similar and {int(k): v for k, v in similar.items()},
-    }
+def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
+    """The index's rows of a step. `similar` names the siblings that shaping compared by their position in this list."""
+    rows = [json.loads(one["kept"]) | {"id": one["id"], "grp": one["grp"], "group": one["label"]} for one in found]
+    places = {(row["grp"], row["session"]): at for at, row in enumerate(rows)}
+    for at, row in enumerate(rows):
+        partners = {places.get((row["grp"], int(session))): value for session, value in row.pop("partners").items()}
+        partners.pop(None, None)  # a sibling that was not recorded
+        row |= {"position": at, "similar": partners or None}
+    return rows

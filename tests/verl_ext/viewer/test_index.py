@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from viewer_runs import EQUAL, FAULTY, HOSTILE, MIXED, hostile, trajectory, write
+import zstandard
+from viewer_runs import EQUAL, FAULTY, HOSTILE, MIXED, call, hostile, say, trajectory, write
 
 from verl_ext.viewer import queries
 from verl_ext.viewer.index import Index
 from verl_ext.viewer.runs import Run
 
 pytestmark = pytest.mark.unit
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "credit_group.jsonl"
 
 
 @pytest.fixture
@@ -44,8 +49,8 @@ def test_groups_have_their_trajectories_in_the_order_of_the_record(run):
 
 def test_a_line_is_read_once_its_end_is_there(run):
     run.update()
-    path = run.index.trajectories / "2.jsonl"
-    line = json.dumps(trajectory("late", advantages=[]))
+    path = run.path / "trajectories" / "2.jsonl"
+    line = json.dumps(trajectory("late"))
     with path.open("a") as file:
         file.write(line[:50])
     assert run.update() == 0
@@ -57,7 +62,7 @@ def test_a_line_is_read_once_its_end_is_there(run):
 
 def test_a_sibling_that_comes_later_joins_its_group(run):
     run.update()
-    with (run.index.trajectories / "1.jsonl").open("a") as file:
+    with (run.path / "trajectories" / "1.jsonl").open("a") as file:
         file.write(json.dumps(MIXED[0]) + "\n")
     run.update()
     (apples,) = queries.groups(run, step=1)["groups"]
@@ -66,11 +71,13 @@ def test_a_sibling_that_comes_later_joins_its_group(run):
 
 
 def test_a_line_that_is_no_record_is_counted_and_hides_no_other(run):
-    path = run.index.trajectories / "1.jsonl"
-    path.write_text('{"group": "torn' + "\n" + '{"no": "record"}' + "\n[]\n" + path.read_text())
+    path = run.path / "trajectories" / "1.jsonl"
+    newer = json.dumps({"version": 10**6})
+    path.write_text(f'{newer}\n{{"group": "torn\n{{"no": "record"}}\n[]\n{path.read_text()}')
     run.update()
     (said,) = queries.overview([run])["runs"]
-    assert (said["skipped"], said["trajectories"]) == (3, 9)
+    assert (said["skipped"], said["trajectories"]) == (4, 9)
+    assert said["why"].startswith("trajectories/1.jsonl, line 1: a record of version 1000000")
     assert queries.groups(run, step=1)["groups"][0]["size"] == 3
     talk = queries.conversation(run, queries.group(run, 1)["rows"][0]["id"])
     assert talk["turns"][1]["text"] == r"It is \boxed{7}."
@@ -89,10 +96,63 @@ def test_a_step_that_was_done_again_replaces_what_was_read(run, same_length):
 
 def test_what_a_resumed_run_deletes_is_gone(run):
     run.update()
-    (run.index.trajectories / "2.jsonl").unlink()
+    (run.path / "trajectories" / "2.jsonl").unlink()
     run.update()
     assert labels(run) == ["apples"] and labels(run, text="seven") == []
     assert queries.overview([run])["runs"][0]["steps"] == {"train": [1]}
+
+
+def test_validation_is_a_split_of_its_own(run):
+    (run.path / "validation").mkdir()
+    (run.path / "validation" / "1.jsonl").write_text(json.dumps(MIXED[0]) + "\n")
+    run.update()
+    assert queries.overview([run])["runs"][0]["steps"] == {"train": [1, 2], "validation": [1]}
+    assert labels(run, split="validation") == ["apples"]
+
+
+def test_a_compressed_file_is_read_like_a_plain_one(run):
+    run.update()
+    plain = [queries.conversation(run, row["id"]) for row in run.rows("train", 1)]
+    path = run.path / "trajectories" / "1.jsonl"
+    path.with_suffix(".jsonl.zst").write_bytes(zstandard.compress(path.read_bytes()))
+    path.unlink()
+    run.update()
+    assert [queries.conversation(run, row["id"]) for row in run.rows("train", 1)] == plain
+    assert queries.overview([run])["runs"][0]["trajectories"] == 9
+
+
+def test_a_record_of_before_this_schema_is_shown(tmp_path):
+    (tmp_path / "trajectories").mkdir()
+    shutil.copy(EXAMPLE, tmp_path / "trajectories" / "3.jsonl")
+    run = Run(tmp_path, None, tmp_path / "cache")
+    run.update()
+    recorded = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
+    rows = queries.group(run, 1)["rows"]
+    for row, record in zip(rows, recorded, strict=True):
+        assert [turn["advantage"] for turn in row["turns"]] == record["advantages"]
+        assert [turn["reward"] for turn in row["turns"]] == record["turn_rewards"]
+
+
+def test_whom_shaping_compared_with_is_named_by_the_place_in_the_step(tmp_path):
+    rows = [
+        trajectory("other", say("x"), session=0),
+        trajectory("mine", call("1"), say("x"), session=1, acc=1.0),
+        trajectory("mine", call("2"), say("x"), session=0, partners=[{"session": 1, "similarity": 0.25}]),
+        trajectory(
+            "mine", call("3"), say("x"), session=2, partners=[{"session": 7, "similarity": 0.5}]
+        ),  # not recorded
+    ]
+    run = Run(write(tmp_path, {1: rows}), None, tmp_path / "cache")
+    run.update()
+    assert [row["similar"] for row in run.rows("train", 1)] == [None, None, {1: 0.25}, None]
+
+
+def test_tokens_are_shown_with_their_gap_by_number_where_no_tokenizer_is_at_hand(tmp_path):
+    turn = say("ab") | {"token_ids": [5, 7], "log_prob_gaps": [0.0, -0.25]}
+    run = Run(write(tmp_path, {1: [trajectory("a", turn, say("c"))]}), None, tmp_path / "cache")
+    run.update()
+    first, second = queries.conversation(run, 1)["turns"]
+    assert first["tokens"] == [("5 ", 0.0), ("7 ", -0.25)] and second["tokens"] is None
 
 
 def test_a_folder_that_is_only_beginning_is_an_empty_run(tmp_path):

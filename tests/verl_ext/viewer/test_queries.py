@@ -65,7 +65,7 @@ def labels(run: Run, **question) -> list[str]:
     [
         ({}, ["apples", "pears", "plums"]),
         ({"step": 2}, ["pears", "plums"]),
-        ({"split": "val"}, []),
+        ({"split": "validation"}, []),
         ({"flags": ["timeout"]}, ["pears"]),
         ({"flags": ["no first call"]}, ["pears", "plums"]),
         ({"flags": ["no first call", "all equal"]}, ["plums"]),
@@ -187,7 +187,7 @@ def test_every_flag_has_a_bit_of_its_own():
 
 
 def test_a_trajectory_without_an_advantage_is_not_called_equal(tmp_path):
-    run = Run(write(tmp_path, {1: [trajectory("new", say("x"), advantages=[])]}), None, tmp_path / "cache")
+    run = Run(write(tmp_path, {1: [trajectory("new", say("x"))]}), None, tmp_path / "cache")
     run.update()
     assert queries.group(run, 1)["flags"] == ["no first call"]
     assert queries.group(run, 1)["rows"][0]["turns"][0]["advantage"] is None  # unassigned is not zero

@@ -71,7 +71,7 @@ export function App() {
         </nav>
         <span class="state">
           {run.trajectories.toLocaleString("en")} trajectories
-          {run.skipped > 0 && <strong class="bad"> · {run.skipped} lines are no records, left out</strong>}
+          {run.skipped > 0 && <strong class="bad" title={run.why}> · {run.skipped} lines are no records, left out</strong>}
           {error && <strong class="bad"> · not updated: {error}</strong>}
         </span>
         <button class="quiet" onClick={toggleDark} title="light or dark">{dark ? "☀ light" : "☾ dark"}</button>

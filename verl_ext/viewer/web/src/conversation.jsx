@@ -15,7 +15,7 @@ export function Conversation({ run, row, k, rows, open, dark, most, choose, word
   const where = { run: run.run, id: row.id };
   return (
     <section class="talk" ref={at}>
-      <h3>Trajectory {row.at + 1} <span class="faint">{row.finish.replaceAll("_", " ")}{row.weights !== null && row.weights !== undefined && ` · weights ${row.weights}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
+      <h3>Trajectory {row.at + 1} <span class="faint">{row.finish.replaceAll("_", " ")}{row.weights?.length > 0 && ` · weights of step ${[...new Set(row.weights)].join(" to ")}`}{row.index !== null && row.index !== undefined && ` · data row ${row.index}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
         <Copy text={() => JSON.stringify(talk, null, 1)} label="copy as JSON" /></h3>
       {talk.fault && <p><strong class="bad">{visible(talk.fault)}</strong></p>}
       {talk.prompt.map((message, m) => (
@@ -103,7 +103,7 @@ function Tokens({ tokens }) {
   return (
     <div class="prose tokens">
       {tokens.map(([text, gap]) => (
-        <span title={gap === null ? "no gap recorded" : `log p actor − log p rollout: ${signed(gap, 4)}`}
+        <span title={gap === null ? "no gap recorded" : `log p of the rollout − of the policy: ${signed(gap, 4)}`}
           style={gap ? { background: `color-mix(in srgb, var(--gap) ${Math.min(100, Math.round(Math.abs(gap) * 200))}%, transparent)` } : {}}>{visible(text)}</span>))}
     </div>
   );

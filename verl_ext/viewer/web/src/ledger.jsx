@@ -17,7 +17,7 @@ export function Ledger({ row, k, own, settings, answer }) {
   const whole = settings?.unit === "trajectory";
   const all = source?.turns.map((one) => Object.values(one.rewards).reduce((a, b) => a + b, 0));
   const gamma = settings?.gamma;
-  const divisor = counted?.divisor ?? (turn.std === null ? null : turn.std);
+  const divisor = of("divisor") ?? null;
   const computed = of("mean") === null || of("mean") === undefined || divisor === null ? null : (of("return") - of("mean")) / divisor;
   const advantage = answer ? counted?.advantage ?? null : turn.advantage;
   if (answer ? answer.dropped : row.dropped) {
@@ -31,7 +31,7 @@ export function Ledger({ row, k, own, settings, answer }) {
           {rewards && Object.entries(rewards).map(([part, value]) => (
             <tr class={value ? "" : "faint"}><th>{part}</th><td>{value === null || value === undefined ? "unassigned" : number(value)}</td>
               <td class="how">{part === "format" && turn.broken ? turn.broken.replaceAll("_", " ") : ""}
-                {part === "shaping" && value ? `alpha / |P| × sum of similarities` : ""}</td></tr>))}
+                {part === "shaping" && value ? "alpha / |P| × sum of similarities" : ""}</td></tr>))}
           <tr class="sum"><th>reward r</th><td>{reward === null || reward === undefined ? "unassigned" : number(reward)}</td><td class="how">{rewards ? "sum of its parts" : "parts not recorded"}</td></tr>
           <tr class="sum"><th>return R</th><td>{number(of("return"))}</td>
             <td class="how">{whole && all ? `sum over the trajectory: ${all.map(number).join(" + ")}`
@@ -43,6 +43,7 @@ export function Ledger({ row, k, own, settings, answer }) {
             <td class="how">{computed !== null && `(${number(of("return"))} − ${number(of("mean"))}) / ${number(divisor)} = ${signed(computed, 4)}`}
               {computed !== null && advantage !== null && (near(computed, advantage) ? <span class="right"> ✓</span>
                 : advantage === 0 ? <span class="faint"> · 0: the pool is flat or silenced</span> : <strong class="bad"> ≠ the record's</strong>)}</td></tr>
+          {!answer && turn.log_prob !== null && <tr><th>log-probability</th><td>{number(turn.log_prob)}</td><td class="how">mean of its tokens{turn.gap !== null && `; rollout and policy differ by ${turn.gap.toExponential(1)}`}</td></tr>}
           <tr><th>weight</th><td>{advantage === null || advantage === undefined ? "–" : number(Math.abs(advantage) * turn.tokens)}</td><td class="how">|A| × {turn.tokens} tokens</td></tr>
         </tbody>
       </table>

@@ -13,7 +13,7 @@ export function Runs({ overview }) {
           <tr>
             <th><a href={`#${new URLSearchParams({ run: run.run })}`}>{run.name}</a></th>
             <td>{Object.entries(run.steps).map(([split, steps]) => `${split}: ${steps.length}`).join(", ") || "none"}</td>
-            <td>{run.trajectories.toLocaleString("en")}{run.skipped > 0 && <strong class="bad"> ({run.skipped} lines left out)</strong>}</td>
+            <td>{run.trajectories.toLocaleString("en")}{run.skipped > 0 && <strong class="bad"> ({run.skipped} lines left out: {visible(run.why)})</strong>}</td>
             <td class="path">{visible(run.path)}</td>
           </tr>))}</tbody>
       </table></div>

@@ -14,5 +14,5 @@ for argument in "$@"; do [[ $argument == -m ]] && lanes=(); done
 if ((${#lanes[@]})) && ! command -v chromium >/dev/null; then
   timeout 120 "$python" -m playwright install --only-shell chromium >/dev/null 2>&1 || echo "tests: no browser to be had"
 fi
-# One thread a process: the tests start many processes on few cores.
-OMP_NUM_THREADS=1 exec "$python" -m pytest "${lanes[@]}" --durations=15 "$@"
+# Two tests at once, the trainings (tests/e2e) first; one thread a process: the tests start many processes on few cores.
+OMP_NUM_THREADS=1 exec "$python" -m pytest "${lanes[@]}" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 "$@"

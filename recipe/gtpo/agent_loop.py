@@ -35,6 +35,7 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.parsing import BREAK, THOUGHT, as_data, encode_data, opens_thought, read_tokens
 from recipe.gtpo.run.scoring import Score, ScoreError, load_score
+from recipe.gtpo.run.tools import call_tool
 from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
@@ -238,12 +239,8 @@ class GTPOAgentLoop(AgentLoopBase):
         tool = self.tools[call.name]
         began = time.perf_counter()
         try:
-            instance_id, _ = await tool.create()
-            try:
-                response, _, metrics = await tool.execute(instance_id, call.arguments)
-            finally:
-                await tool.release(instance_id)
-            text, outcome, detail = response.text or "", metrics.get("outcome", "ok"), metrics.get("detail", "")
+            text, metrics = await call_tool(tool, call.arguments)
+            outcome, detail = metrics.get("outcome", "ok"), metrics.get("detail", "")
             if not isinstance(outcome, str):
                 raise TypeError(f"its outcome is {outcome!r}, not a name")
         except Exception as e:

@@ -1,4 +1,4 @@
-"""verl's data set, with a number of its own for every row (`data.custom_cls`)."""
+"""verl's data set, with a number of its own for every row, and a count of those left out (`data.custom_cls`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ class NumberedDataset(RLHFDataset):
     With `rollout.full_determinism` a trajectory's seed is made of it. verl takes `extra_info.index`, or 0 where there
     is none: rows with the same one had the same seeds, and a question asked twice gave the same trajectories twice.
     """
+
+    too_long = (
+        0  # rows that verl left out: their prompt has more than data.max_prompt_length tokens, or no template fits
+    )
+
+    def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
+        kept = super().maybe_filter_out_long_prompts(dataframe)
+        self.too_long = len(dataframe) - len(kept)
+        if self.too_long and not len(kept):
+            raise ValueError(
+                f"all {self.too_long} rows of {', '.join(self.data_files)} have prompts of more than "
+                f"data.max_prompt_length={self.max_prompt_length} tokens: set it higher"
+            )
+        return kept
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = super().__getitem__(item)

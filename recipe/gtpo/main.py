@@ -33,6 +33,7 @@ from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
+from recipe.gtpo.run.watchdog import how_it_died  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 
@@ -208,8 +209,15 @@ def run(config: DictConfig) -> int:
         return _end(cause) if cause else _end("interrupted", status=130)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
-        cause = record.read_cause() or one_line(e)
+        cause = record.read_cause() or end_of(e)
         return _end(f"{cause} (whole report: {record.logs})")
+
+
+def end_of(error: Exception) -> str:
+    """Of an end that nobody wrote down. The trainer writes its own down, unless it is killed itself."""
+    if isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError):
+        return f"the trainer's process died: {how_it_died(error)}"
+    return one_line(error)
 
 
 def _end(cause: str, status: int = 1) -> int:

@@ -56,6 +56,7 @@ class GTPOTrainerMixin(_Trainer):
         super().__init__(config)
         self.record = RunRecord(config.run_dir)
         self._lost = 0  # trajectories of this start
+        self._too_long: dict[str, float] = {}  # rows that are no part of the data
         self._loaded_step = 0
         self._step_metrics: dict[str, Any] = {}
 
@@ -63,6 +64,31 @@ class GTPOTrainerMixin(_Trainer):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
         return buffer
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{len(self.train_dataset)} training rows are left of those with prompts of at most "
+                f"data.max_prompt_length={self.config.data.max_prompt_length} tokens, fewer than one batch of "
+                f"data.train_batch_size={self.config.data.train_batch_size}: set either otherwise"
+            )
+        self._too_long = {
+            "gtpo/data/too_long_total": float(getattr(self.train_dataset, "too_long", 0)),
+            "gtpo/validation/too_long_total": float(getattr(self.val_dataset, "too_long", 0)),
+        }
+
+    def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """Put the trajectories in the data's order first, where runs are to be equal bit for bit.
+
+        They come in the order in which they were done, which is chance, and a sum of floats depends on its order.
+        """
+        if self.config.actor_rollout_ref.rollout.full_determinism:
+            fields = ["index", "session_id"]
+            rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            places = list(zip(*(map(int, rows[name]) for name in fields), strict=True))
+            batch.reorder(sorted(range(len(places)), key=places.__getitem__))
+        return super()._balance_batch(batch, *args, **kwargs)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         began = time.perf_counter()
@@ -187,6 +213,7 @@ class GTPOTrainerMixin(_Trainer):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
+        metrics.update(self._too_long)
         metrics["gtpo/credit_share_of_step"] = metrics["gtpo/credit_seconds"] / timing_raw["step"]
         self.record.write_metrics(global_steps, metrics)
 

@@ -6,6 +6,8 @@ What is real in these rollouts and what is a fake: tests/helpers/scripted.py.
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import os
 
 import pytest
@@ -21,6 +23,7 @@ from scripted import (
     assert_leaves_the_loop,
     make_loop,
 )
+from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 
 from recipe.gtpo.method.turns import Finish, FormatReason
@@ -170,6 +173,31 @@ def test_a_tool_that_fails_by_itself_voids_the_trajectory(tokenizer, answer):
     assert rollout.trajectory.acc == 0.0  # it is dropped, not scored
     assert rollout.info["infra"] == 1.0 and rollout.info["tool_error"] == 0.0
     assert rollout.tool.open == 0  # what was created is released
+
+
+def run_code(code):
+    if code == "server":
+        raise ConnectionError("no such pool")
+    return str(1 / int(code))
+
+
+async def run_code_later(code):
+    return run_code(code)
+
+
+@pytest.mark.parametrize("function", [run_code, run_code_later])
+@pytest.mark.parametrize(
+    ("code", "outcome", "text"),
+    [("2", "ok", "0.5"), ("0", "error", "Error: ZeroDivisionError: division by zero"), ("server", "infra", None)],
+)
+def test_verls_function_tools_run_and_what_they_raise_is_a_result(tokenizer, function, code, outcome, text):
+    tool = FunctionTool("python", function, FakePython().tool_schema, is_async=inspect.iscoroutinefunction(function))
+    said = f"<tool_call>{json.dumps({'name': 'python', 'arguments': {'code': code}})}</tool_call>"
+    rollout = Rollout(tokenizer, [said, RIGHT], tool)
+    assert rollout.outcomes[0] == [outcome]
+    assert (rollout.trajectory.finish is Finish.INFRA) == (text is None)
+    if text is not None:
+        assert text in rollout.context[0]
 
 
 def test_a_tool_that_cannot_be_created_voids_the_trajectory(tokenizer):

@@ -457,6 +457,53 @@ def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
     assert line["metrics"]["gtpo/acc/mean"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("determinism", [True, False])
+def test_rows_of_a_reproducible_run_are_in_the_datas_order(queue, tmp_path, determinism):
+    """Prompt by prompt, rollout by rollout; tokens and tags stay with their row."""
+
+    class Balancing(PPOTrainerSync):  # verl's own asks the workers how many they are
+        def _balance_batch(self, batch, metrics):
+            return batch
+
+    class Trainer(GTPOTrainerMixin, Balancing):
+        base_mode = "sync"
+
+    came = {"u_1_0": 7, "v_0_0": 12, "w_2_0": 3, "u_0_0": 7}
+    batch = put(queue, dict.fromkeys(came, "SOLVED"), **{key: {"index": index} for key, index in came.items()})
+    for key, tag in zip(batch.keys, batch.tags, strict=True):
+        tag["key"] = key
+    config = compose()
+    config.run_dir = str(tmp_path)
+    config.actor_rollout_ref.rollout.full_determinism = determinism
+    batch = Trainer(config)._balance_batch(batch, metrics={})
+    assert batch.keys == (["w_2_0", "u_0_0", "u_1_0", "v_0_0"] if determinism else list(came))
+    assert [tag["key"] for tag in batch.tags] == batch.keys
+
+
+def test_rows_that_are_too_long_are_counted_and_must_leave_a_batch(tmp_path):
+    class Rows(list):
+        too_long = 3
+
+    class Loading(PPOTrainerSync):  # verl's own reads files
+        def _init_dataloader(self):
+            self.train_dataset, self.val_dataset = Rows([0] * 7), [0] * 2  # one of a class of the user's own
+            self.steps_per_epoch = 7 // self.config.data.train_batch_size
+
+    class Trainer(GTPOTrainerMixin, Loading):
+        base_mode = "sync"
+
+    config = compose()
+    config.run_dir, config.data.train_batch_size = str(tmp_path), 4
+    trainer = Trainer(config)
+    trainer._init_dataloader()
+    assert trainer._too_long == {"gtpo/data/too_long_total": 3.0, "gtpo/validation/too_long_total": 0.0}
+    config.data.train_batch_size = 8
+    with pytest.raises(
+        ValueError, match=r"7 training rows are left .* fewer than one batch of data.train_batch_size=8"
+    ):
+        trainer._init_dataloader()
+
+
 def test_validation_before_training_is_step_zero_and_later_ones_are_not_written_twice(tmp_path):
     class Validated(PPOTrainerSync):  # verl's own needs a cluster
         def _validate(self):

@@ -21,6 +21,8 @@ _SHOWN = {
     "infra": "gtpo/rows/infra_total",  # trajectories that the tool server failed: should be 0
     "lost": "gtpo/rows/lost_total",  # trajectories that something else of ours failed: should be 0
 }
+#: Said once, where there are any: rows whose prompt is longer than data.max_prompt_length (`dataset.py`).
+_TOO_LONG = {"training": "gtpo/data/too_long_total", "validation": "gtpo/validation/too_long_total"}
 _POLL_SECONDS = 0.5
 
 
@@ -35,6 +37,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm | None = None
+        self._warned = False
         before = record.read_metrics()
         self._seen = before[-1]["step"] if before else -1
 
@@ -62,16 +65,26 @@ class Progress:
             if step <= self._seen:
                 continue
             self._seen = step
+            if "not_finite" in line:
+                named = ", ".join(f"{key} is {what}" for key, what in line["not_finite"].items())
+                self._print(f"warning: step {step}: {named}")
             validation = validation_accuracy(metrics)
             if validation is not None:
                 self._print(f"step {step}: held-out accuracy {validation:.3f}")
             shown = {name: metrics[key] for name, key in _SHOWN.items() if key in metrics}
             if not shown:
                 continue
+            self._warn(metrics)
             if self._bar is None:
                 self._bar = tqdm(total=self._total, initial=step - 1, desc="training", unit="step", file=self._out)
             self._bar.set_postfix_str(" ".join(f"{k}={v:.3g}" for k, v in shown.items()), refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def _warn(self, metrics: Mapping[str, float]) -> None:
+        left_out = [f"{metrics[key]:.0f} {what} rows" for what, key in _TOO_LONG.items() if metrics.get(key)]
+        if left_out and not self._warned:
+            self._print(f"warning: {' and '.join(left_out)} are left out: prompts longer than data.max_prompt_length")
+        self._warned = True
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

@@ -3,7 +3,8 @@
     run_dir/
         config.json                the config of its first start, flat: the folder belongs to it (identity.py)
         versions.json              packages, commit, machine, seed, command: one entry a start
-        metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0
+        metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0;
+                               a number that JSON has not: "not_finite": {"actor/grad_norm": "nan"} in that line
         trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
         checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
                                    between the checkpoint and the step's line, the next start makes the line of them
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -85,11 +87,11 @@ class RunRecord:
                 "packages": {name: version for name in _PACKAGES if (version := _version(name))},
             }
         )
-        _replace(self._versions, json.dumps(starts, indent=2))
+        _replace(self._versions, _json(starts, indent=2))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
-        _replace(self._config, json.dumps(config, indent=1))
+        _replace(self._config, _json(config, indent=1))
 
     def read_config(self) -> dict[str, Any] | None:
         """None before the first start."""
@@ -110,12 +112,12 @@ class RunRecord:
     def write_traceback(self, text: str) -> None:
         """Of the latest start's command."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        (self.logs / "driver.txt").write_text(text)
+        (self.logs / "driver.txt").write_text(text, errors="backslashreplace")
 
     def write_cause(self, cause: str) -> None:
         """Keep the first cause only: what follows it is a consequence."""
         try:
-            with self._cause.open("x") as f:
+            with self._cause.open("x", errors="backslashreplace") as f:
                 f.write(cause + "\n")
         except FileExistsError:
             return
@@ -131,7 +133,7 @@ class RunRecord:
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values that are no numbers are left out: they belong to other records."""
-        line = json.dumps({"step": step, "metrics": _numbers(metrics)}) + "\n"
+        line = _json(_line(step, metrics)) + "\n"
         with self.metrics_path.open("ab+") as f:
             if f.tell() > 0:
                 f.seek(-1, os.SEEK_END)
@@ -147,7 +149,7 @@ class RunRecord:
     def write_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the validation of a run that only validates: its step has its line in metrics.jsonl already."""
         with self._evaluations.open("a") as f:
-            f.write(json.dumps({"step": step, "metrics": _numbers(metrics)}) + "\n")
+            f.write(_json(_line(step, metrics)) + "\n")
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         return list(self._lines(self._evaluations))
@@ -155,7 +157,7 @@ class RunRecord:
     def write_checkpoint_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """What is known of a step when it is saved: `complete` makes the line of it if the run dies before it does."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        _replace(self._checkpoint_metrics, json.dumps({"step": step, "metrics": _numbers(metrics)}))
+        _replace(self._checkpoint_metrics, _json(_line(step, metrics)))
 
     def forget_after(self, step: int) -> None:
         """Drop the lines and trajectories of later steps (-1: of all): a resumed run does these steps again.
@@ -164,7 +166,7 @@ class RunRecord:
         """
         if self.metrics_path.exists():
             lines = [line for line in self.read_metrics() if line["step"] <= step]
-            _replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+            _replace(self.metrics_path, "".join(_json(line) + "\n" for line in lines))
         for path in [*self._trajectories.glob("*.jsonl"), *self._trajectories.glob("*.tmp")]:
             if path.suffix == ".tmp" or int(path.stem) > step:
                 path.unlink()
@@ -185,13 +187,15 @@ class RunRecord:
 
     def _read_checkpoint_metrics(self) -> tuple[int, dict[str, float]]:
         saved = _read_json(self._checkpoint_metrics, dict)
-        return (-1, {}) if saved is None else (saved["step"], saved["metrics"])
+        if saved is None:
+            return -1, {}
+        return saved["step"], saved["metrics"] | {k: float(v) for k, v in saved.get("not_finite", {}).items()}
 
     def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]], *, more: bool = False) -> None:
         """Write the file of `step`, or add `more` rows to it."""
         self._trajectories.mkdir(exist_ok=True)
         before = self._step_file(step).read_text() if more else ""
-        _replace(self._step_file(step), before + "".join(json.dumps(row) + "\n" for row in rows))
+        _replace(self._step_file(step), before + "".join(_json(row) + "\n" for row in rows))
 
     def trajectory_steps(self) -> list[int]:
         """The steps whose trajectories were recorded, ascending."""
@@ -211,7 +215,7 @@ class RunRecord:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _replace(self._summary, json.dumps(summary, indent=2))
+        _replace(self._summary, _json(summary, indent=2))
 
     def read_summary(self) -> dict[str, Any] | None:
         """None until the run has ended well."""
@@ -278,15 +282,45 @@ def _read_json(path: Path, kind: type) -> Any:
     return found
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items() if _is_number(v)}
+def _line(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's line: its numbers, and the names of those that are not finite, which JSON cannot write."""
+    numbers = {key: number for key, value in metrics.items() if (number := _number(value)) is not None}
+    finite = {key: number for key, number in numbers.items() if math.isfinite(number)}
+    line: dict[str, Any] = {"step": step, "metrics": finite}
+    if len(finite) < len(numbers):
+        line["not_finite"] = {key: str(number) for key, number in numbers.items() if key not in finite}
+    return line
 
 
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> float | None:
+    if isinstance(value, (bool, str)):
+        return None
     try:
-        return not isinstance(value, (bool, str)) and float(value) == float(value)
-    except (TypeError, ValueError):
-        return False
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch: a tensor of several numbers
+        return None
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON, in ASCII: readers of other languages take it, and no text fails to be written.
+
+    Numpy's and torch's numbers and arrays become plain ones. A float that is not finite becomes its name.
+
+    Raises TypeError for an object of another class.
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))  # numpy's float64 is a float too
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value
 
 
 def _version(name: str) -> str | None:

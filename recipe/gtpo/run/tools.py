@@ -25,12 +25,24 @@ _PROGRAMS = (("1+1", "ok"), ("1/0", "error"))
 
 
 async def call_tool(tool: Any, arguments: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """What a tool of either of verl's kinds answers, and its metrics: a class with a life cycle, or a function."""
+    """What a tool of either of verl's kinds answers, and its metrics: a class with a life cycle, or a function.
+
+    A class says by its metrics that a program failed. A function can only raise for it: what it raises is a result
+    that the model sees, like a program's traceback, unless it is a connection or a time limit that failed.
+
+    Raises what a class raises, and ConnectionError or TimeoutError of a function: the tool is broken.
+    """
     from verl.tools.function_tool import FunctionTool, normalize_function_tool_return
 
     if isinstance(tool, FunctionTool):
-        response, _, metrics = normalize_function_tool_return(await tool.call(dict(arguments)))
-        return response.text or "", metrics
+        try:
+            returned = await tool.call(dict(arguments))
+        except (ConnectionError, TimeoutError, asyncio.TimeoutError):
+            raise
+        except Exception as e:
+            return f"Error: {one_line(e)}", {"outcome": "error"}
+        response, _, metrics = normalize_function_tool_return(returned)
+        return response.text or "", metrics or {}
     instance_id, _ = await tool.create()
     try:
         response, _, metrics = await tool.execute(instance_id, dict(arguments))

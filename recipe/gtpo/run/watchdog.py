@@ -66,7 +66,7 @@ class ActorWatch:
                 try:
                     ray.get(question)
                 except ray.exceptions.RayActorError as e:
-                    return f"the {name} died: {_how(e)}"
+                    return f"the {name} died: {how_it_died(e)}"
                 self._questions[_ask(handle)] = (name, handle)
             return None
 
@@ -89,7 +89,7 @@ def _nothing(_actor: Any) -> None:
     return None
 
 
-def _how(error: ray.exceptions.RayActorError) -> str:
+def how_it_died(error: ray.exceptions.RayActorError) -> str:
     """Ray's report as one short line: it has the process id and a kind of exit, among much advice."""
     text = str(error)
     found = {name: match[1] for name in ("pid", "Worker exit type") if (match := re.search(rf"{name}: (\w+)", text))}

@@ -92,6 +92,17 @@ def test_the_bar_shows_the_latest_step_and_validation_its_own_line(record):
     assert "2/4" in shown and "acc=0.75 turns=2.5" in shown
 
 
+def test_numbers_that_are_not_finite_and_rows_left_out_are_said(record):
+    out = io.StringIO()
+    left_out = {"gtpo/data/too_long_total": 3.0, "gtpo/validation/too_long_total": 0.0}
+    with Progress(record, total_steps=4, out=out):
+        record.write_metrics(1, training(0.5) | left_out)
+        record.write_metrics(2, training(0.5) | left_out | {"actor/grad_norm": float("nan")})
+    shown = out.getvalue()
+    assert shown.count("warning: 3 training rows are left out: prompts longer than data.max_prompt_length") == 1
+    assert shown.count("warning: step 2: actor/grad_norm is nan") == 1
+
+
 def test_a_resumed_run_goes_on_from_the_steps_it_has(record):
     record.write_metrics(0, validation(0.25))
     record.write_metrics(1, training(0.5))

@@ -70,11 +70,54 @@ def test_metrics_are_one_json_line_a_step(record):
     )
 
 
-def test_only_finite_or_infinite_numbers_are_metrics(record):
+def test_only_numbers_are_metrics(record):
     kept = {"int": 1, "numpy": np.float32(0.5), "tensor": torch.tensor(2.0)}
-    left_out = {"word": "1", "flag": True, "nan": float("nan"), "list": [1], "none": None, "vector": torch.ones(2)}
+    left_out = {"word": "1", "flag": True, "list": [1], "none": None, "vector": torch.ones(2)}
     record.write_metrics(1, kept | left_out)
     assert record.read_metrics() == [{"step": 1, "metrics": {"int": 1.0, "numpy": 0.5, "tensor": 2.0}}]
+
+
+def test_a_number_that_is_not_finite_is_named_in_strict_json(record):
+    """Also when the line is made of what the checkpoint was saved with."""
+    metrics = {"good": 1, "nan": np.float32("nan"), "far": float("inf"), "low": torch.tensor(-float("inf"))}
+    line = {"step": 1, "metrics": {"good": 1.0}, "not_finite": {"nan": "nan", "far": "inf", "low": "-inf"}}
+    record.write_metrics(1, metrics)
+    assert [strict(text) for text in record.metrics_path.read_text().splitlines()] == [line] == record.read_metrics()
+    record.forget_after(0)
+    record.write_checkpoint_metrics(1, metrics)
+    record.complete(1, {})
+    assert record.read_metrics() == [line]
+
+
+def test_files_are_strict_json_whatever_is_in_them(record, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main", "run_dir=\udcff"])  # a file name that is no UTF-8
+    value = {"array": np.arange(2), "number": np.float64(0.5), "whole": np.int64(3), "flag": np.bool_(True)}
+    value |= {"nan": float("nan"), "text": "lone \ud800", "pair": (1.0, -float("inf")), "tensor": torch.ones(1)}
+    plain = {"array": [0, 1], "number": 0.5, "whole": 3, "flag": True}
+    plain |= {"nan": "nan", "text": "lone \ud800", "pair": [1.0, "-inf"], "tensor": [1.0]}
+    record.write_config(value)
+    record.write_summary(value)
+    record.write_trajectories(1, [value])
+    record.write_start(seed=1)
+    assert record.read_config() == record.read_summary() == plain and record.read_trajectories(1) == [plain]
+    assert record.read_starts()[-1]["command"] == ["main", "run_dir=\udcff"]
+    for file in ("config.json", "summary.json", "trajectories/1.jsonl", "versions.json"):
+        strict((record.dir / file).read_bytes().decode("ascii"))
+
+
+def test_a_cause_with_any_text_is_written(record):
+    record.write_cause("lone \ud800")
+    record.write_traceback("lone \ud800")
+    assert record.read_cause() == "lone \\ud800"
+
+
+def strict(text):
+    """Raises ValueError for the words that Python reads and JSON has not."""
+
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def test_the_latest_line_of_a_step_wins_after_a_resume(record):

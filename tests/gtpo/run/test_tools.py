@@ -215,7 +215,8 @@ def test_function_tools_are_loaded_named_and_called(functions):
 def test_a_function_tool_that_raises_is_refused(functions, tmp_path):
     message = refusal(functions("raise RuntimeError('no backend')"))
     assert (
-        f"the tool 'python' ({tmp_path}/my_tools.py) failed a first call, of `1+1`: RuntimeError: no backend" in message
+        f"the tool 'python' ({tmp_path}/my_tools.py) failed a first call, of `1+1`: the outcome is error, not ok: "
+        "Error: RuntimeError: no backend" in message
     )
 
 

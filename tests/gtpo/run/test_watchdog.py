@@ -10,6 +10,7 @@ import time
 import pytest
 import ray
 
+from recipe.gtpo.main import end_of
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.watchdog import ActorWatch
 
@@ -53,6 +54,17 @@ def test_a_dead_actor_is_found_and_named(tmp_path):
     os.kill(pid, signal.SIGKILL)
     dead = watch.find_dead(timeout=30)
     assert dead is not None and dead.startswith("the rollout server died: ") and f"pid {pid}" in dead
+
+
+def test_the_last_line_names_a_trainer_that_was_killed():
+    """It wrote nothing down; Ray's own report has twenty lines, of which the first says little."""
+    trainer = BusyPart.remote()
+    pid = ray.get(trainer.pid.remote())
+    working = trainer.work.remote(60)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError) as caught:
+        ray.get(working, timeout=60)
+    assert end_of(caught.value).startswith("the trainer's process died: ") and f"pid {pid}" in end_of(caught.value)
 
 
 def test_a_busy_actor_is_not_dead(tmp_path):

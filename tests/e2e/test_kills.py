@@ -1,0 +1,164 @@
+"""Fifty kills: every process of a training run in turn, at random moments, without notice (SIGKILL).
+
+Each run then ends with the cause within a minute, or goes on. The last start trains to the end, and leaves what a run
+that nobody touched leaves. About an hour on two cores: `bash tests/run.sh -m slow tests/e2e/test_kills.py -s`.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import psutil
+import pytest
+from runs import Run, start
+
+from recipe.gtpo.run.record import RunRecord, latest_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
+
+KILLS = 50
+SECONDS = 60  # in which a run ends with the cause, or shows that it goes on
+LATEST = 15.0  # a kill comes so many seconds after its process was first seen, at most
+GOES_ON = 3  # steps after a kill that show it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of process: how its command line is told, and what the run's last line names when it ends of its death."""
+
+    name: str
+    title: str
+    named: str
+
+
+#: In the order in which they are killed, again and again. Ray titles its workers ray::Class.method.
+PARTS = (
+    Part("command", "-m recipe.gtpo.main", ""),  # killed itself, it says nothing
+    Part("trainer", "ray::GTPOTaskRunner", "the trainer's process died"),
+    Part("training worker", "ray::WorkerDict", "the training worker died"),
+    Part("rollout server", "ray::TransformersServer", "the rollout server died"),
+    Part("agent loop worker", "ray::AgentLoopWorkerTQ", "the agent loop worker died"),
+    Part("reward worker", "ray::RewardLoopWorker", "the reward worker died"),
+    Part("storage of TransferQueue", "ray::SimpleStorageUnit", "TransferQueue"),
+    Part("controller of TransferQueue", "ray::TransferQueueController", "TransferQueue"),
+    Part("tool server", "-m verl_ext.tool_server", "the tool server died"),
+    Part("process of the tool server", "verl_ext/tool_server/inside", ""),
+    Part("raylet", "raylet/raylet", "Ray"),
+    Part("Ray's control store", "gcs_server", "Ray"),
+    Part("Ray's log monitor", "log_monitor.py", ""),
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    part: str
+    seconds: float
+    end: str  # the last line, or "goes on"
+
+
+def test_whatever_dies_the_run_ends_with_the_cause_or_goes_on_and_comes_to_the_same(tmp_path):
+    chance = random.Random(1)
+    record = RunRecord(tmp_path / "run")
+    kills: list[Kill] = []
+    faults: list[str] = []
+    while len(kills) < KILLS:
+        with start(tmp_path, "trainer.total_training_steps=100000", "watchdog.poll_seconds=2") as run:
+            while run.process.poll() is None and len(kills) < KILLS:
+                part = PARTS[len(kills) % len(PARTS)]
+                kill = kill_one(run, part, chance.uniform(0, LATEST), faults)
+                kills.append(kill)
+                print(
+                    f"{len(kills):3} step {last_step(record):4} {kill.part:28} {kill.seconds:5.1f} s  {kill.end}",
+                    flush=True,
+                )
+    print(table(kills))
+    assert not faults, "\n".join(faults)
+
+    total = (latest_checkpoint(record.dir / "checkpoints") or 0) + 1
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for folder in (tmp_path, whole):
+        with start(folder, f"trainer.total_training_steps={total}") as run:
+            assert run.wait(3600) == 0, run.text()[-3000:]
+    assert contents(record) == contents(RunRecord(whole / "run"))
+
+
+def kill_one(run: Run, part: Part, delay: float, faults: list[str]) -> Kill:
+    """Kill the part when it is there, and see what comes of it; what should not come goes to `faults`."""
+    run.wait_until(lambda: find(run, part) is not None, 300)
+    deadline = time.monotonic() + delay
+    while time.monotonic() < deadline:
+        run.look()
+        time.sleep(0.1)
+    step = last_step(run.record)
+    process = find(run, part)
+    if process is None:  # one that ended by itself in the meantime
+        return Kill(part.name, 0.0, "it had ended")
+    process.kill()
+    began = time.monotonic()
+    while run.process.poll() is None and last_step(run.record) < step + GOES_ON:
+        run.look()
+        if time.monotonic() - began > SECONDS:
+            faults.append(f"{part.name}: neither an end nor a step after {SECONDS} s:\n{run.text()[-1500:]}")
+            run.process.kill()
+            run.process.wait(10)
+            break
+        time.sleep(0.1)
+    seconds = time.monotonic() - began
+    if run.process.poll() is None:
+        return Kill(part.name, seconds, "goes on")
+    if left := run.left_behind(SECONDS):
+        faults.append(f"{part.name}: left behind: {left}")
+    line = run.last_line() if run.text().strip() else ""
+    if part.name != "command" and not (line.startswith("gtpo: error: ") and part.named in line):
+        faults.append(f"{part.name}: the last line is {line!r}")
+    return Kill(part.name, seconds, "ends" if part.name == "command" else line)
+
+
+def find(run: Run, part: Part) -> psutil.Process | None:
+    try:
+        return run.find(part.title)
+    except AssertionError:
+        return None
+
+
+def last_step(record: RunRecord) -> int:
+    lines = record.read_metrics()
+    return lines[-1]["step"] if lines else -1
+
+
+def table(kills: list[Kill]) -> str:
+    by_part = defaultdict(list)
+    for kill in kills:
+        by_part[kill.part].append(kill)
+    rows = [
+        "| killed | times | the run ended | went on | seconds to the end: median, longest |",
+        "|---|---|---|---|---|",
+    ]
+    for part, some in by_part.items():
+        ended = [kill.seconds for kill in some if kill.end not in ("goes on", "it had ended")]
+        seconds = f"{statistics.median(ended):.0f}, {max(ended):.0f}" if ended else ""
+        went_on = sum(kill.end == "goes on" for kill in some)
+        rows.append(f"| {part} | {len(some)} | {len(ended)} | {went_on} | {seconds} |")
+    return "\n".join(rows)
+
+
+def contents(record: RunRecord) -> dict[int, object]:
+    """What must be equal, by step: the curve, and all trajectories (in any order: they come as they are done)."""
+    timeless = ("timing", "perf", "seconds", "share_of_step", "throughput", "mfu")
+    found: dict[int, object] = {}
+    for line in record.read_metrics():
+        numbers = {k: v for k, v in line["metrics"].items() if not any(word in k for word in timeless)}
+        step = line["step"]
+        rows = record.read_trajectories(step) if step else []
+        for row in rows:
+            row.pop("group")
+            for turn in row["turns"]:
+                for outcome in turn["outcomes"]:
+                    outcome.pop("seconds", None)
+        found[step] = (numbers, sorted(map(repr, rows)))
+    return found

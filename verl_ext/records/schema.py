@@ -1,0 +1,134 @@
+"""The record of one trajectory: one line of JSON, in this schema. `schema.json` beside this is the same as JSON Schema.
+
+None (null) is "was not assigned", which is not 0: a dropped trajectory and one of a validation have no reward by turn,
+no return and no advantage. Keys that a reader does not know are passed over, and those that an older record has not got
+have their defaults, so that a reader takes records of other versions; `VERSION` counts changes that need more.
+
+Versions:
+    0   has no key `version`: turn rewards and advantages in two lists beside the turns, nothing of the prompt
+    1   as below
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Message(_Part):
+    """A chat message. Its content may be a list of parts (text, images), as chat templates take it."""
+
+    role: str
+    content: Any
+
+
+class Call(_Part):
+    """A tool call as the policy wrote it."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+    error: str | None = Field(None, description="why it is no valid call; null: it is one")
+    detail: str = ""
+
+
+class Outcome(_Part):
+    """What became of the call at the same place in `Turn.calls`."""
+
+    outcome: str = Field(description="ok, error, timeout, ...: the tool's word; malformed, over_limit: it did not run")
+    output: str
+    seconds: float
+
+
+class Turn(_Part):
+    """What the policy wrote in one go, and what it earned."""
+
+    start: int = Field(description="first token, counted from the response's first")
+    end: int = Field(description="behind the last token")
+    text: str
+    calls: list[Call] = []
+    outcomes: list[Outcome] = []
+    broken: str | None = Field(None, description="how the turn breaks the format; null: it does not")
+    ended_by: str = Field("", description="the control token that ended it; empty: it was cut")
+    overrun: int = Field(
+        0, description="tokens that the server sampled behind that token; they are no part of the turn"
+    )
+    token_ids: list[int] | None = Field(None, description="end - start tokens, control tokens among them")
+    rewards: dict[str, float] | None = Field(
+        None, description="by part: outcome, shaping, format; they add up to reward"
+    )
+    reward: float | None = None
+    return_: float | None = Field(None, alias="return", description="discounted, of GTPO; null: another estimator")
+    pool_mean: float | None = Field(None, description="of the returns that this one is compared with")
+    pool_std: float | None = Field(None, description="standard deviation of the same")
+    divisor: float | None = Field(None, description="advantage = (return - pool_mean) / divisor, or 0 in a flat pool")
+    advantage: float | None = None
+    log_prob: float | None = Field(None, description="mean over its tokens, of the policy that is updated")
+    log_prob_gap: float | None = Field(None, description="mean of |rollout's - policy's| over its tokens")
+    log_prob_gaps: list[float] | None = Field(None, description="the same, token by token: rollout's - policy's")
+
+
+class Partner(_Part):
+    """A solved sibling whose code a failed trajectory's was compared with."""
+
+    session: int
+    similarity: float
+
+
+class Record(_Part):
+    """One trajectory of one step."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    version: int = 0
+    step: int | None = None
+    split: Literal["train", "validation"] = "train"
+    group: str = Field(description="equal for the trajectories of one prompt in one step")
+    session: int | None = Field(None, description="which of the group's rollouts")
+    index: int | None = Field(None, description="the row of the data")
+    data_source: str = ""
+    prompt: list[Message] | None = None
+    gold: Any = Field(None, description="the row's ground truth")
+    seed: int | None = Field(None, description="of the run")
+    weights: list[int] = Field([], description="the first and last step whose weights sampled it")
+    turns: list[Turn]
+    finish: str = Field(description="answer, turn_limit, length, infra, fault")
+    acc: float = Field(description="1: solved; never shaped")
+    pred: str = ""
+    outcome: float | None = Field(None, description="what the reward function said; null: acc")
+    shaped: float | None = Field(None, description="what the last turn's outcome and shaping add up to")
+    partners: list[Partner] = Field([], description="whom its code was compared with, to be shaped")
+    fault: str = ""
+    dropped: bool = Field(False, description="left out of the update: the tool server failed it, or truncated=drop")
+
+
+def upgrade(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of any version as one of this version.
+
+    Raises ValueError for a version that is newer than this reader.
+    """
+    version = line.get("version", 0)
+    if version > VERSION:
+        raise ValueError(f"a record of version {version}, and this reader knows {VERSION}: install a newer one")
+    if version == VERSION:
+        return dict(line)
+    rewards, advantages = line.get("turn_rewards") or [], line.get("advantages") or []
+    turns = [
+        turn
+        | ({"reward": rewards[k]} if k < len(rewards) else {})
+        | ({"advantage": advantages[k]} if k < len(advantages) else {})
+        for k, turn in enumerate(line["turns"])
+    ]
+    return {**line, "version": 0, "turns": turns}
+
+
+def json_schema() -> dict[str, Any]:
+    """`schema.json` beside this file: `python -m verl_ext.records --schema` prints it anew."""
+    return Record.model_json_schema()

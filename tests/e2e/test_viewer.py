@@ -157,7 +157,7 @@ def test_other_views_are_drawn(page, address):
     expect(page.locator(".plot canvas")).to_have_count(3)
     expect(page.locator("main")).to_contain_text("by reward part")
     page.goto(f"{address}#view=runs")
-    expect(page.locator("main")).to_contain_text("nothing to compare with")
+    expect(page.locator("main")).to_contain_text("Fewer than two runs with a config")
     page.locator("header button").first.click()
     theme = page.locator("html").get_attribute("data-theme")
     page.locator("header button").first.click()

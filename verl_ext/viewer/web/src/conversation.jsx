@@ -15,7 +15,7 @@ export function Conversation({ run, row, k, rows, open, dark, most, choose, word
   const where = { run: run.run, id: row.id };
   return (
     <section class="talk" ref={at}>
-      <h3>Trajectory {row.at + 1} <span class="faint">{row.finish.replaceAll("_", " ")}{row.weights?.length > 0 && ` · weights of step ${[...new Set(row.weights)].join(" to ")}`}{row.index !== null && row.index !== undefined && ` · data row ${row.index}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
+      <h3>Trajectory {row.at + 1} <span class="faint">ended by {row.finish.replaceAll("_", " ")}{row.weights?.length > 0 && ` · weights of step ${[...new Set(row.weights)].join(" to ")}`}{row.index !== null && row.index !== undefined && ` · data row ${row.index}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
         <Copy text={() => JSON.stringify(talk, null, 1)} label="copy as JSON" /></h3>
       {talk.fault && <p><strong class="bad">{visible(talk.fault)}</strong></p>}
       {talk.prompt.map((message, m) => (

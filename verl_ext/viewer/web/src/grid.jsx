@@ -92,7 +92,7 @@ export function Legend({ most, dark }) {
   return (
     <p class="legend" aria-hidden="true">
       <span>−{most.toFixed(1)}</span>
-      {[-1, -0.5, -0.2, 0, 0.2, 0.5, 1].map((v) => <i style={colour(v, 1, dark)} />)}
+      {[-1, -0.4, 0, 0.4, 1].map((v) => <i style={colour(v, 1, dark)} />)}
       <span>+{most.toFixed(1)}</span>
       <span>width: tokens</span>
       <span><i class="bar unassigned" /> unassigned</span><span><i class="bar zero" /> zero</span><span><i class="bar dropped" /> dropped</span>

@@ -7,7 +7,7 @@ import { Ledger } from "./ledger.jsx";
 import { Solved } from "./list.jsx";
 import { go, read, useAnswer } from "./route.js";
 import { Copy, visible } from "./text.jsx";
-import { WhatIf } from "./whatif.jsx";
+import { Methods, WhatIf } from "./whatif.jsx";
 
 const parse = (text) => { try { return JSON.parse(text); } catch { return null; } };
 
@@ -25,6 +25,7 @@ export function GroupView({ overview, run, route, dark }) {
   const rows = group ? sorted(group.rows, order) : [];
   const row = rows.find((one) => String(one.id) === route.row) ?? rows.find((one) => one.found) ?? rows[0];
   const k = Math.min(Number(route.turn ?? 0), Math.max(0, (row?.turns.length ?? 1) - 1));
+  const askIf = (next) => go({ whatif: next ? JSON.stringify(next) : "" }, { replace: true });
   const choose = (which, turn) => go({ row: which, turn }, { replace: true });
 
   useLayoutEffect(() => {
@@ -56,10 +57,11 @@ export function GroupView({ overview, run, route, dark }) {
           {group.flags.map((flag) => <span class="tag">{flag}</span>)}
         </p>
         <p class="row">
-          <button disabled={!group.before} onClick={() => go({ group: group.before, row: "", turn: "" })}>◂ before</button>
-          <button disabled={!group.after} onClick={() => go({ group: group.after, row: "", turn: "" })}>after ▸</button>
+          <button title="the group before" disabled={!group.before} onClick={() => go({ group: group.before, row: "", turn: "" })}>◂</button>
+          <button title="the group after" disabled={!group.after} onClick={() => go({ group: group.after, row: "", turn: "" })}>▸</button>
           <Copy text={() => location.href} label="copy link" />
-          {group.prompt_key && <a href={`#${new URLSearchParams({ run: run.run, view: "prompt", prompt: group.prompt_key, group: id })}`}>the same prompt in other runs and steps</a>}
+          {group.prompt_key && <a title="in other runs and steps" href={`#${new URLSearchParams({ run: run.run, view: "prompt", prompt: group.prompt_key, group: id })}`}>same prompt</a>}
+          {trains && <Methods {...{ overview, settings }} change={askIf} />}
           <label>order <select aria-label="order of siblings" value={order} onChange={(e) => setOrder(e.target.value)}>{orders.map((one) => <option>{one}</option>)}</select></label>
         </p>
       </div>
@@ -68,7 +70,7 @@ export function GroupView({ overview, run, route, dark }) {
       {group.split !== "train" && <p class="note">Validation: nothing is assigned, because nothing is trained on it.</p>}
       <div class="stack">
         {row?.turns.length > 0 && <Ledger row={row} k={k} own={own?.[row.id]} settings={shown ? settings : run.settings} answer={shown?.[row.id]} />}
-        {group.split === "train" && <WhatIf {...{ overview, run, settings }} error={whatifError} change={(next) => go({ whatif: next ? JSON.stringify(next) : "" }, { replace: true })} />}
+        {group.split === "train" && <WhatIf {...{ overview, run, settings }} error={whatifError} change={askIf} />}
       </div>
      </div>
      <div class="pane">

@@ -23,7 +23,7 @@ export function Runs({ overview }) {
         <div class="scroll"><table class="plain">
           <thead><tr><th>key</th>{runs.map((run) => <th>{run.name}</th>)}</tr></thead>
           <tbody>{differences.map(({ key, values }) => <tr><th>{key}</th>{values.map((value) => <td>{value === null ? <span class="faint">–</span> : visible(String(value))}</td>)}</tr>)}</tbody>
-        </table></div>) : <p class="empty">{runs.length > 1 ? "None." : "One run: nothing to compare with. Open several: python -m verl_ext.viewer RUN_DIR RUN_DIR"}</p>}
+        </table></div>) : <p class="empty">{runs.filter((run) => run.has_config).length > 1 ? "None." : "Fewer than two runs with a config: nothing to compare with. Open several: python -m verl_ext.viewer RUN_DIR RUN_DIR"}</p>}
     </main>
   );
 }

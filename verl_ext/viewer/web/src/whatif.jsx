@@ -1,21 +1,30 @@
 // Other options, same record: the grid takes the colours that they would have given.
-import { useEffect, useState } from "preact/hooks";
+
+const same = (a, b) => Object.keys({ ...a, ...b }).every((name) => a[name] === b[name]);
+
+// A whole other method, chosen beside the grid that it recolours.
+export function Methods({ overview, settings, change }) {
+  const names = Object.keys(overview.presets);
+  const chosen = settings ? names.find((name) => same(overview.presets[name], settings)) ?? "other" : "";
+  return (
+    <label>what if{" "}
+      <select aria-label="method" value={chosen} onChange={(e) => change(e.target.value ? { ...overview.presets[e.target.value] } : null)}>
+        <option value="">as this run</option>
+        {chosen === "other" && <option value="other">set below</option>}
+        {names.map((name) => <option>{name}</option>)}
+      </select>
+      {settings && <button class="quiet" onClick={() => change(null)}>back to the record</button>}
+    </label>
+  );
+}
 
 export function WhatIf({ overview, run, settings, change, error }) {
-  const [preset, setPreset] = useState("");
-  useEffect(() => { if (!settings) setPreset(""); }, [settings]);
   if (!overview.controls.length) return <section class="card"><h3>What if</h3><p class="note">No installed package answers what-if questions.</p></section>;
   const now = settings ?? run.settings;
   const set = (name, value) => change({ ...now, [name]: value });
   return (
     <section class="card whatif">
-      <h3>What if
-        <select aria-label="method" value={preset} onChange={(e) => { setPreset(e.target.value); change(e.target.value ? { ...overview.presets[e.target.value] } : null); }}>
-          <option value="">as this run</option>
-          {Object.keys(overview.presets).map((name) => <option>{name}</option>)}
-        </select>
-        {settings && <button class="quiet" onClick={() => change(null)}>back to the record</button>}
-      </h3>
+      <h3>What if</h3>
       {error && <p><strong class="bad">{error}</strong></p>}
       {!run.has_config && <p class="note">The run left no config.json: its settings are taken to be the defaults.</p>}
       <div class="controls">

@@ -14,7 +14,8 @@ const parse = (text) => { try { return JSON.parse(text); } catch { return null; 
 export function GroupView({ overview, run, route, dark }) {
   const id = Number(route.group);
   const [group, error] = useAnswer(() => get(`api/${run.run}/group`, { id, q: route.q }), [run.run, id, run.revision, route.q]);
-  const settings = route.whatif ? parse(route.whatif) : null;
+  const wanted = route.whatif ? parse(route.whatif) : null;
+  const settings = wanted && { ...run.settings, ...wanted };  // a link by hand may name one option only
   const trains = group?.split === "train" && overview.controls.length > 0;
   const ask = (wanted) => (trains && wanted && group?.id === id ? get(`api/${run.run}/whatif`, { id, settings: JSON.stringify(wanted) }) : null);
   const [own] = useAnswer(() => ask(run.settings), [group, trains]);

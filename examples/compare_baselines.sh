@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train methods x seeds (x horizons), then make a report: learning curves, paired differences, credit by turn.
 #
-#   bash examples/compare_baselines.sh                                          # gtpo and grpo, seeds 0 to 4
+#   bash examples/compare_baselines.sh                                          # methods=fair: 10 methods, seeds 0 to 4
 #   bash examples/compare_baselines.sh experiment=horizon6 parallel=2           # a published result
 #   bash examples/compare_baselines.sh methods=gtpo,grpo,gtpo_turn seeds=1..8 steps=40
 #   bash examples/compare_baselines.sh engine=twin seeds=1..16 parallel=2       # plain PyTorch, no verl: minutes a cell

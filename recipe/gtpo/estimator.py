@@ -1,9 +1,10 @@
-"""GTPO's advantage estimator, as verl's registry calls it: token rewards in, advantages and returns of tokens out.
+"""Our advantage estimators, as verl's registry calls them: token rewards in, advantages and returns of tokens out.
 
     token rewards -> turn rewards (`tokens.py`) -> returns, advantages (`advantage.py`) -> tokens (`tokens.py`)
 
 The registry passes neither turns nor outcomes, so a trainer that has recorded them hands them over with
-`recorded_turns`; without a record the turns are the runs of the response mask.
+`recorded_turns`; without a record GTPO's turns are the runs of the response mask. `ESTIMATORS` has the names: GTPO, and
+those that it is compared with which verl lacks or cannot feed. The latter need the record.
 
 Shapes: B rows (trajectories), L response tokens. `turn_ids` is (B, L) integer: the turn a token was generated in, -1
 for every other token. A row whose ids are all -1 (padding, a dropped trajectory) takes part in nothing.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
+from recipe.gtpo.method import rivals
 from recipe.gtpo.method.advantage import turn_advantages
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.pools import GroupIds
@@ -27,21 +29,34 @@ from recipe.gtpo.method.tokens import Runs, find_runs, spread_to_tokens, sum_rew
 
 logger = logging.getLogger(__name__)
 
-_Record: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]  # turn ids, solved
+
+class _Record(NamedTuple):
+    turn_ids: torch.Tensor
+    solved: torch.Tensor | None
+    states: torch.Tensor | None
+    parts: Mapping[str, torch.Tensor] | None
+
 
 _RECORDED: ContextVar[_Record | None] = ContextVar("gtpo_recorded_turns", default=None)
 
 
 @contextmanager
-def recorded_turns(turn_ids: torch.Tensor, solved: torch.Tensor | None = None) -> Iterator[None]:
-    """Hand the recorded turns to the `compute_gtpo_advantage` that verl calls inside the `with` block.
+def recorded_turns(
+    turn_ids: torch.Tensor,
+    solved: torch.Tensor | None = None,
+    states: torch.Tensor | None = None,
+    parts: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Hand the recorded turns to the estimator of ours that verl calls inside the `with` block.
 
     Args:
         turn_ids: (B, L), rows in the order of the batch. Another width than the rewards' is accepted when no turn is
             cut: missing columns count as -1, surplus ones must all be -1.
         solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
+        states: (B, T), `Credit.states`; needed only for GiGPO.
+        parts: name -> (B,), `Credit.reward_parts`; needed only for GDPO.
     """
-    token = _RECORDED.set((turn_ids, solved))
+    token = _RECORDED.set(_Record(turn_ids, solved, states, parts))
     try:
         yield
     finally:
@@ -87,24 +102,115 @@ def compute_gtpo_advantage(
     and when an option needs a record that is not there.
     """
     options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
-    # verl computes advantages on the CPU, and so do we: what lies on another device is moved here, the results back.
-    device = token_level_rewards.device
-    token_level_rewards, response_mask = _plain(token_level_rewards), _plain(response_mask)
     record = _RECORDED.get()
     if turn_ids is None and record is not None:
-        turn_ids, solved = record
+        turn_ids, solved = record.turn_ids, record.solved
     if turn_ids is None:
         _check_runs_on_the_mask(config, options, solved)
-    else:
-        turn_ids = _fit(turn_ids.cpu(), response_mask)
-
-    runs = find_runs(response_mask, turn_ids)
-    starts, turn_mask = turn_starts(runs)
-    _check_mask_inside_turns(runs)
-    turn_rewards = sum_rewards_by_turn(token_level_rewards, starts, turn_mask)
+    runs, turn_rewards, turn_mask = _rewards_by_turn(token_level_rewards, response_mask, turn_ids)
     solved = None if solved is None else solved.cpu()
     returns, advantages = turn_advantages(turn_rewards, turn_mask, index, options, solved)
+    device = token_level_rewards.device
     return spread_to_tokens(advantages, runs).to(device), spread_to_tokens(returns, runs).to(device)
+
+
+@torch.no_grad()
+@_one_thread()
+def compute_mt_grpo_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: GroupIds,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MT-GRPO (`rivals.mt_grpo`) on recorded turns; arguments, results and errors as of `compute_gtpo_advantage`."""
+    record = _record_for("mt_grpo")
+    runs, turn_rewards, turn_mask = _rewards_by_turn(token_level_rewards, response_mask, record.turn_ids)
+    advantages = spread_to_tokens(rivals.mt_grpo(turn_rewards, turn_mask, index), runs)
+    return (advantages.to(token_level_rewards.device),) * 2
+
+
+@torch.no_grad()
+@_one_thread()
+def compute_gigpo_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: GroupIds,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GiGPO (`rivals.gigpo`) on recorded turns and states, with `gamma` and `scale` of `algorithm.gtpo`; arguments,
+    results and errors as of `compute_gtpo_advantage`."""
+    record = _record_for("gigpo", "states")
+    options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
+    runs, turn_rewards, turn_mask = _rewards_by_turn(token_level_rewards, response_mask, record.turn_ids)
+    assert record.states is not None
+    found = rivals.gigpo(turn_rewards, turn_mask, index, record.states.cpu(), gamma=options.gamma, scale=options.scale)
+    return (spread_to_tokens(found, runs).to(token_level_rewards.device),) * 2
+
+
+@torch.no_grad()
+def compute_recorded_gdpo_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: GroupIds,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """verl's own GDPO on the recorded reward parts, which weigh the same.
+
+    verl's V1 trainers call it without the parts and without `prompts` and `attention_mask`, by which it finds each
+    row's last token (KeyError). It only sums a part over the row, so any token will do: the last column stands for it.
+    `token_level_rewards` is not read, by verl's function either; a KL term in it is refused at start-up.
+    """
+    # Not above: whoever imports this module first would then have verl load our plugin, which imports it half made.
+    from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage
+
+    parts = _record_for("recorded_gdpo", "parts").parts
+    assert parts is not None
+    rows = {
+        "prompts": response_mask.new_zeros(len(response_mask), 0),
+        "attention_mask": torch.ones_like(response_mask, dtype=torch.long),
+    }
+    advantages, returns = compute_gdpo_outcome_advantage(
+        token_level_rewards,
+        response_mask,
+        index,
+        config={"gdpo_reward_keys": list(parts)},
+        non_tensor_batch={name: part.cpu().numpy() for name, part in parts.items()},
+        batch=rows,
+    )
+    return advantages, returns
+
+
+#: What `plugin.py` makes known to verl, by the name of `algorithm.adv_estimator`.
+ESTIMATORS: Mapping[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "gtpo": compute_gtpo_advantage,
+    "mt_grpo": compute_mt_grpo_advantage,
+    "gigpo": compute_gigpo_advantage,
+    "recorded_gdpo": compute_recorded_gdpo_advantage,
+}
+
+
+def _record_for(estimator: str, field: str = "turn_ids") -> _Record:
+    record = _RECORDED.get()
+    if record is None or getattr(record, field) is None:
+        raise ValueError(
+            f"algorithm.adv_estimator={estimator} needs recorded turns: run it with recipe.gtpo's trainer "
+            "(trainer.v1.trainer_mode=gtpo_sync), which records them"
+        )
+    return record
+
+
+def _rewards_by_turn(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, turn_ids: torch.Tensor | None
+) -> tuple[Runs, torch.Tensor, torch.Tensor]:
+    """The runs of tokens, and (B, T) rewards and existence of turns.
+
+    verl computes advantages on the CPU, and so do we: what lies on another device is moved here.
+    """
+    token_level_rewards, response_mask = _plain(token_level_rewards), _plain(response_mask)
+    runs = find_runs(response_mask, None if turn_ids is None else _fit(turn_ids.cpu(), response_mask))
+    starts, turn_mask = turn_starts(runs)
+    _check_mask_inside_turns(runs)
+    return runs, sum_rewards_by_turn(token_level_rewards, starts, turn_mask), turn_mask
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,10 @@ import verl_ext.plugin  # noqa: F401  before verl: it settles its platform at th
 # isort: split
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
-from recipe.gtpo.estimator import compute_gtpo_advantage
+from recipe.gtpo.estimator import ESTIMATORS
 
-register_adv_est("gtpo")(compute_gtpo_advantage)
+for _name, _function in ESTIMATORS.items():
+    register_adv_est(_name)(_function)
 
 
 def assert_registered() -> None:
@@ -30,5 +31,6 @@ def assert_registered() -> None:
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()  # read as verl reads it
     if policy != "auto" and "gtpo" not in [name.strip() for name in policy.split(",")]:
         raise RuntimeError(f"VERL_USE_EXTERNAL_PLUGINS={policy!r} keeps verl from loading the gtpo plugin; unset it.")
-    if ADV_ESTIMATOR_REGISTRY.get("gtpo") is not compute_gtpo_advantage:
-        raise RuntimeError("another package has registered an advantage estimator named 'gtpo' with verl")
+    for name, function in ESTIMATORS.items():
+        if ADV_ESTIMATOR_REGISTRY.get(name) is not function:
+            raise RuntimeError(f"another package has registered an advantage estimator named {name!r} with verl")

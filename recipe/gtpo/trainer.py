@@ -2,8 +2,8 @@
 
     TransferQueue: trajectories -> `assign_credit` -> rm_scores (turn by turn) -> verl's own `_compute_advantage`
 
-One mixin for verl's sync, colocate_async and separate_async trainers. It serves the baselines too: their estimator sums
-the same rewards over the trajectory.
+One mixin for verl's sync, colocate_async and separate_async trainers. It serves the rivals too: their estimators read
+the same rewards, most of them summed over the trajectory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo.estimator import recorded_turns
+from recipe.gtpo.method.advantage import compare_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.method.tokens import at_turn_ends
+from recipe.gtpo.method.tokens import at_turn_ends, dense, mean_of_turns
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
 from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.trajectories import Numbers, Row, Writer, training_lines, validation_lines
 from verl_ext.plugin import trainer_base
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
@@ -54,7 +56,9 @@ class GTPOTrainerMixin(_Trainer):
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
         super().__init__(config)
-        self.record = RunRecord(config.run_dir)
+        self.record = RunRecord(config.run_dir, compress=config.trajectory_zstd)
+        self._writer = Writer(self.record)
+        self._validated = False  # a batch of the present validation has been recorded
         self._lost = 0  # trajectories of this start
         self._too_long: dict[str, float] = {}  # rows that are no part of the data
         self._loaded_step = 0
@@ -63,6 +67,16 @@ class GTPOTrainerMixin(_Trainer):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
+        sample = buffer.sample
+
+        def sample_and_record(global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+            # verl's `_validate` takes its rows here, and has cleared them when it is done.
+            batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            if partition_id == "val":
+                self._record_validation(batch)
+            return batch, metrics
+
+        buffer.sample = sample_and_record
         return buffer
 
     def _init_dataloader(self) -> None:
@@ -110,7 +124,7 @@ class GTPOTrainerMixin(_Trainer):
         turn_ids = credit.turn_ids(max(lengths))
         seconds = time.perf_counter() - began
 
-        with recorded_turns(turn_ids, credit.solved):
+        with recorded_turns(turn_ids, credit.solved, credit.states, credit.reward_parts):
             batch = super()._compute_advantage(batch, metrics)
 
         began = time.perf_counter()
@@ -124,7 +138,7 @@ class GTPOTrainerMixin(_Trainer):
         if "rollout_log_probs" in rows:
             metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
         if self.global_steps % self.config.trajectory_freq == 0:
-            self._record_trajectories(trajectories, credit, advantages)
+            self._record_training(batch, trajectories, credit, rows, advantages)
         metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
         return batch
 
@@ -188,6 +202,7 @@ class GTPOTrainerMixin(_Trainer):
         return super().step(metrics, timing_raw)
 
     def _save_checkpoint(self) -> None:
+        self._writer.wait()
         self.record.write_checkpoint_metrics(self.global_steps, self._step_metrics)
         super()._save_checkpoint()
 
@@ -196,6 +211,7 @@ class GTPOTrainerMixin(_Trainer):
         super().on_train_begin()
 
     def _validate(self) -> dict[str, float]:
+        self._validated = False
         try:
             metrics = super()._validate()
         except ValueError as e:
@@ -205,6 +221,7 @@ class GTPOTrainerMixin(_Trainer):
             raise RuntimeError(
                 "every validation rollout failed; the run's logs say why (the worker-*.err of AgentLoopWorkerTQ)"
             ) from e
+        self._writer.wait()
         if self.config.trainer.val_only:
             self.record.write_evaluation(self.global_steps, metrics)
         elif self.global_steps == self._loaded_step:  # before training; later ones come with their step's metrics
@@ -212,30 +229,70 @@ class GTPOTrainerMixin(_Trainer):
         return metrics
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch) -> None:
+        self._writer.wait()  # a step that has its line has its trajectories
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self._too_long)
         metrics["gtpo/credit_share_of_step"] = metrics["gtpo/credit_seconds"] / timing_raw["step"]
         self.record.write_metrics(global_steps, metrics)
 
-    def _record_trajectories(
-        self, trajectories: list[Trajectory | None], credit: Credit, advantages: torch.Tensor
+    def _record_training(
+        self,
+        batch: KVBatchMeta,
+        trajectories: list[Trajectory | None],
+        credit: Credit,
+        rows: TensorDict,
+        adv: torch.Tensor,
     ) -> None:
-        rewards = credit.rewards.combined
-        self.record.write_trajectories(
+        """`rows`: the fields of the step that verl has computed by now."""
+        returns, compared = None, None
+        if self.config.algorithm.adv_estimator == "gtpo":
+            rewards, solved = credit.rewards.combined, credit.solved
+            returns, compared = compare_turns(rewards, credit.turn_mask, credit.group_ids, self.options, solved)
+        log_probs, gaps = None, None
+        if "old_log_probs" in rows:
+            by_token = dense(rows["old_log_probs"])
+            log_probs = mean_of_turns(by_token, credit.turn_ids(by_token.shape[1]), credit.turn_mask.shape[1])
+            if "rollout_log_probs" in rows:
+                gaps = [a - b for a, b in zip(rows["rollout_log_probs"], rows["old_log_probs"], strict=True)]
+        lines = training_lines(
             self.global_steps,
-            (
-                {
-                    "group": credit.group_ids[i],
-                    "dropped": bool(credit.dropped[i]),
-                    "turn_rewards": rewards[i][credit.turn_mask[i]].tolist(),
-                    "advantages": advantages[i][credit.turn_mask[i]].tolist(),
-                    **trajectory.to_dict(),
-                }
-                for i, trajectory in enumerate(trajectories)
-                if trajectory is not None
-            ),
-            more=self.local_trigger_step > 0,  # separate_async may make several updates a step
+            self.config.seed,
+            trajectories,
+            describe_rows(batch),
+            Numbers(credit, returns, compared, adv, log_probs, gaps),
         )
+        # separate_async may make several updates a step
+        self._writer.write(self.global_steps, lines, more=self.local_trigger_step > 0)
+
+    def _record_validation(self, batch: KVBatchMeta) -> None:
+        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        found = read_trajectories(batch, list(fields["extra_fields"]))
+        real = [(trajectory, row) for trajectory, row in zip(found, describe_rows(batch), strict=True) if trajectory]
+        if real:
+            trajectories, rows = zip(*real, strict=True)
+            lines = validation_lines(self.global_steps, self.config.seed, trajectories, rows)
+            self._writer.write(self.global_steps, lines, split="validation", more=self._validated)
+            self._validated = True  # the data may come in several batches
+
+
+def describe_rows(batch: KVBatchMeta) -> list[Row]:
+    """Where every row comes from. The agent loop's worker stores the row of the data set beside what came of it."""
+    fields = ["raw_prompt", "reward_model", "data_source", "index", "responses"]
+    stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    columns = {name: list(stored[name]) for name in fields if name in stored}
+    return [
+        Row(
+            group=key.rsplit("_", 2)[0],
+            session=int(key.rsplit("_", 2)[1]),
+            index=int(columns["index"][i]) if "index" in columns else None,
+            data_source=str(columns["data_source"][i]) if "data_source" in columns else "",
+            prompt=list(columns["raw_prompt"][i]) if "raw_prompt" in columns else None,
+            gold=columns["reward_model"][i].get("ground_truth") if "reward_model" in columns else None,
+            weights=[step for name in ("min", "max") if (step := tag.get(f"{name}_global_steps")) is not None],
+            token_ids=columns["responses"][i].tolist() if "responses" in columns else None,
+        )
+        for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True))
+    ]
 
 
 def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Trajectory | None]:

@@ -37,16 +37,17 @@ class Part:
 
 #: In the order in which they are killed, again and again. Ray titles its workers ray::Class.method.
 PARTS = (
-    Part("command", "-m recipe.gtpo.main", ""),  # killed itself, it says nothing
-    Part("trainer", "ray::GTPOTaskRunner", "the trainer's process died"),
+    Part("command", "", ""),  # killed itself, it says nothing
+    Part("trainer", "ray::TaskRunnerV1", "the trainer's process died"),
     Part("training worker", "ray::WorkerDict", "the training worker died"),
     Part("rollout server", "ray::TransformersServer", "the rollout server died"),
     Part("agent loop worker", "ray::AgentLoopWorkerTQ", "the agent loop worker died"),
     Part("reward worker", "ray::RewardLoopWorker", "the reward worker died"),
+    Part("balancer of the rollout servers", "ray::GlobalRequestLoadBalancer", ""),
     Part("storage of TransferQueue", "ray::SimpleStorageUnit", "TransferQueue"),
     Part("controller of TransferQueue", "ray::TransferQueueController", "TransferQueue"),
     Part("tool server", "-m verl_ext.tool_server", "the tool server died"),
-    Part("process of the tool server", "verl_ext/tool_server/inside", ""),
+    Part("process of the tool server", "zygote.main(", ""),
     Part("raylet", "raylet/raylet", "Ray"),
     Part("Ray's control store", "gcs_server", "Ray"),
     Part("Ray's log monitor", "log_monitor.py", ""),
@@ -120,6 +121,8 @@ def kill_one(run: Run, part: Part, delay: float, faults: list[str]) -> Kill:
 
 
 def find(run: Run, part: Part) -> psutil.Process | None:
+    if part.name == "command":
+        return psutil.Process(run.process.pid)
     try:
         return run.find(part.title)
     except AssertionError:

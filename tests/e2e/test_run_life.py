@@ -18,6 +18,7 @@ from runs import Run, start
 from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run.progress import validation_accuracy
 from recipe.gtpo.run.record import RunRecord, latest_checkpoint
+from verl_ext.records import Reader
 
 pytestmark = pytest.mark.e2e
 
@@ -104,7 +105,7 @@ def test_the_last_start_trains_to_the_end_and_leaves_the_record_of_one_run(life)
     for line in lines:
         step, metrics = line["step"], line["metrics"]
         assert step == 0 or "gtpo/acc/mean" in metrics
-        assert validation_accuracy(metrics) is not None or (step % 2 and step < total)  # trainer.test_freq=2
+        assert validated(line) or (step % 2 and step < total)  # trainer.test_freq=2
     metrics = lines[-1]["metrics"]
     assert metrics["training/rollout_probs_diff_mean"] < 1e-4  # the sampler has the policy's weights
     assert metrics["actor/grad_norm"] >= 0
@@ -114,13 +115,19 @@ def test_the_last_start_trains_to_the_end_and_leaves_the_record_of_one_run(life)
         rows = record.read_trajectories(step)
         assert len(rows) == 4  # two prompts x two rollouts
         for row in rows:
-            assert len(row["turn_rewards"]) == len(row["advantages"]) == len(Trajectory.from_dict(row).turns)
+            assert Trajectory.from_dict(row).turns and row["prompt"] and row["gold"]
+            assert all(None not in (turn["reward"], turn["return"], turn["advantage"]) for turn in row["turns"])
+    assert Reader(record.dir).steps("validation") == [line["step"] for line in lines if validated(line)]
     summary = record.read_summary()
     assert summary["steps"] == [0, total] and summary["method"] == "gtpo"
     starts = record.read_starts()
     assert len(starts) == life.starts
     assert starts[0]["packages"]["verl"] == "0.9.1" and starts[0]["seed"] == 1
     assert list((record.dir / "hydra").glob("*/config.yaml"))
+
+
+def validated(line) -> bool:
+    return validation_accuracy(line["metrics"]) is not None
 
 
 def test_a_complete_run_is_not_trained_again(life):

@@ -17,21 +17,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from composition import compose
+from composition import compose, names
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleStorageManager
 from verl.trainer.ppo import padding_utils
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
+from recipe.gtpo.method.advantage import compare_turns
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.estimators import turn_values
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.trainer import GTPOTrainerMixin
+from verl_ext.records import Reader, Record
 
 pytestmark = pytest.mark.unit
 
@@ -104,9 +109,10 @@ SOLVED = Trajectory((turn(0, 3, "a = 1"), turn(5, 7)), Finish.ANSWER, 1.0)  # [0
 FAILED = Trajectory((turn(0, 2, broken=FIRST), turn(2, 4, "a = 2"), turn(6, 9, broken=ANSWER)), Finish.ANSWER, 0.0)
 CUT = Trajectory((turn(0, 4, "a = 1"),), Finish.LENGTH, 0.0)  # [0.5]
 WRONG = Trajectory((turn(0, 2, broken=FIRST),), Finish.ANSWER, 0.0)  # [-0.1]
+BROKEN = Trajectory((turn(0, 1, broken=FIRST), turn(3, 5, "a = 1"), turn(6, 7)), Finish.ANSWER, 1.0)
 INFRA = Trajectory((turn(0, 3, "a = 1"), turn(4, 6, "a = 1")), Finish.INFRA, 0.0)
 REWARDS = {"SOLVED": [0.0, 1.0], "FAILED": [-0.1, 0.0, -0.1 + 0.25], "CUT": [0.5], "WRONG": [-0.1]}
-KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "INFRA": INFRA}
+KINDS = {"SOLVED": SOLVED, "FAILED": FAILED, "CUT": CUT, "WRONG": WRONG, "BROKEN": BROKEN, "INFRA": INFRA}
 
 
 def put(queue, rows, **changes):
@@ -249,7 +255,7 @@ def test_padding_rows_change_nothing_and_get_nothing(queue, tmp_path):
     assert metrics["gtpo/rows/valid_total"] == 3
 
 
-METHODS = ["gtpo", "grpo", "dr_grpo", "rloo"]
+METHODS = ["gtpo", *(name for name in names("method") if not name.startswith("gtpo"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -380,20 +386,61 @@ def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
             assert column[key] == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
-def test_a_baseline_is_verls_own_estimator_on_the_summed_turn_rewards(queue, tmp_path, method):
-    batch = put(queue, TWO_GROUPS)
+#: Of a trajectory, by `algorithm.gtpo.trajectory_reward`, without shaping. BROKEN is right, with a turn that is not.
+ONE_REWARD = {
+    "sum": {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1, "BROKEN": 0.9},
+    "min": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 0.0},
+    "outcome": {"SOLVED": 1.0, "FAILED": 0.0, "CUT": 0.0, "WRONG": 0.0, "BROKEN": 1.0},
+}
+WITH_BROKEN = TWO_GROUPS | {"p_2_0": "BROKEN", "q_3_0": "BROKEN"}
+
+
+@pytest.mark.parametrize(
+    ("method", "reward"),
+    [("grpo", "min"), ("grpo_outcome", "outcome"), ("grpo_sum", "sum"), ("dr_grpo", "outcome"), ("dr_grpo_sum", "sum")],
+)
+def test_a_rival_is_verls_own_estimator_on_the_reward_that_its_name_says(queue, tmp_path, method, reward):
+    batch = put(queue, WITH_BROKEN)
     make_trainer(tmp_path, f"method={method}")._compute_advantage(batch, {})
-    unshaped = {"SOLVED": 1.0, "FAILED": -0.2, "CUT": 0.0, "WRONG": -0.1}  # baselines have no shaping
     masks = torch.nn.utils.rnn.pad_sequence([queue.rows[key]["response_mask"] for key in batch.keys], batch_first=True)
     rewards = torch.zeros(masks.shape)
-    rewards[:, 0] = torch.tensor([unshaped[kind] for kind in TWO_GROUPS.values()])
+    rewards[:, 0] = torch.tensor([ONE_REWARD[reward][kind] for kind in WITH_BROKEN.values()])
     uids = np.array([key.split("_")[0] for key in batch.keys], dtype=object)
-    expected, _ = compute_grpo_outcome_advantage(rewards, masks, uids, norm_adv_by_std_in_grpo=method == "grpo")
+    expected, _ = compute_grpo_outcome_advantage(
+        rewards, masks, uids, norm_adv_by_std_in_grpo=not method.startswith("dr")
+    )
     stored = queue.column(batch, "advantages")
     for i, key in enumerate(batch.keys):
         assert stored[key] == pytest.approx(expected[i, : len(stored[key])].tolist(), abs=1e-6)
         assert any(stored[key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_pytorch_engine_computes_what_verls_trainer_does(queue, tmp_path, method):
+    """The two take a method's advantages from different places: verl's registry, and `estimators.turn_values`."""
+    batch = put(queue, WITH_BROKEN)
+    trainer = make_trainer(tmp_path, f"method={method}")
+    trainer._compute_advantage(batch, {})
+    stored = queue.column(batch, "advantages")
+    algorithm = trainer.config.algorithm
+    credit = assign_credit(
+        [KINDS[kind] for kind in WITH_BROKEN.values()], [key[0] for key in WITH_BROKEN], trainer.options
+    )
+    _, expected = turn_values(
+        algorithm.adv_estimator, credit, trainer.options, divide=algorithm.norm_adv_by_std_in_grpo
+    )
+    assert expected.any()
+    for i, (key, kind) in enumerate(WITH_BROKEN.items()):
+        for k, turn in enumerate(KINDS[kind].turns):
+            assert stored[key][turn.start : turn.end] == pytest.approx(
+                [float(expected[i, k])] * (turn.end - turn.start), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("estimator", ["mt_grpo", "gigpo", "recorded_gdpo"])
+def test_a_rival_of_ours_outside_our_trainer_is_told_what_it_needs(estimator):
+    with pytest.raises(ValueError, match=f"adv_estimator={estimator} needs recorded turns: run it with recipe.gtpo's"):
+        get_adv_estimator_fn(estimator)(torch.zeros(1, 2), torch.ones(1, 2), index=["p"], config={})
 
 
 def test_a_sampler_that_stores_no_log_probs_is_fine(queue, tmp_path):
@@ -415,14 +462,90 @@ def test_every_training_trajectory_is_written_with_its_rewards_and_advantages(qu
     trainer = make_trainer(tmp_path)
     trainer.global_steps = 6
     trainer._compute_advantage(batch, {})
+    trainer._writer.wait()
     lines = [json.loads(line) for line in (tmp_path / "trajectories" / "6.jsonl").read_text().splitlines()]
     assert len(lines) == 3  # the padding row is nobody's trajectory
-    _, advantages = by_hand({"p_0_0": REWARDS["SOLVED"], "p_1_0": REWARDS["FAILED"]})
+    returns, advantages = by_hand({"p_0_0": REWARDS["SOLVED"], "p_1_0": REWARDS["FAILED"]})
     for line, (key, kind) in zip(lines, rows.items(), strict=True):
-        assert line["group"] == "p" and line["dropped"] == (kind == "INFRA")
-        assert line["turn_rewards"] == pytest.approx(REWARDS.get(kind, []))
-        assert line["advantages"] == pytest.approx(advantages.get(key, []), abs=1e-5)
+        record = Record.model_validate(line)
+        assert set(line) | {"shaped", "partners"} == set(Record.model_fields)  # nothing that the schema has not
+        assert (record.version, record.step, record.split, record.group) == (1, 6, "train", "p")
+        assert record.dropped == (kind == "INFRA") and record.session == int(key[2])
         assert Trajectory.from_dict(line) == KINDS[kind]
+        numbers = [(turn.reward, turn.return_, turn.advantage) for turn in record.turns]
+        if record.dropped:  # never assigned, which is not 0
+            assert {number for turn in numbers for number in turn} == {None}
+            continue
+        for known, expected in zip(
+            zip(*numbers, strict=True), (REWARDS[kind], returns[key], advantages[key]), strict=True
+        ):
+            assert known == pytest.approx(expected, abs=1e-5)
+        for k, turn in enumerate(record.turns):
+            assert sum(turn.rewards.values()) == pytest.approx(turn.reward)
+            assert turn.advantage == pytest.approx((turn.return_ - turn.pool_mean) / turn.divisor)
+            assert turn.token_ids == list(range(turn.start, turn.end))  # what `put` has as responses
+            assert turn.log_prob == pytest.approx(-sum(range(turn.start + 1, turn.end + 1)) / 10 / len(turn.token_ids))
+            assert turn.log_prob_gap == 0.0 and turn.log_prob_gaps == [0.0] * len(turn.token_ids), k
+    solved, failed, _ = lines
+    assert failed["partners"] == [{"session": 0, "similarity": 0.5}] and failed["shaped"] == 0.25
+    assert solved["partners"] == [] and solved["shaped"] == 1.0
+
+
+def test_a_record_says_where_its_row_comes_from(queue, tmp_path):
+    asked = [{"role": "user", "content": "1?"}]
+    row = {"raw_prompt": asked, "reward_model": {"ground_truth": "1"}, "data_source": "mine", "index": 7}
+    batch = put(queue, {"p_0_0": "SOLVED", "p_1_0": "WRONG"}, p_0_0=row, p_1_0=row)
+    queue.tags["p_0_0"].update(min_global_steps=3, max_global_steps=4)
+    trainer = make_trainer(tmp_path)
+    trainer._compute_advantage(batch, {})
+    trainer._writer.wait()
+    record, _ = Reader(tmp_path).read(1)
+    assert [message.model_dump() for message in record.prompt] == asked
+    assert (record.gold, record.data_source, record.index, record.weights, record.seed) == ("1", "mine", 7, [3, 4], 1)
+
+
+def test_the_numbers_of_a_record_can_be_computed_from_it(queue, tmp_path):
+    """Rewards to returns, and returns to pool and advantage, by the method's own functions and the run's options."""
+    trainer = make_trainer(tmp_path, "algorithm.gtpo.baseline=turn", "algorithm.gtpo.scale=batch_std")
+    trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+    trainer._writer.wait()
+    records = list(Reader(tmp_path).read(1))
+    width = max(len(record.turns) for record in records)
+    mask = torch.tensor([[k < len(record.turns) for k in range(width)] for record in records])
+
+    def column(name):
+        return torch.tensor(
+            [[getattr(turn, name) for turn in r.turns] + [0.0] * (width - len(r.turns)) for r in records]
+        )
+
+    groups, solved = [r.group for r in records], torch.tensor([r.acc == 1 for r in records])
+    returns, compared = compare_turns(column("reward"), mask, groups, trainer.options, solved)
+    assert torch.equal(returns, column("return_"))
+    for name, found in zip(("advantage", "pool_mean", "pool_std", "divisor"), compared, strict=True):
+        assert torch.equal(found, column(name)), name
+
+
+def test_a_validation_is_recorded_without_numbers(queue, tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = put(queue, {"p_0_0": "SOLVED", "q_0_0": "CUT"})
+    for more in (False, True):  # the data may come in several batches
+        trainer._validated = more
+        trainer._record_validation(batch)
+    trainer._writer.wait()
+    records = list(Reader(tmp_path).read(1, "validation"))
+    assert [record.group for record in records] == ["p", "q", "p", "q"] and records[0].acc == 1.0
+    assert {turn.advantage for record in records for turn in record.turns} == {None}
+
+
+def test_rows_of_a_validation_pass_the_record_on_their_way(queue, tmp_path, monkeypatch):
+    """verl clears them when it has validated."""
+    batch = put(queue, {"p_0_0": "SOLVED"})
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, global_steps, partition_id, batch_size: (batch, {}))
+    trainer = make_trainer(tmp_path)
+    for partition in ("train", "val"):
+        assert trainer.replay_buffer.sample(global_steps=1, partition_id=partition, batch_size=1) == (batch, {})
+    trainer._writer.wait()
+    assert Reader(tmp_path).steps("validation") == [1] and Reader(tmp_path).steps() == []
 
 
 def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
@@ -430,6 +553,7 @@ def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):
     for step in (1, 2, 3, 4):
         trainer.global_steps = step
         trainer._compute_advantage(put(queue, TWO_GROUPS), {})
+    trainer._writer.wait()
     assert sorted(path.name for path in (tmp_path / "trajectories").iterdir()) == ["2.jsonl", "4.jsonl"]
 
 
@@ -438,6 +562,7 @@ def test_a_step_of_several_updates_records_the_trajectories_of_all(queue, tmp_pa
     for attempt in range(2):  # the step is done again after a resume
         for trainer.local_trigger_step, rows in enumerate([{"p_0_0": "SOLVED", "p_1_0": "FAILED"}, {"q_0_0": "CUT"}]):
             trainer._compute_advantage(put(queue, rows), {})
+        trainer._writer.wait()
         lines = RunRecord(tmp_path).read_trajectories(1)
         assert [line["group"] for line in lines] == ["p", "p", "q"], attempt
 

@@ -15,16 +15,22 @@ def make_run(
     *,
     task: str = "arithmetic",
     horizon: int | None = None,
+    reward: str | None = "min",
     seconds: float = 2.0,
     adv: float = 0.1,
     **extra: float,
 ) -> Path:
-    """A run in a folder of its own in `folder`: `curve` is step -> held-out accuracy. Old records name no horizon.
+    """A run in a folder of its own in `folder`: `curve` is step -> held-out accuracy.
+
+    Old records name no horizon (None) and no `algorithm.gtpo.trajectory_reward` (`reward=None`).
 
     Returns the run's folder.
     """
     record = RunRecord(folder / (f"{method}-seed{seed}" if horizon is None else f"{method}-h{horizon}-seed{seed}"))
     record.write_start(seed)
+    if reward is not None:
+        estimator = "gtpo" if method.startswith("gtpo") else method
+        record.write_config({"algorithm.adv_estimator": estimator, "algorithm.gtpo.trajectory_reward": reward})
     for step in range(max(curve) + 1):
         metrics = {"timing_s/step": seconds, "timing_s/adv": adv, "gtpo/by_turn/advantage/mean/t0": 0.1 * step}
         if step in curve:

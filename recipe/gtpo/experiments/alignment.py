@@ -5,7 +5,7 @@
 The outcome's gradient is that of the success rate alone: raw outcome minus the mean of its group, no scale, no format
 penalty, no shaping, averaged over `--reference` batches. A method's gradient is that of one other batch; the row
 "outcome" is that same estimate from one batch, so it is what sampling noise alone leaves. All methods read the same
-batches. `--after`: steps of GRPO before the measurement.
+batches. `--after`: steps of GRPO on the summed reward before the measurement.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from recipe.gtpo.run.checks import ConfigError, compose, prepare
 from recipe.gtpo.run.environment import settle
 from recipe.gtpo.tasks.arithmetic.problems import sample_problems, step_mix
 
-METHODS = ("gtpo", "grpo", "gtpo_no_shaping", "gtpo_undiscounted", "gtpo_no_turn_reward", "gtpo_turn", "gtpo_batch",
-           "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip
+METHODS = ("gtpo", "grpo", "grpo_sum", "gtpo_no_shaping", "gtpo_undiscounted", "gtpo_no_turn_reward", "gtpo_turn",
+           "gtpo_batch", "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip
 #: The success rate's own gradient, in overrides.
-OUTCOME = ("method=dr_grpo", "algorithm.gtpo.format_penalty=0.0")
+OUTCOME = ("method=dr_grpo",)
 
 
 def gradient(
@@ -62,7 +62,7 @@ def load(seed: int, overrides: Sequence[str]) -> dict[str, Settings]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="501,502", help="of the warm starts and the problems")
-    parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of GRPO, ascending")
+    parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of grpo_sum, ascending")
     parser.add_argument("--batches", type=int, default=6, help="measured, one cosine each")
     parser.add_argument("--reference", type=int, default=24, help="batches behind the outcome's gradient")
     args, overrides = parser.parse_known_args()
@@ -77,7 +77,7 @@ def main() -> int:
             print(f"alignment: error: {e}", file=sys.stderr)
             return 1
         torch.manual_seed(seed)
-        grpo = methods["grpo"]
+        grpo = methods["grpo_sum"]
         model, stream = training.load_policy(grpo)
         still = torch.optim.SGD(model.parameters(), lr=0.0)
         adam = training.make_optimizer(model, grpo)

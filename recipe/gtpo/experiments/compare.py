@@ -1,6 +1,6 @@
 """Run a matrix of methods x seeds (x horizons), then write the report.
 
-    python -m recipe.gtpo.experiments.compare methods=gtpo,grpo seeds=0..4 [hydra overrides]
+    python -m recipe.gtpo.experiments.compare methods=fair seeds=0..4 [hydra overrides]
     python -m recipe.gtpo.experiments.compare experiment=horizon6            a published result, in a word
 
 A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`, or with horizons=
@@ -9,7 +9,9 @@ stopped; a cell that fails is started once more and then reported. The report is
 (`recipe.gtpo.experiments.report`).
 
 Keys of this command; everything else goes to each run as it is, and both engines read the same overrides:
-    methods     comma-separated files of recipe/gtpo/config/method          (gtpo,grpo)
+    methods     comma-separated files of recipe/gtpo/config/method; `fair` stands for GTPO as published, its
+                recommended setting, and its rivals, each on the reward of its source: gtpo, gtpo_turn_batch_std,
+                grpo, grpo_outcome, dr_grpo, rloo, reinforce_plus_plus, gdpo, mt_grpo, gigpo       (fair)
     seeds       comma-separated, or a range FIRST..LAST with both ends      (0..4)
     horizons    the same, of the task's longest chain of dependent calls    (the task's own)
     steps       training steps of a cell                                    (the task's own)
@@ -48,13 +50,20 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from recipe.gtpo.experiments.report import show_report
+from recipe.gtpo.experiments.report.runs import todays_name
 from recipe.gtpo.run.checks import ConfigError, config_file
 from recipe.gtpo.run.identity import same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
 
 MODULES = {"verl": "recipe.gtpo.main", "twin": "recipe.gtpo.experiments.twin"}
+#: What `fair` in methods= stands for. Not in it: rivals on the sum of outcome and all format penalties (grpo_sum,
+#: dr_grpo_sum), which nobody else runs, and the ablations of GTPO.
+FAIR = (
+    *("gtpo", "gtpo_turn_batch_std", "grpo", "grpo_outcome", "dr_grpo", "rloo", "reinforce_plus_plus", "gdpo"),
+    *("mt_grpo", "gigpo"),
+)
 DEFAULTS = {
-    "methods": "gtpo,grpo",
+    "methods": "fair",
     "seeds": "0..4",
     "horizons": "",
     "steps": "",
@@ -107,10 +116,16 @@ class Cell:
 
 
 def refuse_others(cells: Sequence[Cell]) -> None:
-    """Raise ValueError where a cell's folder holds a run of other overrides: counted as done, it would be reported as
-    what it is not."""
+    """Raise ValueError where a cell's folder holds a run of other overrides, or of a method that has another meaning
+    now: counted as done, it would be reported as what it is not."""
     for cell in cells:
-        starts = RunRecord(cell.dir).read_starts()
+        record = RunRecord(cell.dir)
+        starts = record.read_starts()
+        if starts and (name := todays_name(cell.method, record.read_config())) != cell.method:
+            raise ValueError(
+                f"{cell.dir} was made when method={cell.method} compared the sum of outcome and format penalties: by "
+                f"today's names it is {name}. Give this matrix another out="
+            )
         before = starts[-1]["command"][1:] if starts else cell.overrides
         if not same_overrides(before, cell.overrides):
             raise ValueError(
@@ -180,7 +195,8 @@ def matrix(own: Mapping[str, str], overrides: Sequence[str]) -> list[Cell]:
         ValueError: an unknown method or engine, malformed seeds or horizons, an override that a cell sets itself or
             that the engine does not read.
     """
-    methods = [method.strip() for method in own["methods"].split(",")]
+    given_methods = [method.strip() for method in own["methods"].split(",")]
+    methods = [one for method in given_methods for one in (FAIR if method == "fair" else (method,))]
     for method in methods:
         config_file("method", method)
     if len(set(methods)) < len(methods):

@@ -72,7 +72,7 @@ def gtpo_advantages(group: Group) -> list[list[float]]:
 
 
 def grpo_advantages(group: Group) -> list[float]:
-    """A number a trajectory: `method=grpo`, the summed rewards without shaping."""
+    """A number a trajectory: `method=grpo_sum`, the summed rewards without shaping."""
     prompt = [""] * len(group)
     credit = assign_credit(group, prompt, GTPOOptions(shaping=ShapingOptions(enable=False)))
     summed = credit.rewards.combined.sum(dim=1, keepdim=True)

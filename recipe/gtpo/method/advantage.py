@@ -1,7 +1,7 @@
 """The equations from the rewards of turns to their advantages (arXiv 2511.14846), numbered as in recipe/gtpo/README.md.
 
     (4)  R[i,j] = sum over m >= j of gamma^(m-j) * r[i,m]       `discounted_returns`
-    (5)  A[i,j] = (R[i,j] - mean) / (std + 1e-6)                `normalize_returns`: mean, std over a pool of returns
+    (5)  A[i,j] = (R[i,j] - mean) / (std + 1e-6)                `compare_returns`: mean, std over a pool of returns
 
 `turn_advantages` is the two in a row, from the options.
 
@@ -13,6 +13,8 @@ With one turn and gamma = 1 the result is that of verl's GRPO, bit for bit.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +37,16 @@ def discounted_returns(turn_rewards: torch.Tensor, turn_mask: torch.Tensor, gamm
     return torch.where(turn_mask, rewards @ discount, 0.0).float()
 
 
-def normalize_returns(
+class Compared(NamedTuple):
+    """What became of every return. All fields are (B, T) float32, 0 where there is no turn."""
+
+    advantage: torch.Tensor  # (return - mean) / divisor; exactly 0 in a pool that is flat or too small
+    mean: torch.Tensor  # of the pool, or of what `leave_one_out` leaves of it
+    std: torch.Tensor  # of the pool
+    divisor: torch.Tensor  # what `scale` names, with EPSILON; 1 for `none`
+
+
+def compare_returns(
     returns: torch.Tensor,
     turn_mask: torch.Tensor,
     group_ids: GroupIds,
@@ -47,8 +58,8 @@ def normalize_returns(
     sparse_turn: SparseTurn = "zero",
     solved: torch.Tensor | None = None,
     unsolved_groups: UnsolvedGroups = "keep",
-) -> torch.Tensor:
-    """A[i,j] = (R[i,j] - mean) / scale over the pool that `baseline` names. (B, T) float32, 0 where there is no turn.
+) -> Compared:
+    """A[i,j] = (R[i,j] - mean) / scale over the pool that `baseline` names.
 
     Args:
         returns: (B, T). turn_mask: (B, T) bool.
@@ -77,36 +88,47 @@ def normalize_returns(
         usable = (stats.count >= min_pool) & (stats.others > 0)
 
     centred = torch.where(usable & ~stats.flat, values - stats.mean, 0.0)
+    divisor = torch.ones_like(centred)
     if scale == "std":
-        advantage = centred / (stats.std + EPSILON)
+        divisor = stats.std + EPSILON
     elif scale == "batch_std" and int(usable.sum()) > 1:
-        advantage = centred / (centred[usable].std() + EPSILON)
-    else:  # none; or a batch without two comparable returns, where everything is 0 already
-        advantage = centred
+        divisor = (centred[usable].std() + EPSILON).expand_as(centred)
+    # none; or a batch without two comparable returns, where everything is 0 already
+    advantage = centred / divisor
     if unsolved_groups == "zero":
         assert solved is not None
         advantage = torch.where(torch.isin(group, group[solved[rows].bool()]), advantage, 0.0)
 
-    out = torch.zeros(turn_mask.shape, dtype=torch.float32)
-    out[rows, turns] = advantage
-    return out
+    def at_turns(found: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(turn_mask.shape, dtype=torch.float32)
+        out[rows, turns] = found
+        return out
+
+    return Compared(at_turns(advantage), at_turns(stats.mean), at_turns(stats.std), at_turns(divisor))
 
 
-def turn_advantages(
+def normalize_returns(
+    returns: torch.Tensor, turn_mask: torch.Tensor, group_ids: GroupIds, **options: Any
+) -> torch.Tensor:
+    """A[i,j] of `compare_returns` alone, with its options: (B, T) float32."""
+    return compare_returns(returns, turn_mask, group_ids, **options).advantage
+
+
+def compare_turns(
     turn_rewards: torch.Tensor,
     turn_mask: torch.Tensor,
     group_ids: GroupIds,
     options: GTPOOptions,
     solved: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(4) and (5) as `options` has them: returns and advantages, both (B, T) float32, 0 where there is no turn.
+) -> tuple[torch.Tensor, Compared]:
+    """(4) and (5) as `options` has them: returns, (B, T) float32, and what they were compared with.
 
     Args:
-        turn_rewards: (B, T). turn_mask: (B, T) bool. group_ids: (B,), as for `normalize_returns`.
+        turn_rewards: (B, T). turn_mask: (B, T) bool. group_ids: (B,), as for `compare_returns`.
         solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
     """
     returns = discounted_returns(turn_rewards, turn_mask, options.gamma)
-    advantages = normalize_returns(
+    compared = compare_returns(
         returns,
         turn_mask,
         group_ids,
@@ -118,4 +140,16 @@ def turn_advantages(
         solved=solved,
         unsolved_groups=options.unsolved_groups,
     )
-    return returns, advantages
+    return returns, compared
+
+
+def turn_advantages(
+    turn_rewards: torch.Tensor,
+    turn_mask: torch.Tensor,
+    group_ids: GroupIds,
+    options: GTPOOptions,
+    solved: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns and advantages alone, both (B, T) float32, 0 where there is no turn."""
+    returns, compared = compare_turns(turn_rewards, turn_mask, group_ids, options, solved)
+    return returns, compared.advantage

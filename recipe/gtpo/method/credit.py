@@ -3,7 +3,7 @@
     recorded trajectories -> shaped outcomes (`shaping.py`) -> turn rewards (`rewards.py`) -> Credit
 
 The trainer writes `Credit.token_rewards` where verl looks for scores and runs verl's own advantage computation inside
-`estimator.recorded_turns(credit.turn_ids(length), credit.solved)`. Rows are those of the batch, in its order.
+`estimator.recorded_turns(credit.turn_ids(length), ...)`. Rows are those of the batch, in its order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,31 @@ class Credit:
     turn_mask: torch.Tensor  # (B, T) bool
     spans: torch.Tensor  # (B, T, 2) int64: the tokens [start, end) of each turn in the response
     reasons: torch.Tensor  # (B, T) int64: index in REASONS of why the turn breaks the format, -1 when it does not
+    states: torch.Tensor  # (B, T) int64: equal in turns of one prompt that have seen the same tool outputs; -1: no turn
     rewards: TurnRewards  # (B, T), by part
+    shaped: torch.Tensor  # (B,) float32: `outcomes` after shaping
+    partners: tuple[tuple[tuple[int, float], ...], ...]  # B: whom a failed row's code was compared with, how similar
+
+    @property
+    def well_formed(self) -> torch.Tensor:
+        """(B,) bool: no turn breaks the format. True also for a row without turns."""
+        return (self.reasons < 0).all(dim=1)
+
+    @property
+    def trajectory_rewards(self) -> torch.Tensor:
+        """(B,) what the rewards of a row's turns add up to."""
+        return self.rewards.combined.sum(dim=1)
+
+    @property
+    def reward_parts(self) -> dict[str, torch.Tensor]:
+        """The parts that GDPO normalises apart, (B,) float32 each; 0 in rows that are not valid."""
+        outcome = (self.rewards.outcome + self.rewards.shaping).sum(dim=1)
+        return {"outcome": outcome, "well_formed": (self.well_formed & self.valid).float()}
+
+    @property
+    def turn_lengths(self) -> torch.Tensor:
+        """(B, T) int64: generated tokens of each turn, 0 where there is none."""
+        return self.spans.diff(dim=2).squeeze(2)
 
     def token_rewards(self, lengths: Sequence[int]) -> list[torch.Tensor]:
         """One 1-D float32 tensor of `lengths[i]` tokens a row: each turn's reward on the turn's last token."""
@@ -77,12 +101,16 @@ def assign_credit(
     turn_mask = torch.zeros(batch, turns, dtype=torch.bool)
     spans = torch.zeros(batch, turns, 2, dtype=torch.long)
     reasons = torch.full((batch, turns), -1, dtype=torch.long)
+    states = torch.full((batch, turns), -1, dtype=torch.long)
+    known: dict[tuple, int] = {}
     for row, trajectory in members.items():
         _check_spans(row, trajectory)
         count = len(trajectory.turns)
         turn_mask[row, :count] = True
         spans[row, :count] = torch.tensor([(turn.start, turn.end) for turn in trajectory.turns])
         reasons[row, :count] = torch.tensor([_REASON_INDEX[turn.broken] for turn in trajectory.turns])
+        seen = ((group_ids[row], state) for state in trajectory.states)
+        states[row, :count] = torch.tensor([known.setdefault(state, len(known)) for state in seen])
 
     valid = torch.zeros(batch, dtype=torch.bool)
     outcomes = torch.zeros(batch)
@@ -92,9 +120,10 @@ def assign_credit(
     solved = torch.zeros(batch, dtype=torch.bool)
     solved[rows] = torch.tensor([t.acc == 1 for t in members.values()], dtype=torch.bool)
     shaped = outcomes
+    partners: list[tuple[tuple[int, float], ...]] = [()] * batch
     if options.shaping.enable:
         shaped = outcomes.clone()
-        shaped[rows] = shape_outcomes(
+        found = shape_outcomes(
             outcomes[rows],
             solved[rows],
             [t.code for t in members.values()],
@@ -102,6 +131,9 @@ def assign_credit(
             make_similarity(options.shaping.similarity) if similarity is None else similarity,
             options.shaping.alpha,
         )
+        shaped[rows] = found.outcomes
+        for row, compared in zip(rows, found.partners, strict=True):
+            partners[row] = tuple((rows[other], close) for other, close in compared)
     return Credit(
         group_ids=tuple(group_ids),
         valid=valid,
@@ -111,6 +143,9 @@ def assign_credit(
         turn_mask=turn_mask,
         spans=spans,
         reasons=reasons,
+        shaped=shaped,
+        partners=tuple(partners),
+        states=states,
         rewards=assign_turn_rewards(
             outcomes,
             shaped,
@@ -118,6 +153,7 @@ def assign_credit(
             turn_mask,
             format_penalty=options.format_penalty,
             turn_rewards=options.turn_rewards,
+            trajectory_reward=options.trajectory_reward,
         ),
     )
 

@@ -17,6 +17,7 @@ Scale = Literal["std", "batch_std", "none"]
 UnsolvedGroups = Literal["keep", "zero"]
 SparseTurn = Literal["zero", "group"]
 Truncated = Literal["keep", "drop"]
+TrajectoryReward = Literal["sum", "min", "outcome"]
 
 ROOT = "algorithm.gtpo"
 
@@ -57,6 +58,7 @@ class GTPOOptions:
     gamma: float = 0.9  # discount of the return, per turn (never per token)
     format_penalty: float = -0.1  # added to the reward of every turn that breaks the format
     turn_rewards: bool = True  # false: a trajectory's reward parts are summed on its last turn (ablation)
+    trajectory_reward: TrajectoryReward = "sum"  # what the turn rewards add up to: `rewards.trajectory_rewards`
     baseline: Baseline = "group"  # pool a return is compared with: the prompt's, same turn of the prompt's, the batch's
     leave_one_out: bool = False  # the mean leaves out the row's own trajectory
     scale: Scale = "std"  # divide by the pool's std, by one std for the whole batch, or by nothing

@@ -12,11 +12,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from recipe.gtpo.method.similarity import Similarity
+
+
+class Shaped(NamedTuple):
+    """What `shape_outcomes` made of B rows."""
+
+    outcomes: torch.Tensor  # (B,) float32, shaped where a trajectory failed; successful rows stay as they are
+    partners: tuple[tuple[tuple[int, float], ...], ...]  # B: the rows in P whose code was compared, and how similar
 
 
 def shape_outcomes(
@@ -26,8 +34,8 @@ def shape_outcomes(
     group_ids: Sequence[Hashable],
     similarity: Similarity,
     alpha: float,
-) -> torch.Tensor:
-    """The outcome of every trajectory, shaped where it failed. (B,) float32; successful rows stay as they are.
+) -> Shaped:
+    """The outcome of every trajectory, shaped where it failed.
 
     Args:
         outcomes: (B,), raw. A failed trajectory whose own outcome is above its credit keeps it: closeness never lowers
@@ -44,27 +52,31 @@ def shape_outcomes(
     if not len(outcomes) == len(solved) == len(codes) == len(group_ids):
         raise ValueError(f"{len(outcomes)} outcomes, {len(codes)} codes and {len(group_ids)} group ids")
     shaped = outcomes.float().clone()
+    partners: list[tuple[tuple[int, float], ...]] = [()] * len(shaped)
     if alpha == 0:
-        return shaped
+        return Shaped(shaped, tuple(partners))
 
     members: dict[Hashable, list[int]] = defaultdict(list)
     for row, group in enumerate(group_ids):
         members[group].append(row)
     is_solved = solved.tolist()
-    failed_rows, successes, pairs = [], [], []  # one entry for each group that needs comparing
+    failed_rows, solved_rows, successes, pairs = [], [], [], []  # one entry for each group that needs comparing
     for rows in members.values():
         failed = [i for i in rows if not is_solved[i] and codes[i].strip()]
         models = [i for i in rows if is_solved[i] and codes[i].strip()]
         if failed and models:
             failed_rows.append(failed)
+            solved_rows.append(models)
             successes.append(sum(is_solved[i] for i in rows))
             pairs.append(([codes[i] for i in failed], [codes[i] for i in models]))
-    if not pairs:
-        return shaped
-    for failed, count, (a, b), matrix in zip(failed_rows, successes, pairs, similarity.compare(pairs), strict=True):
-        credit = alpha / count * _in_range(matrix, (len(a), len(b))).sum(axis=1)
+    answers = similarity.compare(pairs) if pairs else []
+    for failed, models, count, matrix in zip(failed_rows, solved_rows, successes, answers, strict=True):
+        close = _in_range(matrix, (len(failed), len(models)))
+        credit = alpha / count * close.sum(axis=1)
         shaped[failed] = torch.maximum(shaped[failed], torch.as_tensor(credit, dtype=torch.float32))
-    return shaped
+        for i, row in enumerate(failed):
+            partners[row] = tuple(zip(models, close[i].tolist(), strict=True))
+    return Shaped(shaped, tuple(partners))
 
 
 def _in_range(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -83,6 +83,14 @@ def mean_by_turn(token_values: torch.Tensor, turn_ids: torch.Tensor) -> tuple[to
     return torch.bincount(turns, weights=values) / counts.clamp_min(1), counts
 
 
+def mean_of_turns(token_values: torch.Tensor, turn_ids: torch.Tensor, turns: int) -> torch.Tensor:
+    """(B, turns) float32: the mean of `token_values` (B, L) over the tokens of each turn, 0 where there is none."""
+    slot = torch.where(turn_ids >= 0, turn_ids.long(), turns)  # one slot more, for the tokens of no turn
+    sums = torch.zeros(len(turn_ids), turns + 1, dtype=torch.float64).scatter_add_(1, slot, token_values.double())
+    counts = torch.zeros_like(sums).scatter_add_(1, slot, torch.ones_like(sums[:, :1]).expand(slot.shape))
+    return (sums / counts.clamp_min(1))[:, :turns].float()
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A nested tensor padded with 0 to its longest row; a dense one as it is."""
     return tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor

@@ -114,6 +114,14 @@ class Trajectory:
         return "\n".join(t.code for t in self.turns if t.code)
 
     @property
+    def states(self) -> tuple[tuple, ...]:
+        """What each turn could see beyond the prompt and the model's own words: all that the tools have said so far."""
+        said: list[tuple[tuple[str, str], ...]] = [
+            tuple((o.outcome, o.output.strip()) for o in turn.outcomes) for turn in self.turns
+        ]
+        return tuple(tuple(said[:k]) for k in range(len(said)))
+
+    @property
     def truncated(self) -> bool:
         return self.finish in TRUNCATED
 

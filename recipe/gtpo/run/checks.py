@@ -80,6 +80,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     modes = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
     if mode not in modes:
         raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(modes)}")
+    check_estimator(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
@@ -94,6 +95,32 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
     check_choices(config)
     return options
+
+
+#: Estimators of verl 0.9.1 that its V1 trainers do not hand what they read: estimator -> what that is.
+_UNFED = {
+    "gdpo": "the parts of the reward; method=gdpo hands it ours",
+    "optimal_token_baseline": "sum_pi_squared of every token",
+    "tir_optimal_token_baseline": "sum_pi_squared of every token",
+    "remax": "the reward of a greedy answer",
+}
+
+
+def check_estimator(config: DictConfig) -> None:
+    """Raise ConfigError for an advantage that verl could not compute, or would compute without what is set."""
+    name = config.algorithm.adv_estimator
+    if name in _UNFED:
+        raise ConfigError(f"algorithm.adv_estimator={name}: verl's V1 trainers do not hand it {_UNFED[name]}")
+    if name != "recorded_gdpo":
+        return
+    if config.algorithm.use_kl_in_reward:
+        raise ConfigError(
+            "algorithm.use_kl_in_reward=true: GDPO reads the parts of the reward and would ignore it; "
+            "use actor_rollout_ref.actor.use_kl_loss=true"
+        )
+    for key in ("gdpo_reward_keys", "gdpo_reward_weights"):
+        if config.algorithm.get(key) is not None:
+            raise ConfigError(f"algorithm.{key}: GDPO here has outcome and well_formed, equally weighed; drop it")
 
 
 #: Mandatory keys of verl's defaults that nothing reads in our runs (no reward model).

@@ -43,6 +43,7 @@ FREE = (
     "trainer.val_only",
     "trainer.validation_data_dir",
     "trajectory_freq",
+    "trajectory_zstd",
     "watchdog",
 )
 #: Named in `trainer.experiment_name` by themselves, or chosen by the machine.

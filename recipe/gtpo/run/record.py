@@ -5,7 +5,9 @@
         versions.json              packages, commit, machine, seed, command: one entry a start
         metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0;
                                a number that JSON has not: "not_finite": {"actor/grad_norm": "nan"} in that line
-        trajectories/<step>.jsonl  every training trajectory of the step with its turn rewards and advantages
+        trajectories/<step>.jsonl  every training trajectory of the step (schema: verl_ext/records); .jsonl.zst where
+                                   trajectory_zstd is set
+        validation/<step>.jsonl    the same of every validation
         checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
                                    between the checkpoint and the step's line, the next start makes the line of them
         logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
@@ -25,6 +27,7 @@ The trainer writes, on the node where it runs; the command that started it reads
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -38,6 +41,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from verl_ext.records.files import COMPRESSED, PLAIN, open_lines, step_of, write_lines
+from verl_ext.records.reader import FOLDERS, Reader, Split
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +63,9 @@ class RecordError(ValueError):
 class RunRecord:
     """Reads and writes one run folder. Reading a file that was cut off raises RecordError."""
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], *, compress: bool = False) -> None:
         self.dir = Path(run_dir)
+        self._suffix = COMPRESSED if compress else PLAIN  # of trajectories that are written; both are read
         self.metrics_path = self.dir / "metrics.jsonl"
         self._config = self.dir / "config.json"
         self._versions = self.dir / "versions.json"
@@ -66,7 +73,6 @@ class RunRecord:
         self._summary = self.dir / "summary.json"
         self._cause = self.dir / "cause.txt"
         self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
-        self._trajectories = self.dir / "trajectories"
         self._said: set[str] = set()
 
     # -- starts ------------------------------------------------------------------------------------------------------
@@ -167,9 +173,10 @@ class RunRecord:
         if self.metrics_path.exists():
             lines = [line for line in self.read_metrics() if line["step"] <= step]
             _replace(self.metrics_path, "".join(_json(line) + "\n" for line in lines))
-        for path in [*self._trajectories.glob("*.jsonl"), *self._trajectories.glob("*.tmp")]:
-            if path.suffix == ".tmp" or int(path.stem) > step:
-                path.unlink()
+        for folder in FOLDERS.values():
+            for path in (self.dir / folder).glob("*.jsonl*"):
+                if path.suffix == ".tmp" or step_of(path) > step:
+                    path.unlink()
         if self._read_checkpoint_metrics()[0] > step:
             self._checkpoint_metrics.unlink()
 
@@ -191,26 +198,32 @@ class RunRecord:
             return -1, {}
         return saved["step"], saved["metrics"] | {k: float(v) for k, v in saved.get("not_finite", {}).items()}
 
-    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]], *, more: bool = False) -> None:
+    def write_trajectories(
+        self, step: int, rows: Iterable[Mapping[str, Any]], *, split: Split = "train", more: bool = False
+    ) -> None:
         """Write the file of `step`, or add `more` rows to it."""
-        self._trajectories.mkdir(exist_ok=True)
-        before = self._step_file(step).read_text() if more else ""
-        _replace(self._step_file(step), before + "".join(_json(row) + "\n" for row in rows))
+        folder = self.dir / FOLDERS[split]
+        folder.mkdir(exist_ok=True)
+        before = Reader(self.dir).files(split).get(step)
+        kept = open_lines(before) if more and before is not None else ()
+        path = folder / f"{step}{self._suffix}"
+        write_lines(path, itertools.chain(kept, map(_json, rows)))
+        if before not in (None, path):  # of a start that wrote them in the other form
+            before.unlink()  # type: ignore[union-attr]
 
     def trajectory_steps(self) -> list[int]:
         """The steps whose trajectories were recorded, ascending."""
-        return sorted(int(path.stem) for path in self._trajectories.glob("*.jsonl"))
+        return Reader(self.dir).steps()
 
     def read_trajectories(self, step: int) -> list[dict[str, Any]]:
         """What was written for `step`. Raises ValueError, with the steps that there are, when it is not one of them."""
-        if not (steps := self.trajectory_steps()):
-            raise ValueError(f"{self._trajectories}: no recorded trajectories")
-        if step not in steps:
-            raise ValueError(f"{self._trajectories}: no step {step}; recorded: {', '.join(map(str, steps))}")
-        return [json.loads(line) for line in self._step_file(step).read_text().splitlines()]
-
-    def _step_file(self, step: int) -> Path:
-        return self._trajectories / f"{step}.jsonl"
+        files = Reader(self.dir).files()
+        if not files:
+            raise ValueError(f"{self.dir / FOLDERS['train']}: no recorded trajectories")
+        if step not in files:
+            steps = ", ".join(map(str, files))
+            raise ValueError(f"{self.dir / FOLDERS['train']}: no step {step}; recorded: {steps}")
+        return [json.loads(line) for line in open_lines(files[step])]
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -312,6 +325,8 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):  # half a character (a lone surrogate) is no text for readers of other languages
+        return value if value.isascii() else value.encode(errors="replace").decode()
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))  # numpy's float64 is a float too
     if isinstance(value, Mapping):

@@ -14,6 +14,7 @@ import time
 import psutil
 import pytest
 from composition import compose
+from recorded_runs import make_run
 
 from recipe.gtpo.experiments import compare
 from recipe.gtpo.experiments.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
@@ -84,11 +85,11 @@ def test_the_stack_of_the_machine_is_for_verl_and_can_be_overridden(tmp_path):
 
 def test_a_published_result_is_one_word_and_the_command_line_has_the_last(tmp_path):
     own, rest = parse(["experiment=horizon6", f"out={tmp_path}"])
-    assert (own["engine"], own["methods"], own["seeds"]) == ("twin", "grpo,gtpo_turn_batch_std", "701..716")
+    assert (own["engine"], own["methods"], own["seeds"]) == ("twin", "grpo_sum,gtpo_turn_batch_std", "701..716")
     assert rest == ["experiment=horizon6"]
     assert len(matrix(own, rest)) == 32
     own, _ = parse(["experiment=horizon6", "seeds=1", "engine=verl"])
-    assert (own["engine"], own["methods"], own["seeds"]) == ("verl", "grpo,gtpo_turn_batch_std", "1")
+    assert (own["engine"], own["methods"], own["seeds"]) == ("verl", "grpo_sum,gtpo_turn_batch_std", "1")
 
 
 @pytest.mark.parametrize("name", ["horizon4", "horizon6"])
@@ -288,3 +289,26 @@ def test_finished_cells_of_other_overrides_are_not_counted_as_done(tmp_path, cap
     compare.refuse_others(matrix(*parse([*arguments, "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.save_freq=5"])))
     assert compare.main([*arguments, "actor_rollout_ref.actor.optim.lr=2e-3"]) == 1
     assert "was made by other overrides" in capsys.readouterr().err
+
+
+def test_a_cell_made_when_its_method_had_another_meaning_is_not_counted_as_done(tmp_path):
+    """`method=grpo` compared the summed reward before there was `algorithm.gtpo.trajectory_reward`."""
+    cells = matrix(*parse(["methods=gtpo,grpo", "seeds=1", f"out={tmp_path}"]))
+    for one in cells:
+        make_run(tmp_path, one.method, 1, {0: 0.2, 1: 0.5}, reward=None)
+        (one.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *one.overrides]}]))
+    with pytest.raises(ValueError, match=r"grpo-seed1 was made when method=grpo .*today's names it is grpo_sum"):
+        compare.refuse_others(cells)
+    compare.refuse_others(cells[:1])  # GTPO is what it was
+
+
+def test_the_default_is_the_fair_set_of_rivals():
+    own, rest = parse([])
+    methods = [cell.method for cell in matrix(own | {"seeds": "1"}, rest)]
+    assert methods == list(compare.FAIR) and {"gtpo", "grpo"} < set(methods)
+    listed = compare.__doc__.split("each on the reward of its source:")[1].split("(fair)")[0]
+    assert [name.strip() for name in listed.split(",")] == methods
+    more = matrix(*parse(["methods=grpo_sum,fair", "seeds=1"]))
+    assert [cell.method for cell in more] == ["grpo_sum", *methods]
+    with pytest.raises(ValueError, match="methods=fair,grpo: each once"):
+        matrix(*parse(["methods=fair,grpo"]))

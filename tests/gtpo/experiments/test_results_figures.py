@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from composition import names
 from PIL import Image
 from scipy import stats
 
@@ -18,12 +19,12 @@ PAGE = Path(draw.__file__).parents[1] / "RESULTS.md"
 TEXT = " ".join(PAGE.read_text().split())
 #: Rows of the table "Why": the page's name of a method -> where its runs are.
 FIVE_SEEDS = {
-    "`dr_grpo`": ("horizon6", "dr_grpo"),
+    "`dr_grpo_sum`": ("horizon6", "dr_grpo_sum"),
     "`gtpo_turn`, no division": ("horizon6_turn_unscaled", "gtpo_turn"),
     "`gtpo_turn_batch_std`": ("horizon6", "gtpo_turn_batch_std"),
     "`gtpo_turn`": ("horizon6", "gtpo_turn"),
-    "`gtpo_undiscounted`": ("horizon6", "gtpo_no_return"),
-    "`grpo`": ("horizon6", "grpo"),
+    "`gtpo_undiscounted`": ("horizon6", "gtpo_undiscounted"),
+    "`grpo_sum`": ("horizon6", "grpo_sum"),
     "`gtpo`": ("horizon6", "gtpo"),
 }
 
@@ -57,6 +58,20 @@ def paired(ours: str, theirs: str, measure: str) -> str:
     return points(differences.mean(), found.confidence_interval.low, found.confidence_interval.high)
 
 
+@pytest.mark.parametrize("file", sorted(path.stem for path in draw.RESULTS.glob("*.json")))
+def test_every_method_of_a_raw_file_is_one_of_today_and_no_summed_reward_goes_as_another(file):
+    found = draw.load(file)
+    methods = {entry["method"] for entry in (*found["rows"], *found["runs"])}
+    assert methods <= set(names("method"))
+    assert not methods & {"grpo", "dr_grpo"}  # all were made before these names meant what they mean
+
+
+def test_the_first_paragraph_says_what_the_headline_is_against():
+    first = PAGE.read_text().split("\n\n")[1]
+    claim = draw.difference("horizon6", 6, "gtpo_turn_batch_std", True)
+    assert f"{100 * claim.final.mean:+.1f} points" in first and "`grpo_sum`" in first and "summed" in first
+
+
 def test_main_table():
     expected = [
         [str(d.horizon), str(d.steps), f"`{d.method}`", str(d.seeds)]
@@ -85,7 +100,7 @@ def test_five_seeds_table():
     assert [row[0] for row in rows] == list(FIVE_SEEDS)
     for name, _, final, *differences, _ in rows:
         assert final == f"{np.mean(list(measures(name)['final'].values())):.3f}"
-        expected = ["", ""] if name == "`grpo`" else [paired(name, "`grpo`", m) for m in ("final", "area")]
+        expected = ["", ""] if name == "`grpo_sum`" else [paired(name, "`grpo_sum`", m) for m in ("final", "area")]
         assert differences == expected, name
 
 
@@ -94,8 +109,8 @@ def test_five_seeds_table():
     [
         ("`gtpo_turn`", "`gtpo`"),
         ("`gtpo_undiscounted`", "`gtpo`"),
-        ("`gtpo_turn`, no division", "`dr_grpo`"),
-        ("`gtpo_turn_batch_std`", "`dr_grpo`"),
+        ("`gtpo_turn`, no division", "`dr_grpo_sum`"),
+        ("`gtpo_turn_batch_std`", "`dr_grpo_sum`"),
     ],
 )
 def test_differences_in_the_text(ours, theirs):
@@ -104,11 +119,11 @@ def test_differences_in_the_text(ours, theirs):
 
 
 def test_the_answer_has_the_table_s_numbers():
-    claim, control = (draw.difference("horizon6", 6, m, False).final for m in ("gtpo_turn_batch_std", "dr_grpo"))
+    claim, control = (draw.difference("horizon6", 6, m, False).final for m in ("gtpo_turn_batch_std", "dr_grpo_sum"))
     answer = TEXT.split("## Answer")[1].split("## Main results")[0]
     for said in (points(claim.mean, claim.low, claim.high)[1:], points(control.mean, control.low, control.high)):
         assert said.replace(" [", " points [") in answer or said in answer, said
-    assert paired("`gtpo_turn_batch_std`", "`grpo`", "final") in answer
+    assert paired("`gtpo_turn_batch_std`", "`grpo_sum`", "final") in answer
 
 
 def test_the_first_figure_s_five_seeds_end_where_the_table_says():

@@ -213,7 +213,10 @@ def test_every_key_that_is_read_or_fixed_is_in_the_config():
         ("actor_rollout_ref.rollout.temperature=0.7", "temperature=0.7: the plain-PyTorch engine has 1.0 only"),
         ("data.train_batch_size=8", "one update a step"),
         ("trainer.test_freq=-1", r"trainer.test_freq=-1: at least 1"),
-        ("method=rloo", "uses the estimator 'rloo'; the plain-PyTorch engine has gtpo and grpo"),
+        (
+            "algorithm.adv_estimator=gae",
+            "adv_estimator=gae: the plain-PyTorch engine has gtpo, grpo, rloo, .*; use engine=",
+        ),
     ],
 )
 def test_what_the_engine_has_not_got_is_refused(toy_policy, override, message):
@@ -273,7 +276,7 @@ def rolled_out(stream, rules, *, failed: int, solved: int):
 
 
 def test_grpo_gives_one_advantage_a_trajectory_and_gtpo_one_a_turn(stream, toy_policy):
-    grpo_settings = settings_of(toy_policy, "method=grpo")
+    grpo_settings = settings_of(toy_policy, "method=grpo_sum")
     trajectories = [row.trajectory() for row in rolled_out(stream, grpo_settings.rules, solved=2, failed=2)]
     groups = ["a"] * 4
     _, grpo, credit = training.turn_advantages(trajectories, groups, grpo_settings, None)
@@ -286,6 +289,16 @@ def test_grpo_gives_one_advantage_a_trajectory_and_gtpo_one_a_turn(stream, toy_p
     mean = (2 * returns.sum() - 0.2) / 8
     assert torch.allclose(gtpo[0], returns - mean, atol=1e-6)
     assert torch.equal(credit.turn_mask.sum(dim=1), torch.tensor([3, 3, 1, 1]))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "reinforce_plus_plus", "gdpo", "mt_grpo", "gigpo"])
+def test_every_rival_raises_the_solved_rows_over_the_failed(stream, toy_policy, method):
+    """From the config to the advantages; that they are the method's is tested with the methods."""
+    rival = settings_of(toy_policy, f"method={method}")
+    trajectories = [row.trajectory() for row in rolled_out(stream, rival.rules, solved=2, failed=2)]
+    _, advantages, credit = training.turn_advantages(trajectories, ["a"] * 4, rival, None)
+    assert (advantages[:2, -1] > 0).all() and (advantages[2:, 0] < 0).all()
+    assert not advantages[~credit.turn_mask].any()
 
 
 def test_update_raises_what_was_rewarded_and_leaves_quiet_rows_out(stream, toy_policy, settings):

@@ -28,7 +28,7 @@ class Table:
 
 def shape(outcomes, codes, groups, similarity, alpha=0.5):
     outcomes = torch.tensor(outcomes)
-    return shape_outcomes(outcomes, outcomes >= 1, codes, groups, similarity, alpha).tolist()
+    return shape_outcomes(outcomes, outcomes >= 1, codes, groups, similarity, alpha).outcomes.tolist()
 
 
 def test_the_mean_over_the_successes_times_alpha():

@@ -75,6 +75,7 @@ NAMED = {
     "trainer.default_local_dir",
     "actor_rollout_ref.rollout.trace.experiment_name",
 }
+RIVAL, REWARD = {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"}, "algorithm.gtpo.trajectory_reward"
 #: Keys that make the method.
 METHOD_KEYS = {
     "gtpo": set(),
@@ -85,13 +86,16 @@ METHOD_KEYS = {
     "gtpo_no_shaping": {"algorithm.gtpo.shaping.enable"},
     "gtpo_turn": {"algorithm.gtpo.baseline"},
     "gtpo_turn_batch_std": {"algorithm.gtpo.baseline", "algorithm.gtpo.scale"},
-    "grpo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
-    "rloo": {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"},
-    "dr_grpo": {
-        "algorithm.adv_estimator",
-        "algorithm.gtpo.shaping.enable",
-        "algorithm.norm_adv_by_std_in_grpo",
-    },
+    "grpo": {*RIVAL, REWARD},
+    "grpo_outcome": {*RIVAL, REWARD},
+    "grpo_sum": RIVAL,
+    "dr_grpo": {*RIVAL, REWARD, "algorithm.norm_adv_by_std_in_grpo"},
+    "dr_grpo_sum": {*RIVAL, "algorithm.norm_adv_by_std_in_grpo"},
+    "rloo": {*RIVAL, REWARD},
+    "reinforce_plus_plus": {*RIVAL, REWARD},
+    "gdpo": RIVAL,
+    "mt_grpo": RIVAL,
+    "gigpo": {*RIVAL, REWARD, "algorithm.gtpo.gamma", "algorithm.gtpo.scale"},
 }
 
 
@@ -203,6 +207,17 @@ def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default)
         ("algorithm.gtpo.shaping.alpha", 1.0, "algorithm.gtpo.shaping.alpha: 1.0 must be in [0, 1)"),
         ("algorithm.gtpo.gamma", 1.5, "algorithm.gtpo.gamma: 1.5 must be in [0, 1]"),
         ("algorithm.gtpo.baseline", "prompt", "algorithm.gtpo.baseline: 'prompt' is not one of group, turn, batch"),
+        ("algorithm.gtpo.trajectory_reward", "max", "algorithm.gtpo.trajectory_reward: 'max' is not one of sum, min, "),
+        (
+            "algorithm.adv_estimator",
+            "gdpo",
+            "algorithm.adv_estimator=gdpo: verl's V1 trainers do not hand it the parts of the reward; method=gdpo",
+        ),
+        (
+            "algorithm.adv_estimator",
+            "tir_optimal_token_baseline",
+            "algorithm.adv_estimator=tir_optimal_token_baseline: verl's V1 trainers do not hand it sum_pi_squared",
+        ),
         (
             "actor_rollout_ref.rollout.multi_turn.format",
             "qwen3_coder",
@@ -216,6 +231,15 @@ def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, mess
     config, choices = default
     OmegaConf.update(config, key, value)
     assert refusal(config, choices).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["use_kl_in_reward", "gdpo_reward_weights"])
+def test_what_gdpo_would_ignore_is_refused(default, key):
+    config, choices = default
+    OmegaConf.update(config, f"algorithm.{key}", [1.0, 2.0] if "weights" in key else True, force_add=True)
+    check(config, choices)  # which GTPO does not
+    config.algorithm.adv_estimator = "recorded_gdpo"
+    assert refusal(config, choices).startswith(f"algorithm.{key}")
 
 
 def test_group_filtering_is_refused_unless_it_filters_on_the_raw_outcome(default):

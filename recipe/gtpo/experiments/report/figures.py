@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from recipe.gtpo.experiments.report.runs import Run, by_horizon
-from recipe.gtpo.experiments.report.statistics import BASELINE, Interval, Paired, Row, mean_of_known, t_interval
+from recipe.gtpo.experiments.report.statistics import Interval, Paired, Row, baseline_of, mean_of_known, t_interval
 
 _Key = TypeVar("_Key", int, str)
 _Measure = Callable[[Row], Paired | None]
@@ -54,9 +54,13 @@ class Sheet:
     methods: Sequence[str]
     prefix: str = ""
 
+    @property
+    def baseline(self) -> str:
+        return baseline_of(self.methods)
+
     def colour(self, method: str) -> str:
-        others = sorted(set(self.methods) - {BASELINE})
-        return _BASELINE_COLOUR if method == BASELINE else _COLOURS[others.index(method) % len(_COLOURS)]
+        others = sorted(set(self.methods) - {self.baseline})
+        return _BASELINE_COLOUR if method == self.baseline else _COLOURS[others.index(method) % len(_COLOURS)]
 
     def panels(self, height: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
         """A figure and its (height, columns) axes."""
@@ -117,10 +121,10 @@ def _draw_overview(rows: Sequence[Row], sheet: Sheet) -> list[Figure]:
 
 def _learning_curves(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> Figure:
     seeds = {row.method: len(row.seeds) for row in rows}
-    shown = [method for method in seeds if method != BASELINE] or [BASELINE]
+    shown = [method for method in seeds if method != sheet.baseline] or [sheet.baseline]
     figure, axes = sheet.grid_over_steps(len(shown), "held-out accuracy (sampled)")
     for axis, method in zip(axes, shown, strict=True):
-        for name in dict.fromkeys([m for m in (BASELINE, method) if m in seeds]):
+        for name in dict.fromkeys([m for m in (sheet.baseline, method) if m in seeds]):
             points = _collect([run.curve for run in runs if run.method == name])
             bands = [t_interval(values) for values in points.values()]
             ends = [band.ends for band in bands if band.ends is not None]
@@ -130,7 +134,7 @@ def _learning_curves(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> 
                 axis.fill_between(list(points), *zip(*ends, strict=True), color=sheet.colour(name), alpha=0.14, lw=0)
         axis.set_title(f"{method} (n={seeds[method]})", color=sheet.colour(method))
     axes[0].set_ylim(0, min(1.0, axes[0].get_ylim()[1]))
-    if BASELINE in seeds and shown != [BASELINE]:
+    if sheet.baseline in seeds and shown != [sheet.baseline]:
         lines, labels = axes[0].get_legend_handles_labels()
         figure.legend(lines[:1], [f"{labels[0]}, in every panel"], loc="outside upper right")
     return sheet.save(
@@ -159,12 +163,12 @@ def _paired_differences(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) 
         axis.axvline(0, color=_BASELINE_COLOUR, lw=0.9)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(-0.6, len(labels) - 0.4)
-        axis.set_xlabel(f"{label}, points over {BASELINE}")
+        axis.set_xlabel(f"{label}, points over {sheet.baseline}")
     return sheet.save(
         figure,
         "paired_differences",
-        f"Against {BASELINE}, seed by seed",
-        f"Each dot is one seed: the method minus {BASELINE} on the same seed. Diamond: mean; bar: 95% bootstrap "
+        f"Against {sheet.baseline}, seed by seed",
+        f"Each dot is one seed: the method minus {sheet.baseline} on the same seed. Diamond: mean; bar: 95% bootstrap "
         "interval of the mean. n is the number of seeds in common; with few, the bar is shorter than it should be.",
     )
 
@@ -234,7 +238,7 @@ def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> 
     if not classes:
         return None
     values = np.array([[100 * tables[row.method].get(name, np.nan) for name in classes] for row in rows])
-    base = tables.get(BASELINE, {})
+    base = tables.get(sheet.baseline, {})
     gains = values - [100 * base.get(name, np.nan) for name in classes]
     size = (max(4.5, min(10, 2.6 + 0.75 * len(classes))), 1.0 + 0.34 * len(rows))
     figure, axes = sheet.panels(1, 1, size)
@@ -253,9 +257,9 @@ def _problem_classes(runs: Sequence[Run], rows: Sequence[Row], sheet: Sheet) -> 
         figure,
         "problem_classes",
         "Problem classes",
-        f"Final held-out accuracy in percent by problem class, mean over seeds. Blue: above {BASELINE}, red: below; "
-        "the colour stops at 15 points. A class has fewer problems than the whole, so its numbers are noisier: no "
-        "intervals are given and none of them is a claim.",
+        f"Final held-out accuracy in percent by problem class, mean over seeds. Blue: above {sheet.baseline}, red: "
+        "below; the colour stops at 15 points. A class has fewer problems than the whole, so its numbers are noisier: "
+        "no intervals are given and none of them is a claim.",
     )
 
 
@@ -294,14 +298,15 @@ def _differences_by_horizon(rows: Sequence[Row], sheet: Sheet) -> Figure | None:
             axis.errorbar(x, mean, bars, **look, label=method)
         axis.axhline(0, color=_BASELINE_COLOUR, lw=0.9)
         axis.set(title=label, xlabel="horizon", xticks=_horizons(rows))
-    axes[0, 0].set_ylabel(f"points over {BASELINE}")
+    axes[0, 0].set_ylabel(f"points over {sheet.baseline}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return sheet.save(
         figure,
         "differences_by_horizon",
-        f"Against {BASELINE}, by horizon",
-        f"The method minus {BASELINE} on the same seeds and the same horizon: mean and its 95% bootstrap interval "
-        "(none with a single seed). Lines only join a method's points. Methods are set a little apart to be seen.",
+        f"Against {sheet.baseline}, by horizon",
+        f"The method minus {sheet.baseline} on the same seeds and the same horizon: mean and its 95% bootstrap "
+        "interval (none with a single seed). Lines only join a method's points. Methods are set a little apart to be "
+        "seen.",
     )
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from recipe.gtpo.experiments.report.figures import Figure, Section
 from recipe.gtpo.experiments.report.runs import Run, by_horizon
-from recipe.gtpo.experiments.report.statistics import BASELINE, Interval, Paired, Row
+from recipe.gtpo.experiments.report.statistics import BestRival, Interval, Paired, Row, baseline_of
 
 CLAIM_SEEDS = 16  # fewer resolve about as much as the methods differ by, and a bootstrap of few values is too sure
 
@@ -35,18 +35,20 @@ _NAMES: tuple[Column, ...] = (
 _ACCURACY: tuple[Column, ...] = (
     ("final accuracy", lambda row: _plus_minus(row.final)),
     ("area", lambda row: _plus_minus(row.area)),
-    (f"final over {BASELINE}, points", lambda row: _points(row.final_difference)),
+    ("final over {baseline}, points", lambda row: _points(row.final_difference)),
     ("wins-losses, p", lambda row: _wins(row.final_difference)),
-    (f"area over {BASELINE}, points", lambda row: _points(row.area_difference)),
+    ("area over {baseline}, points", lambda row: _points(row.area_difference)),
+    ("final over the best rival, points", lambda row: _over_rival(row.best_rival)),
     ("steps to {threshold:g}", lambda row: "not reached" if row.reached is None else f"{row.reached:g}"),
+    ("reward", lambda row: row.reward),
 )
 _BEHAVIOUR: tuple[Column, ...] = (
     ("turns", lambda row: _number(row.turns, "{:.2f}")),
     ("tool errors", lambda row: _number(row.tool_error, "{:.3f}")),
     ("first-turn call", lambda row: _number(row.first_turn_call, "{:.3f}")),
     ("s / step", lambda row: _number(row.step_seconds, "{:.2f}")),
-    (f"step time / {BASELINE}'s", lambda row: _number(row.step_cost, "{:.3f}")),
-    (f"advantage phase over {BASELINE}'s, % of a step", lambda row: _number(row.adv_cost, "{:+.2%}").rstrip("%")),
+    ("step time / {baseline}'s", lambda row: _number(row.step_cost, "{:.3f}")),
+    ("advantage phase over {baseline}'s, % of a step", lambda row: _number(row.adv_cost, "{:+.2%}").rstrip("%")),
 )
 
 
@@ -64,9 +66,8 @@ class Table:
 
 def tabulate(rows: Sequence[Row], columns: Sequence[Column], threshold: float) -> Table:
     """The columns that name a row, then `columns`."""
-    chosen = {
-        name.format(threshold=threshold): text for name, text in (*_NAMES[0 if _several(rows) else 1 :], *columns)
-    }
+    words = {"threshold": threshold, "baseline": baseline_of(row.method for row in rows)}
+    chosen = {name.format(**words): text for name, text in (*_NAMES[0 if _several(rows) else 1 :], *columns)}
     groups: dict[int | None, list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         groups[row.horizon].append({name: text(row) for name, text in chosen.items()})
@@ -92,6 +93,10 @@ def _points(difference: Paired | None) -> str:
     return f"{100 * mean:+.1f}" + ("" if ends is None else f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]")
 
 
+def _over_rival(best: BestRival | None) -> str:
+    return "" if best is None else f"{_points(best.final)} ({best.method})"
+
+
 def _wins(difference: Paired | None) -> str:
     return "" if difference is None else f"{difference.wins}-{difference.losses}, {difference.p_value:.2g}"
 
@@ -108,24 +113,34 @@ def markdown(rows: Sequence[Row], threshold: float) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """One sentence a method and horizon, in words that follow from the interval of the final accuracy alone."""
+    """A sentence for each method, horizon and what it is compared with: the baseline, and for GTPO the best rival.
+
+    The words follow from the interval of the final accuracy alone.
+    """
     said = []
     for row in rows:
-        difference = row.final_difference
-        if difference is None or difference.interval.ends is None:
-            continue
         name = f"{row.method} at horizon {row.horizon}" if _several(rows) else row.method
-        what, count = _judgement(*difference.interval.ends, difference.interval.count), difference.interval.count
-        said.append(f"{name}: {what} ({_points(difference)} points, {count} seeds)")
-    return said or [f"No method shares two seeds with {BASELINE}: nothing can be said"]
+        against = {f"{row.baseline} on {row.baseline_reward}": row.final_difference}
+        if (best := row.best_rival) is not None:
+            rival = f"{best.method} on {best.reward}"
+            if best.method == row.baseline:
+                against = {f"{rival}, the best rival": best.final}
+            else:
+                against[f"the best rival, {rival}"] = best.final
+        for other, difference in against.items():
+            if difference is not None and difference.interval.ends is not None:
+                count = difference.interval.count
+                what = _judgement(other, *difference.interval.ends, count)
+                said.append(f"{name}: {what} ({_points(difference)} points, {count} seeds)")
+    return said or ["No method shares two seeds with a rival: nothing can be said"]
 
 
-def _judgement(low: float, high: float, seeds: int) -> str:
-    """What the ends of a difference's interval say of a method."""
+def _judgement(other: str, low: float, high: float, seeds: int) -> str:
+    """What the ends of a difference's interval say of a method beside `other`."""
     if low <= 0 <= high:
-        return f"not told apart from {BASELINE}"
-    what = f"better than {BASELINE}" if low > 0 else f"worse than {BASELINE}"
-    return what if seeds >= CLAIM_SEEDS else f"{what} here, on too few seeds for a claim"
+        return f"not told apart from {other}"
+    what = f"better than {other}" if low > 0 else f"worse than {other}"
+    return what if seeds >= CLAIM_SEEDS else f"{what}, here, on too few seeds for a claim"
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -144,7 +159,7 @@ def page(runs: Sequence[Run], rows: Sequence[Row], sections: Sequence[Section], 
     return _TEMPLATES.get_template("page.html.jinja").render(
         title=f"{runs[0].task}: {len({run.method for run in runs})} methods{at}",
         within=" within a horizon" if len(horizons) > 1 else "",
-        baseline=BASELINE,
+        baseline=baseline_of(row.method for row in rows),
         claim_seeds=CLAIM_SEEDS,
         runs=len(runs),
         seeds=len({run.seed for run in runs}),
@@ -153,7 +168,8 @@ def page(runs: Sequence[Run], rows: Sequence[Row], sections: Sequence[Section], 
         commits=sorted({run.commit for run in runs}),
         machines=sorted({run.machine for run in runs}),
         commands=sorted(run.command for run in runs),
-        intervals=2 * sum(row.final_difference is not None for row in rows),
+        intervals=sum(2 * (row.final_difference is not None) + (row.best_rival is not None) for row in rows),
+        rivals=any(row.best_rival is not None for row in rows),
         verdicts=verdicts(rows),
         accuracy=tabulate(rows, _ACCURACY, threshold),
         behaviour=tabulate(rows, _BEHAVIOUR, threshold),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,38 @@ from scipy import integrate
 from recipe.gtpo.run.progress import validation_accuracy, validation_mean
 from recipe.gtpo.run.record import RunRecord
 
+#: Methods that read the summed reward before there was `algorithm.gtpo.trajectory_reward`, and another one now.
+_ONCE_SUMMED = ("grpo", "dr_grpo", "rloo")
+_REWARD = "algorithm.gtpo.trajectory_reward"
+#: How the report names the reward that a method compares, by `trajectory_reward`, or by the estimator that reads parts.
+_REWARD_NAMES = {
+    "sum": "outcome + format penalties",
+    "min": "min(outcome, well-formed)",
+    "outcome": "the outcome",
+    "recorded_gdpo": "outcome and well-formed apart",
+}
+
+
+def todays_name(method: str, config: Mapping[str, Any] | None) -> str:
+    """The method that a run of the recorded `config` (config.json; None: none was recorded) is by today's names."""
+    return f"{method}_sum" if method in _ONCE_SUMMED and _REWARD not in (config or {}) else method
+
+
+def _reward_name(config: Mapping[str, Any]) -> str:
+    kind = str(config.get(_REWARD, "sum"))
+    if kind == "sum" and config.get("algorithm.gtpo.format_penalty") == 0:
+        kind = "outcome"
+    return _REWARD_NAMES.get(str(config.get("algorithm.adv_estimator"))) or _REWARD_NAMES[kind]
+
 
 @dataclass(frozen=True)
 class Run:
     """One finished run, read from its folder."""
 
     dir: Path
-    method: str
+    method: str  # by today's name
+    ours: bool  # GTPO, in any setting; else one of its rivals
+    reward: str  # what the method compares, in words
     task: str
     engine: str
     horizon: int | None  # None: the task has none, or the record is older than the knob
@@ -34,12 +59,16 @@ class Run:
     def load(cls, folder: Path) -> Run:
         """Raises ValueError for a run that has not finished, or without a validation before and after training."""
         record = RunRecord(folder)
+        config = record.read_config() or {}
         summary, starts = record.read_summary(), record.read_starts()
         if summary is None or not starts:
             raise ValueError(f"{folder}: a finished run has a summary.json and a versions.json")
         run = cls(
             dir=folder,
-            method=summary["method"],
+            method=todays_name(summary["method"], config),
+            # A run older than config.json goes by its name.
+            ours=config.get("algorithm.adv_estimator", summary["method"].split("_")[0]) == "gtpo",
+            reward=_reward_name(config),
             task=summary["task"],
             engine=summary.get("engine", "verl"),
             horizon=summary.get("horizon"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
@@ -12,7 +12,8 @@ from scipy import stats
 
 from recipe.gtpo.experiments.report.runs import Run, by_horizon
 
-BASELINE = "grpo"
+#: Every method is compared with the first of these that a report has, and those of GTPO with the best rival too.
+BASELINES = ("grpo", "grpo_sum")
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 
@@ -57,9 +58,14 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(found.low), float(found.high), count)
 
 
+def baseline_of(methods: Iterable[str]) -> str:
+    known = set(methods)
+    return next((name for name in BASELINES if name in known), BASELINES[0])
+
+
 @dataclass(frozen=True)
 class Paired:
-    """A method minus the baseline on the same seeds."""
+    """A method minus another on the same seeds."""
 
     by_seed: dict[int, float]
     interval: Interval
@@ -68,10 +74,12 @@ class Paired:
     p_value: float  # sign test, two-sided; 1.0 where nothing differs
 
 
-def paired(runs: Sequence[Run], method: str, value: Callable[[Run], float]) -> Paired | None:
-    """None without a common seed."""
+def paired(runs: Sequence[Run], method: str, other: str, value: Callable[[Run], float]) -> Paired | None:
+    """`method` minus `other`. None without a common seed, and for a method and itself."""
+    if method == other:
+        return None
     ours = {r.seed: value(r) for r in runs if r.method == method}
-    base = {r.seed: value(r) for r in runs if r.method == BASELINE}
+    base = {r.seed: value(r) for r in runs if r.method == other}
     by_seed = {seed: ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())}
     if not by_seed:
         return None
@@ -82,10 +90,46 @@ def paired(runs: Sequence[Run], method: str, value: Callable[[Run], float]) -> P
 
 
 @dataclass(frozen=True)
+class BestRival:
+    """The rival that a method of GTPO gains least over, in final accuracy, on the seeds that the two share.
+
+    It is chosen on the data that it is then compared on. Of several rivals alike the luckiest is chosen, so the
+    difference understates the method.
+    """
+
+    method: str
+    reward: str
+    final: Paired
+    area: Paired
+
+
+def best_rival(runs: Sequence[Run], method: str) -> BestRival | None:
+    """None for a rival, and where no rival shares a seed. One that shares a single seed counts where none shares more.
+
+    Args:
+        runs: of one horizon.
+    """
+    if any(run.method == method and not run.ours for run in runs):
+        return None
+    found = []
+    for rival in sorted({run.method for run in runs if not run.ours}):
+        final = paired(runs, method, rival, lambda r: r.final)
+        area = paired(runs, method, rival, lambda r: r.area)
+        if final is not None and area is not None:
+            found.append(BestRival(rival, rewards_of(runs, rival), final, area))
+    return min(found, key=lambda one: (one.final.interval.count < 2, one.final.interval.mean), default=None)
+
+
+def rewards_of(runs: Sequence[Run], method: str) -> str:
+    return " or ".join(sorted({run.reward for run in runs if run.method == method}))
+
+
+@dataclass(frozen=True)
 class Row:
     """One method at one horizon in the table."""
 
     method: str
+    reward: str
     horizon: int | None
     seeds: list[int]
     final: Interval
@@ -98,27 +142,32 @@ class Row:
     step_seconds: float | None
     step_cost: float | None  # median over common seeds of this method's step time / the baseline's
     adv_cost: float | None  # the same for the advantage phase alone: (its seconds - the baseline's) / baseline's step
-    final_difference: Paired | None
+    baseline: str
+    baseline_reward: str
+    final_difference: Paired | None  # over the baseline
     area_difference: Paired | None
+    best_rival: BestRival | None
 
 
 def make_rows(runs: Sequence[Run], threshold: float) -> list[Row]:
     """One row a method and horizon; within a horizon the best mean of final accuracy and area first."""
-    return [row for members in by_horizon(runs).values() for row in _rows(members, threshold)]
+    baseline = baseline_of(run.method for run in runs)
+    return [row for members in by_horizon(runs).values() for row in _rows(members, baseline, threshold)]
 
 
-def _rows(runs: Sequence[Run], threshold: float) -> list[Row]:
+def _rows(runs: Sequence[Run], baseline: str, threshold: float) -> list[Row]:
     """Of one horizon."""
     by_method: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda r: r.seed):
         by_method[run.method].append(run)
-    base = {run.seed: run for run in by_method.get(BASELINE, [])}
+    base = {run.seed: run for run in by_method.get(baseline, [])}
     rows = []
     for method, members in by_method.items():
         step_cost, adv_cost = _costs(members, base)
         rows.append(
             Row(
                 method=method,
+                reward=rewards_of(runs, method),
                 horizon=runs[0].horizon,
                 seeds=[r.seed for r in members],
                 final=t_interval([r.final for r in members]),
@@ -131,8 +180,11 @@ def _rows(runs: Sequence[Run], threshold: float) -> list[Row]:
                 step_seconds=mean_of_known([r.median("timing_s/step") for r in members]),
                 step_cost=step_cost,
                 adv_cost=adv_cost,
-                final_difference=None if method == BASELINE else paired(runs, method, lambda r: r.final),
-                area_difference=None if method == BASELINE else paired(runs, method, lambda r: r.area),
+                baseline=baseline,
+                baseline_reward=rewards_of(runs, baseline),
+                final_difference=paired(runs, method, baseline, lambda r: r.final),
+                area_difference=paired(runs, method, baseline, lambda r: r.area),
+                best_rival=best_rival(runs, method),
             )
         )
     return sorted(rows, key=lambda row: -(row.final.mean + row.area.mean))

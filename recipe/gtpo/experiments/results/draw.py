@@ -33,7 +33,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus GRPO on the same seeds, in accuracy: a row of the main table of RESULTS.md."""
+    """A method minus GRPO on the summed reward, on the same seeds: a row of the main table of RESULTS.md."""
 
     file: str
     horizon: int
@@ -53,8 +53,8 @@ class Look:
 
 
 LOOKS: Mapping[str, Look] = {
-    "grpo": Look("GRPO", "#000000", "o"),
-    "dr_grpo": Look("Dr. GRPO (no credit by turn)", "#d55e00", "D"),
+    "grpo_sum": Look("GRPO, summed reward", "#000000", "o"),
+    "dr_grpo_sum": Look("Dr. GRPO, summed reward", "#d55e00", "D"),
     "gtpo_turn_batch_std": Look("GTPO, recommended setting", "#0072b2", "s"),
     "gtpo": Look("GTPO as published", "#009e73", "^"),
 }
@@ -62,7 +62,7 @@ LOOKS: Mapping[str, Look] = {
 #: File, horizon, method, tested: the rows of the main table, in its order.
 MAIN_TABLE = (
     ("horizon6", 6, "gtpo_turn_batch_std", True),
-    ("horizon6", 6, "dr_grpo", False),
+    ("horizon6", 6, "dr_grpo_sum", False),
     ("horizon6", 6, "gtpo", False),
     ("horizon4", 4, "gtpo_turn_batch_std", True),
     ("horizon4", 4, "gtpo", False),
@@ -78,7 +78,12 @@ MAIN_TABLE = (
 
 @cache
 def load(file: str) -> Any:
-    return json.loads((RESULTS / f"{file}.json").read_text())
+    """A file of results, its methods by today's names: each file says which of its own have another meaning now."""
+    found = json.loads((RESULTS / f"{file}.json").read_text())
+    names = found["names_today"]
+    for entry in (*found["rows"], *found["runs"]):
+        entry["method"] = names.get(entry["method"], entry["method"])
+    return found
 
 
 def difference(file: str, horizon: int, method: str, tested: bool) -> Difference:
@@ -112,7 +117,7 @@ Curves = dict[str, dict[int, Interval]]
 def curves() -> dict[str, Curves]:
     """Panel of the first figure -> method -> curve."""
     return {
-        "16 seeds, 701 to 716": {m: curve("horizon6", m) for m in ("grpo", "gtpo_turn_batch_std")},
+        "16 seeds, 701 to 716": {m: curve("horizon6", m) for m in ("grpo_sum", "gtpo_turn_batch_std")},
         "5 of them, 701 to 705": {m: curve("horizon6", m, FIVE_SEEDS) for m in LOOKS},
     }
 
@@ -193,8 +198,8 @@ def _draw_differences(plt: Any) -> Any:
         axis.set(title=title, xlabel="horizon (dependent calls)", xticks=range(len(horizons)), xticklabels=horizons)
         axis.set_ylim(-8, 20)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("points over GRPO, paired by seed")
-    methods = [_handle(plt, look, linestyle="") for method, look in LOOKS.items() if method != "grpo"]
+    axes[0].set_ylabel("points over GRPO on the summed reward")
+    methods = [_handle(plt, look, linestyle="") for method, look in LOOKS.items() if method != "grpo_sum"]
     filled = plt.Line2D([], [], color="grey", marker="o", markersize=8, linestyle="", label="filled: a test (16 seeds)")
     hollow = plt.Line2D([], [], color="grey", marker="o", markersize=8, linestyle="", label="hollow: no claim",
                         markerfacecolor="white", markeredgewidth=1.5)  # fmt: skip

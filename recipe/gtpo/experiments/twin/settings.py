@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.conversation import Rules
+from recipe.gtpo.method.estimators import ESTIMATORS
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import ConfigError
 from recipe.gtpo.tasks.arithmetic.problems import tool_schema
@@ -76,7 +77,7 @@ class Settings:
     """One run of the engine."""
 
     method: str
-    estimator: str  # gtpo, or grpo
+    estimator: str  # one of method.estimators.ESTIMATORS
     options: GTPOOptions
     scale_by_std: bool  # of grpo
     task: Arithmetic
@@ -101,10 +102,10 @@ class Settings:
         """From a composed and prepared config (`run.checks.prepare`). Raises ConfigError for what it has not got."""
         if not isinstance(task, Arithmetic):
             raise ConfigError(f"task={task.name}: the plain-PyTorch engine has task=arithmetic only; use engine=verl")
-        if config.algorithm.adv_estimator not in ("gtpo", "grpo"):
+        if config.algorithm.adv_estimator not in ESTIMATORS:
             raise ConfigError(
-                f"method={config.method} uses the estimator {config.algorithm.adv_estimator!r}; "
-                "the plain-PyTorch engine has gtpo and grpo"
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator}: the plain-PyTorch engine has "
+                f"{', '.join(ESTIMATORS)}; use engine=verl"
             )
         for key, value in FIXED.items():
             if (found := OmegaConf.select(config, key)) != value:

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from recipe.gtpo.experiments.twin.rollout import Row, draw, roll_out
 from recipe.gtpo.experiments.twin.settings import Settings
-from recipe.gtpo.method import advantage as equations
 from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.estimators import turn_values
 from recipe.gtpo.method.metrics import credit_metrics
-from recipe.gtpo.method.options import Scale
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import find_runs, spread_to_tokens
 from recipe.gtpo.method.turns import Trajectory, validation_info
@@ -31,18 +30,9 @@ def turn_advantages(
     trajectories: Sequence[Trajectory], groups: Sequence[str], settings: Settings, similarity: Any
 ) -> tuple[torch.Tensor, torch.Tensor, Credit]:
     """(B, T) return and advantage of every turn, and the credit they came from."""
-    options = settings.options
-    credit = assign_credit(trajectories, groups, options, similarity)
-    rewards = credit.rewards.combined
-    if settings.estimator == "grpo":
-        # One return a trajectory, compared within the group: a law says that this is verl's GRPO (test_laws.py).
-        one_turn = credit.turn_mask.any(dim=1, keepdim=True)
-        scale: Scale = "std" if settings.scale_by_std else "none"
-        total = rewards.sum(dim=1, keepdim=True)
-        advantage = equations.normalize_returns(total, one_turn, groups, scale=scale)
-        return total * credit.turn_mask, advantage * credit.turn_mask, credit
-    returns, advantage = equations.turn_advantages(rewards, credit.turn_mask, groups, options, credit.solved)
-    return returns, advantage, credit
+    credit = assign_credit(trajectories, groups, settings.options, similarity)
+    returns, advantages = turn_values(settings.estimator, credit, settings.options, divide=settings.scale_by_std)
+    return returns, advantages, credit
 
 
 def spread(rows: Sequence[Row], advantages: torch.Tensor, credit: Credit) -> tuple[list[torch.Tensor], int]:

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize(
     ("difference", "seeds", "said"),
     [
-        (0.1, 16, "better than grpo (+10.0 [+10.0, +10.0] points"),
-        (0.1, 15, "better than grpo here, on too few seeds for a claim"),
-        (-0.1, 16, "worse than grpo ("),
-        (-0.1, 4, "worse than grpo here, on too few seeds for a claim"),
-        (None, 16, "not told apart from grpo ("),
-        (None, 4, "not told apart from grpo ("),
+        (0.1, 16, "better than grpo on min(outcome, well-formed), the best rival (+10.0 [+10.0, +10.0] points"),
+        (0.1, 15, "better than grpo on min(outcome, well-formed), the best rival, here, on too few seeds for a claim"),
+        (-0.1, 16, "worse than grpo on min(outcome, well-formed), the best rival ("),
+        (-0.1, 4, "worse than grpo on min(outcome, well-formed), the best rival, here, on too few seeds for a claim"),
+        (None, 16, "not told apart from grpo on min(outcome, well-formed), the best rival ("),
+        (None, 4, "not told apart from grpo on min(outcome, well-formed), the best rival ("),
     ],
 )
 def test_the_verdict_follows_from_the_interval_and_the_number_of_seeds(tmp_path, difference, seeds, said):
@@ -41,10 +41,34 @@ def test_a_verdict_names_the_horizon_where_there_are_several(tmp_path):
             make_run(tmp_path, "gtpo", seed, {0: 0.2, 1: 0.5 + gain}, horizon=horizon)
     rows = make_rows(load_runs([tmp_path]), 0.5)
     assert verdict(rows) == (
-        "gtpo at horizon 1: not told apart from grpo (+0.0 [+0.0, +0.0] points, 2 seeds); "
-        "gtpo at horizon 3: worse than grpo here, on too few seeds for a claim (-10.0 [-10.0, -10.0] points, 2 seeds)."
+        "gtpo at horizon 1: not told apart from grpo on min(outcome, well-formed), the best rival "
+        "(+0.0 [+0.0, +0.0] points, 2 seeds); gtpo at horizon 3: worse than grpo on min(outcome, well-formed), the "
+        "best rival, here, on too few seeds for a claim (-10.0 [-10.0, -10.0] points, 2 seeds)."
     )
     assert verdict(rows[:2]).startswith("gtpo: not told apart")
+
+
+def test_the_verdict_names_the_best_rival_and_the_reward_that_it_got(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, "grpo", seed, {0: 0.2, 1: 0.5})
+        make_run(tmp_path, "dr_grpo", seed, {0: 0.2, 1: 0.7}, reward="outcome")
+        make_run(tmp_path, "gtpo", seed, {0: 0.2, 1: 0.6})
+    runs = load_runs([tmp_path])
+    rows = make_rows(runs, 0.5)
+    few = ", here, on too few seeds for a claim"
+    assert verdict(rows) == (
+        f"dr_grpo: better than grpo on min(outcome, well-formed){few} (+20.0 [+20.0, +20.0] points, 2 seeds); "
+        f"gtpo: better than grpo on min(outcome, well-formed){few} (+10.0 [+10.0, +10.0] points, 2 seeds); "
+        f"gtpo: worse than the best rival, dr_grpo on the outcome{few} (-10.0 [-10.0, -10.0] points, 2 seeds)."
+    )
+    head, _, *lines = markdown(rows, 0.5).splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    at, reward = columns.index("final over the best rival, points"), columns.index("reward")
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines}
+    assert cells["gtpo"][at] == "-10.0 [-10.0, -10.0] (dr_grpo)"
+    assert (cells["dr_grpo"][at], cells["dr_grpo"][reward]) == ("", "the outcome")
+    text = page(runs, rows, [], tmp_path, 0.5)
+    assert "of rivals that are alike it is the\nluckiest" in text and "this page has 5" in text
 
 
 def test_one_seed_says_nothing(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from recorded_runs import make_run
 
 from recipe.gtpo.experiments.report.runs import Run, load_runs
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +50,29 @@ def test_the_command_is_given_in_the_repository_again(tmp_path):
         (folder / "summary.json").write_text(json.dumps(summary | {"engine": engine}))
         command = f"python -m recipe.gtpo.{module} run_dir=OUT/{folder.name} 'note=two words'"
         assert Run.load(folder).command == command
+
+
+@pytest.mark.parametrize(
+    ("method", "recorded", "name", "reward"),
+    [
+        ("grpo", None, "grpo_sum", "outcome + format penalties"),  # a record older than the option
+        ("dr_grpo", None, "dr_grpo_sum", "outcome + format penalties"),
+        ("gtpo", None, "gtpo", "outcome + format penalties"),
+        ("grpo", {"trajectory_reward": "min"}, "grpo", "min(outcome, well-formed)"),
+        ("rloo", {"trajectory_reward": "outcome"}, "rloo", "the outcome"),
+        ("dr_grpo_sum", {"trajectory_reward": "sum"}, "dr_grpo_sum", "outcome + format penalties"),
+        ("grpo_sum", {"trajectory_reward": "sum", "format_penalty": 0}, "grpo_sum", "the outcome"),
+    ],
+)
+def test_a_run_says_by_todays_name_which_reward_its_method_compared(tmp_path, method, recorded, name, reward):
+    folder = make_run(tmp_path, method, 1, {0: 0.2, 2: 0.5}, reward=None)
+    if recorded is not None:
+        RunRecord(folder).write_config({f"algorithm.gtpo.{key}": value for key, value in recorded.items()})
+    run = Run.load(folder)
+    assert (run.method, run.reward, run.ours) == (name, reward, method == "gtpo")
+
+
+def test_gdpo_compares_parts(tmp_path):
+    folder = make_run(tmp_path, "gdpo", 1, {0: 0.2, 2: 0.5}, reward=None)
+    RunRecord(folder).write_config({"algorithm.adv_estimator": "recorded_gdpo"})
+    assert Run.load(folder).reward == "outcome and well-formed apart"

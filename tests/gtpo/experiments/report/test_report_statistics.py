@@ -9,7 +9,14 @@ from recorded_runs import make_run
 from scipy import stats
 
 from recipe.gtpo.experiments.report.runs import load_runs
-from recipe.gtpo.experiments.report.statistics import Interval, bootstrap_interval, make_rows, paired, t_interval
+from recipe.gtpo.experiments.report.statistics import (
+    Interval,
+    best_rival,
+    bootstrap_interval,
+    make_rows,
+    paired,
+    t_interval,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +42,7 @@ def test_differences_are_paired_by_seed(tmp_path):
         make_run(tmp_path, "gtpo", seed, {0: 0.2, 2: ours})
         make_run(tmp_path, "grpo", seed, {0: 0.2, 2: theirs})
     make_run(tmp_path, "gtpo", 9, {0: 0.2, 2: 1.0})  # no partner: not compared
-    found = paired(load_runs([tmp_path]), "gtpo", lambda r: r.final)
+    found = paired(load_runs([tmp_path]), "gtpo", "grpo", lambda r: r.final)
     assert found.by_seed == pytest.approx({0: 0.1, 1: 0.2, 2: -0.05, 3: 0.0})
     assert found.interval.mean == pytest.approx(0.0625)
     assert (found.wins, found.losses) == (2, 1)  # a tie is neither
@@ -67,3 +74,29 @@ def test_rows_are_ranked_by_final_accuracy_and_area_together(tmp_path):
     assert gtpo.step_cost == pytest.approx(1.1)
     assert gtpo.adv_cost == pytest.approx(0.01)
     assert grpo.final_difference is None
+
+
+def test_the_best_rival_is_the_one_that_a_method_gains_least_over(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, "gtpo", seed, {0: 0.2, 2: 0.6})
+        make_run(tmp_path, "gtpo_turn", seed, {0: 0.2, 2: 0.9})  # no rival
+        make_run(tmp_path, "grpo", seed, {0: 0.2, 2: 0.5})
+        make_run(tmp_path, "rloo", seed, {0: 0.2, 2: 0.4 + 0.1 * seed}, reward="outcome")
+    make_run(tmp_path, "gigpo", 3, {0: 0.2, 2: 1.0})  # a single seed is no comparison where others share more
+    runs = load_runs([tmp_path])
+    best = best_rival(runs, "gtpo")
+    assert (best.method, best.reward) == ("rloo", "the outcome")
+    assert best.final.by_seed == pytest.approx({1: 0.1, 2: 0.0, 3: -0.1})
+    assert best.area.by_seed == pytest.approx({1: 0.05, 2: 0.0, 3: -0.05})
+    assert best_rival(runs, "rloo") is None
+    assert best_rival([r for r in runs if r.method == "gigpo" or r.seed == 3], "gtpo").method == "gigpo"
+    assert best_rival([r for r in runs if r.ours], "gtpo") is None
+
+
+def test_where_the_papers_baseline_was_not_run_the_summed_one_is_the_baseline(tmp_path):
+    for method in ("grpo_sum", "gtpo"):
+        make_run(tmp_path, method, 1, {0: 0.2, 2: 0.5}, reward="sum")
+    base, ours = sorted(make_rows(load_runs([tmp_path]), threshold=0.5), key=lambda row: row.method)
+    assert ours.baseline == "grpo_sum" and ours.final_difference is not None and base.final_difference is None
+    make_run(tmp_path, "grpo", 1, {0: 0.2, 2: 0.5})
+    assert {row.baseline for row in make_rows(load_runs([tmp_path]), threshold=0.5)} == {"grpo"}

@@ -113,7 +113,7 @@ def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     cell(page, 7, 0).click()
     expect(page.locator(".ledger")).to_contain_text("gives the same advantage")
     expect(page.locator(".talk article.here")).to_contain_text("turn 0")
-    page.get_by_label("method").select_option("grpo")
+    page.get_by_label("method").select_option("grpo_sum")
     for turn in range(4):
         expect(cell(page, 7, turn)).to_contain_text("+0.79")
 
@@ -210,7 +210,7 @@ def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_p
     page.locator("ol.groups button").first.click()
     expect(cell(page, 7, 0)).to_contain_text("+0.07")
     expect(page.locator(".ledger")).to_contain_text("gives the same advantage")
-    page.get_by_label("method").select_option("grpo")
+    page.get_by_label("method").select_option("grpo_sum")
     expect(cell(page, 7, 0)).to_contain_text("+0.79")
     page.locator("#search").fill("sum of plums")
     expect(page.locator("ol.groups button")).to_have_count(1)

@@ -32,8 +32,8 @@ from verl_ext.records.reader import FOLDERS
 from verl_ext.records.schema import Record
 from verl_ext.viewer import records
 
-#: Changes whenever the tables or what is kept in them do: an index of another version is made anew.
-VERSION = 1
+#: Of the code that says what is in an index: one that other code has filled is made anew.
+VERSION = hashlib.sha256(Path(__file__).read_bytes() + Path(records.__file__).read_bytes()).hexdigest()
 #: Seconds of reading between two commits: how far a page lags behind while a large run is indexed.
 _COMMIT_SECONDS = 0.5
 
@@ -49,7 +49,8 @@ CREATE TABLE groups (
 CREATE INDEX groups_prompt ON groups (prompt_key);
 CREATE TABLE trajectories (
     id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER, grp INTEGER, split TEXT, step INTEGER, position INTEGER,
-    start INTEGER, length INTEGER, flags INTEGER, kept TEXT);
+    start INTEGER, length INTEGER, flags INTEGER);
+CREATE TABLE numbers (id INTEGER PRIMARY KEY, kept TEXT);  -- apart: search walks over all trajectories, not this
 CREATE INDEX trajectories_group ON trajectories (grp, position);
 CREATE INDEX trajectories_step ON trajectories (split, step, position);
 CREATE INDEX trajectories_file ON trajectories (file);
@@ -91,12 +92,12 @@ class Index:
         finally:
             db.close()
 
-    def _version(self) -> int | None:
+    def _version(self) -> str | None:
         if not self.path.exists():
             return None
         try:
             with self.connect() as db:
-                return int(db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()[0])
+                return str(db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()[0])
         except (sqlite3.DatabaseError, TypeError):
             return None
 
@@ -174,10 +175,11 @@ class Index:
         group = self._group(db, file, record)
         where = (file["id"], group, file["split"], file["step"], file["lines"], file["read"], length)
         row = db.execute(
-            "INSERT INTO trajectories (file, grp, split, step, position, start, length, flags, kept) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*where, records.flags(kept), json.dumps(kept, separators=(",", ":"))),
+            "INSERT INTO trajectories (file, grp, split, step, position, start, length, flags) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*where, records.flags(kept)),
         )
+        db.execute("INSERT INTO numbers VALUES (?, ?)", (row.lastrowid, json.dumps(kept, separators=(",", ":"))))
         text = _utf8("\n".join(records.searchable(record)))
         db.execute("INSERT INTO texts (rowid, content) VALUES (?, ?)", (row.lastrowid, text))
         return group
@@ -241,6 +243,7 @@ def _continues(file: IO[bytes], known: dict[str, Any]) -> bool:
 def _forget(db: sqlite3.Connection, file: int) -> None:
     """Drop what was read of a file. Its words stay in `texts` under numbers that nothing has any more."""
     groups = [row[0] for row in db.execute("SELECT DISTINCT grp FROM trajectories WHERE file = ?", (file,))]
+    db.execute("DELETE FROM numbers WHERE id IN (SELECT id FROM trajectories WHERE file = ?)", (file,))
     db.execute("DELETE FROM trajectories WHERE file = ?", (file,))
     db.execute("DELETE FROM files WHERE id = ?", (file,))
     for group in groups:
@@ -250,7 +253,7 @@ def _forget(db: sqlite3.Connection, file: int) -> None:
 
 def _summarise(db: sqlite3.Connection, group: int) -> None:
     """What lists say of a group, from its trajectories; a group without any is gone."""
-    rows = db.execute("SELECT flags, kept FROM trajectories WHERE grp = ?", (group,)).fetchall()
+    rows = db.execute("SELECT flags, kept FROM trajectories JOIN numbers USING (id) WHERE grp = ?", (group,)).fetchall()
     if not rows:
         db.execute("DELETE FROM groups WHERE id = ?", (group,))
         return

@@ -62,6 +62,7 @@ def _numbers_of(turn: Turn) -> dict[str, Any]:
         "broken": turn.broken,
         "calls": len(turn.calls),
         "tools": [outcome.outcome for outcome in turn.outcomes],
+        "said": _said(turn),
         "rewards": turn.rewards,
         "reward": turn.reward,
         "return": turn.return_,
@@ -71,6 +72,12 @@ def _numbers_of(turn: Turn) -> dict[str, Any]:
         "log_prob": turn.log_prob,
         "gap": turn.log_prob_gap,
     }
+
+
+def _said(turn: Turn) -> str:
+    """Equal for turns whose tools said the same; "" where none said anything."""
+    said = [(outcome.outcome, outcome.output.strip()) for outcome in turn.outcomes]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12] if said else ""
 
 
 def flags(kept: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer
 from verl_ext.records.schema import Record
 from verl_ext.viewer import records
 from verl_ext.viewer.index import Index
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -66,7 +69,8 @@ class Run:
         """What the index keeps of every trajectory of a step, in order; the latest step asked for is kept."""
         with self.index.connect() as db:
             found = db.execute(
-                "SELECT trajectories.id, grp, kept, groups.label FROM trajectories JOIN groups ON groups.id = grp "
+                "SELECT trajectories.id, grp, kept, groups.label "
+                "FROM trajectories JOIN numbers USING (id) JOIN groups ON groups.id = grp "
                 "WHERE trajectories.split = ? AND trajectories.step = ? ORDER BY file, position",
                 (split, step),
             ).fetchall()
@@ -115,10 +119,20 @@ class Run:
                 )
         return changed
 
+    def _parts(self, split: str, step: int) -> list[dict[str, Any]]:
+        """The advantages of a step by reward part; none where the method cannot say."""
+        if self.whatif is None:
+            return []
+        try:
+            return self.recompute(split, step, self.settings or {})
+        except (ValueError, RuntimeError) as error:  # another estimator; programs that cannot be compared here
+            logger.warning(f"{self.path}, step {step}: advantages are not split by reward part: {error}")
+            return []
+
     def _weights(self, split: str, step: int) -> dict[tuple[int, str, str], float]:
         """|advantage| x tokens by turn, kind of group and reward part. A turn's weight is split as its advantage is."""
         rows = self.rows(split, step)
-        parts = self.recompute(split, step, self.settings) if self.whatif and self.settings else []
+        parts = self._parts(split, step)
         outcomes: dict[int, list[bool]] = {}
         for row in rows:
             if not row["dropped"]:
@@ -132,7 +146,7 @@ class Run:
                     continue
                 split_by = parts[i]["turns"][k]["advantage_parts"] if parts and k < len(parts[i]["turns"]) else {}
                 total = sum(abs(value) for value in split_by.values())
-                shares = {name: abs(v) / total for name, v in split_by.items() if v} if total else {"unknown": 1.0}
+                shares = {name: abs(v) / total for name, v in split_by.items() if v} if total else {"not split": 1.0}
                 for part, share in shares.items():
                     key = (k, kind, part)
                     weights[key] = weights.get(key, 0.0) + share * abs(turn["advantage"]) * turn["tokens"]

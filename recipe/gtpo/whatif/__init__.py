@@ -1,8 +1,9 @@
 """What `verl_ext.viewer` asks of this recipe: what would the advantages be with other options, from what is recorded?
 
 The viewer finds this module through the entry-point group `verl_ext.viewer` and knows no method itself. The settings
-are those of `algorithm.gtpo` by name, and `unit`: one advantage a turn (GTPO) or one a trajectory (GRPO and its kin).
-The arithmetic is in `arithmetic.py`, which needs torch; a page is there before that is loaded.
+are those of `algorithm.gtpo` by name, and two of verl's: `estimator` (`algorithm.adv_estimator`) and `divide`
+(`algorithm.norm_adv_by_std_in_grpo`). The arithmetic is in `arithmetic.py`, which needs torch; a page is there before
+that is loaded.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from recipe.gtpo.method.options import GTPOOptions
 
 #: `recompute` for a page without a server: defines `globalThis.viewerCredit.recompute(rows, settings)`.
 JAVASCRIPT = Path(__file__).with_name("arithmetic.js")
-UNITS = ("turn", "trajectory")
+#: Settings that are verl's own keys: name -> key.
+OF_VERL = {"estimator": "algorithm.adv_estimator", "divide": "algorithm.norm_adv_by_std_in_grpo"}
+#: `method.estimators.ESTIMATORS`, which torch comes with; a test compares the two.
+_ESTIMATORS = ("gtpo", "grpo", "rloo", "reinforce_plus_plus", "recorded_gdpo", "mt_grpo", "gigpo")
 _METHODS = Path(__file__).parents[1] / "config" / "method"
 
 
 def controls() -> list[dict[str, Any]]:
     """What can be changed, in the order of the page. `name` is a key of the settings."""
     return [
-        _control("unit", "one advantage for each", choices=UNITS),
+        _control("estimator", "estimator", choices=_ESTIMATORS),
+        _control("divide", "grpo: divided by the std", choices=(True, False)),
         _control("gamma", "gamma, discount per turn", low=0.0, high=1.0, step=0.05),
         _control("baseline", "compared with the returns of", choices=get_args(words.Baseline)),
         _control("scale", "divided by", choices=get_args(words.Scale)),
         _control("leave_one_out", "mean without the trajectory itself", choices=(False, True)),
         _control("format_penalty", "format penalty", low=-1.0, high=0.0, step=0.05),
         _control("turn_rewards", "penalty on the turn that earned it", choices=(True, False)),
+        _control("trajectory_reward", "a trajectory's reward", choices=get_args(words.TrajectoryReward)),
         _control("shaping.enable", "shaping", choices=(True, False)),
         _control("shaping.alpha", "shaping, alpha", low=0.0, high=0.95, step=0.05),
         _control("unsolved_groups", "groups that nobody solved", choices=get_args(words.UnsolvedGroups)),
@@ -49,13 +55,8 @@ def _control(name: str, label: str, **rest: Any) -> dict[str, Any]:
 def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings of a run, from its flat config (`algorithm.gtpo.gamma`, ...); without one the defaults of GTPO."""
     config = config or {}
-    known = {name: config.get(f"algorithm.gtpo.{name}", value) for name, value in defaults().items() if name != "unit"}
-    estimator = config.get("algorithm.adv_estimator", "gtpo")
-    if estimator == "gtpo":
-        return {"unit": "turn"} | known
-    by_std = estimator == "grpo" and config.get("algorithm.norm_adv_by_std_in_grpo", True)
-    own = {"gamma": 1.0, "baseline": "group", "scale": "std" if by_std else "none"}
-    return {"unit": "trajectory"} | known | own | {"leave_one_out": estimator == "rloo"}
+    keys = {name: OF_VERL.get(name, f"algorithm.gtpo.{name}") for name in defaults()}
+    return {name: config.get(keys[name], default) for name, default in defaults().items()}
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -76,8 +77,8 @@ def _flat(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """The settings of GTPO where nothing is set."""
-    flat = _flat(asdict(GTPOOptions()))
-    return {"unit": "turn"} | {one["name"]: flat[one["name"]] for one in controls() if one["name"] != "unit"}
+    flat = {"estimator": "gtpo", "divide": True} | _flat(asdict(GTPOOptions()))
+    return {control["name"]: flat[control["name"]] for control in controls()}
 
 
 def recompute(

@@ -5,7 +5,7 @@
 // Every similarity that shaping needs must be in rows[i].similar: the export puts it there.
 "use strict";
 globalThis.viewerCredit = (() => {
-  const EPSILON = 1e-6, RELATIVE_RANGE = 1e-6;
+  const EPSILON = 1e-6, VARIANCE_EPSILON = 1e-8, RELATIVE_RANGE = 1e-6;
   const FAILED = new Set(["infra", "fault"]), TRUNCATED = new Set(["turn_limit", "length"]);
   const f = Math.fround; // returns are float32 in Python: what counts as equal must be the same here
   const sum = (values) => values.reduce((a, b) => a + b, 0);
@@ -41,16 +41,19 @@ globalThis.viewerCredit = (() => {
   function turnRewards(row, shaped, s) {
     const last = row.turns.length - 1;
     const penalties = row.turns.map((turn) => (turn.broken ? s.format_penalty : 0));
+    const wellFormed = row.turns.every((turn) => !turn.broken);
+    const whole = { sum: sum(penalties), min: Math.min(shaped, wellFormed ? 1 : 0) - shaped, outcome: 0 }[s.trajectory_reward];
+    const byTurn = s.trajectory_reward === "sum" && s.turn_rewards;
     return row.turns.map((_, k) => ({
       outcome: k === last ? row.outcome : 0,
       shaping: k === last ? shaped - row.outcome : 0,
-      format: s.turn_rewards ? penalties[k] : k === last ? sum(penalties) : 0,
+      format: byTurn ? penalties[k] : k === last ? whole : 0,
     }));
   }
 
-  // entries: [{row, turn, group, value}]. Adds mean, divisor, count (null where there is nothing to compare with),
-  // and advantage.
-  function normalize(entries, s, solvedGroups) {
+  // entries: [{row, turn, group, value}]. Adds mean, divisor, count and advantage, over the pool that `key` names.
+  function compare(entries, s) {
+    const { baseline = "group", scale = "std", leave_one_out = false, min_pool = 2, sparse_turn = "zero" } = s;
     const statistics = (key) => {
       for (const pool of groupBy(entries, key).values()) {
         const values = pool.map((e) => e.value);
@@ -58,29 +61,96 @@ globalThis.viewerCredit = (() => {
         const flat = high - low <= RELATIVE_RANGE * Math.max(Math.abs(high), Math.abs(low));
         const spread = values.length > 1 ? std(values) : 0;
         const total = sum(values);
-        for (const [row, own] of groupBy(pool, (e) => e.row)) {
-          const others = s.leave_one_out ? values.length - own.length : values.length;
-          const rest = s.leave_one_out ? total - sum(own.map((e) => e.value)) : total;
+        for (const own of groupBy(pool, (e) => e.row).values()) {
+          const others = leave_one_out ? values.length - own.length : values.length;
+          const rest = leave_one_out ? total - sum(own.map((e) => e.value)) : total;
           for (const e of own) {
             if (e.usable) continue;
-            e.usable = values.length >= s.min_pool && others > 0;
-            Object.assign(e, { count: values.length, mean: rest / Math.max(1, others), spread, flat });
+            e.usable = values.length >= min_pool && others > 0;
+            Object.assign(e, { count: e.count ?? values.length, mean: rest / Math.max(1, others), spread, flat });
           }
         }
       }
     };
-    const key = { group: (e) => e.group, turn: (e) => `${e.turn} ${e.group}`, batch: () => "" }[s.baseline];
-    statistics(key);
-    if (s.baseline === "turn" && s.sparse_turn === "group") statistics((e) => e.group);
+    statistics({ group: (e) => e.group, turn: (e) => `${e.turn} ${e.group}`, batch: () => "" }[baseline]);
+    if (baseline === "turn" && sparse_turn === "group") statistics((e) => e.group);
     const usable = entries.filter((e) => e.usable);
     for (const e of entries) e.centred = e.usable && !e.flat ? e.value - e.mean : 0;
-    const whole = s.scale === "batch_std" && usable.length > 1 ? std(usable.map((e) => e.centred)) + EPSILON : 1;
+    const whole = scale === "batch_std" && usable.length > 1 ? std(usable.map((e) => e.centred)) + EPSILON : 1;
     for (const e of entries) {
-      e.divisor = s.scale === "std" ? e.spread + EPSILON : whole;
+      e.divisor = scale === "std" ? e.spread + EPSILON : whole;
       e.advantage = e.centred / e.divisor;
-      if (s.unsolved_groups === "zero" && !solvedGroups.has(e.group)) e.advantage = 0;
-      if (!e.usable) e.mean = e.divisor = e.count = null;
     }
+    return entries;
+  }
+
+  // Centred and divided by the standard deviation over all tokens of the batch.
+  function whiten(turns) {
+    const tokens = sum(turns.map((t) => t.tokens));
+    const values = turns.map((t) => t.advantage);
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    const flat = tokens < 2 || high - low <= RELATIVE_RANGE * Math.max(Math.abs(low), Math.abs(high));
+    const mean = sum(turns.map((t) => t.tokens * t.advantage)) / tokens;
+    const variance = sum(turns.map((t) => t.tokens * (t.advantage - mean) ** 2)) / (tokens - 1);
+    for (const t of turns) t.advantage = flat ? 0 : (t.advantage - mean) / Math.sqrt(variance + VARIANCE_EPSILON);
+  }
+
+  // turns: [{row, turn, last, group, state, tokens, reward, return}] of all trajectories that take part.
+  // Adds what each method makes of them; recipe/gtpo/method/estimators.py, by the same names.
+  function evaluate(turns, trajectories, s) {
+    const ofTrajectories = (value, options) => {
+      const entries = compare(trajectories.map((t) => ({ row: t.row, turn: 0, group: t.group, value: f(value(t)) })), options);
+      return new Map(entries.map((e) => [e.row, e]));
+    };
+    const returns = (gamma) => {
+      for (const own of groupBy(turns, (t) => t.row).values()) {
+        for (let k = own.length - 1, rest = 0; k >= 0; k--) own[k].value = f((rest = own[k].reward + gamma * rest));
+      }
+    };
+    const reward = (t) => t.total;
+    const pooled = (options) => {
+      const found = ofTrajectories(reward, options);
+      for (const t of turns) {
+        const { mean, divisor, count, advantage } = found.get(t.row);
+        Object.assign(t, { mean, divisor, count, advantage });
+      }
+    };
+    for (const t of turns) t.return = t.total; // of a rival: its trajectory's reward, in every turn
+    const methods = {
+      gtpo() {
+        returns(s.gamma);
+        compare(turns, s);
+        for (const t of turns) {
+          t.return = t.value;
+          if (s.unsolved_groups === "zero" && !t.groupSolved) t.advantage = 0;
+        }
+      },
+      grpo: () => pooled({ scale: s.divide ? "std" : "none" }),
+      rloo: () => pooled({ scale: "none", leave_one_out: true }),
+      reinforce_plus_plus() {
+        returns(1);
+        for (const t of turns) t.advantage = t.value;
+        whiten(turns);
+      },
+      recorded_gdpo() {
+        const parts = [ofTrajectories((t) => t.shaped, {}), ofTrajectories((t) => (t.wellFormed ? 1 : 0), {})];
+        for (const t of turns) t.advantage = f(sum(parts.map((part) => part.get(t.row).advantage)));
+        whiten(turns);
+      },
+      mt_grpo() {
+        const last = ofTrajectories((t) => t.lastReward, {});
+        const before = turns.filter((t) => !t.last).map((t) => ({ ...t, value: f(t.reward), of: t }));
+        for (const t of turns) t.advantage = last.get(t.row).advantage;
+        for (const e of compare(before, { baseline: "turn" })) e.of.advantage += e.advantage;
+      },
+      gigpo() {
+        const episode = ofTrajectories(reward, { scale: s.scale });
+        returns(s.gamma);
+        const steps = compare(turns.map((t) => ({ row: t, turn: 0, group: t.state, value: t.value, of: t })), { scale: s.scale });
+        for (const e of steps) e.of.advantage = episode.get(e.of.row).advantage + e.advantage;
+      },
+    };
+    methods[s.estimator]();
   }
 
   function recompute(rows, s) {
@@ -88,33 +158,26 @@ globalThis.viewerCredit = (() => {
     const real = (row) => row.acc !== null && row.turns.length > 0;
     const members = rows.map((_, i) => i).filter((i) => real(rows[i]) && !dropped(rows[i]));
     const shaped = shapedOutcomes(rows, members, s);
-    const rewards = new Map(members.map((i) => [i, turnRewards(rows[i], shaped.get(i), s)]));
     const solvedGroups = new Set(members.filter((i) => rows[i].acc === 1).map((i) => rows[i].group));
-    const byTurn = s.unit === "turn";
-    const compared = byTurn
-      ? s
-      : { ...s, gamma: 1, baseline: "group", min_pool: 2, sparse_turn: "zero", unsolved_groups: "keep" };
-    const entries = [];
-    for (const i of members) {
-      const own = rewards.get(i).map((r) => r.outcome + r.shaping + r.format);
-      if (!byTurn) {
-        entries.push({ row: i, turn: 0, group: rows[i].group, value: f(sum(own)) });
-        continue;
-      }
-      for (let k = own.length - 1, rest = 0; k >= 0; k--) {
-        rest = own[k] + s.gamma * rest;
-        entries.push({ row: i, turn: k, group: rows[i].group, value: f(rest) });
-      }
-    }
-    normalize(entries, compared, solvedGroups);
     const answers = rows.map((row) => ({ dropped: real(row) && dropped(row), shaped: null, turns: [] }));
-    for (const i of members) answers[i].shaped = shaped.get(i);
-    for (const e of entries) {
-      for (let k = 0; k < rows[e.row].turns.length; k++) {
-        if (byTurn && k !== e.turn) continue;
-        const { value, mean, divisor, count, advantage } = e;
-        answers[e.row].turns[k] = { rewards: rewards.get(e.row)[k], return: value, mean, divisor, count, advantage };
-      }
+    const turns = [], trajectories = [];
+    for (const i of members) {
+      const { group, turns: own } = rows[i];
+      const rewards = turnRewards(rows[i], shaped.get(i), s);
+      const combined = rewards.map((r) => r.outcome + r.shaping + r.format);
+      const total = sum(combined);
+      const wellFormed = own.every((turn) => !turn.broken);
+      trajectories.push({ row: i, group, total, shaped: shaped.get(i), wellFormed, lastReward: combined.at(-1) });
+      own.forEach((turn, k) => turns.push({
+        row: i, turn: k, last: k === own.length - 1, group, groupSolved: solvedGroups.has(group), total,
+        state: JSON.stringify([group, ...own.slice(0, k).map((t) => t.said)]),
+        tokens: Math.max(1, turn.tokens), rewards: rewards[k], reward: combined[k],
+      }));
+      answers[i].shaped = shaped.get(i);
+    }
+    if (turns.length) evaluate(turns, trajectories, s);
+    for (const { row, turn, rewards, return: value, mean = null, divisor = null, count = null, advantage } of turns) {
+      answers[row].turns[turn] = { rewards, return: value, mean, divisor, count, advantage };
     }
     return answers;
   }

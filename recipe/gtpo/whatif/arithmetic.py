@@ -6,7 +6,7 @@ test compares the two on a thousand generated groups. A row is what the viewer's
     group, finish, acc, outcome  as recorded; `acc` None: padding, or no outcome; such a row takes part in nothing
     code                         bool: it ran code that shaping compares
     similar                      {position of a sibling in the rows: similarity}; None where nothing was recorded
-    turns                        [{"tokens": n, "broken": reason or None}, ...]
+    turns                        [{"tokens": n, "broken": reason or None, "said": what the tools said, "" for nothing}]
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipe.gtpo.method.advantage import EPSILON, discounted_returns, normalize_returns, turn_advantages
+from recipe.gtpo.method.advantage import Compared, compare_returns, compare_turns, discounted_returns, normalize_returns
 from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.pools import group_index, pool_of, pool_statistics
+from recipe.gtpo.method.pools import group_index, pool_of
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
-from recipe.gtpo.whatif import UNITS, defaults
+from recipe.gtpo.whatif import OF_VERL, defaults
 
 #: Reward parts, in the order in which they are shown.
 PARTS = ("outcome", "shaping", "format")
@@ -45,21 +46,23 @@ def recompute(
 
     Returns:
         one mapping a row: `dropped`, `shaped` (the outcome after shaping), and `turns`, each with `rewards` by part,
-        `return`, `mean` and `divisor` and `count` of its pool (None where there is nothing to compare with),
-        `advantage`, and `advantage_parts`: the advantage split by reward part, which adds up to it.
+        `return`, `mean`, `divisor` and `count` of the pool that it is compared with, `advantage`, and
+        `advantage_parts`: the advantage split by reward part, adding up to it. Methods that compare in several ways or
+        over tokens have no such pool and no parts: None, and {}.
 
     Raises ValueError naming the option that is wrong, SimilarityError when programs cannot be compared.
     """
-    options, unit = _options({**defaults(), **settings}, config)
+    settings = {**defaults(), **settings}
+    options = _options(settings, config)
     taking_part = [i for i, row in enumerate(rows) if row["acc"] is not None and row["turns"]]
     members = [_trajectory(i, rows[i]) for i in taking_part]
     groups = [str(rows[i]["group"]) for i in taking_part]
     credit = assign_credit(members, groups, options, _Recorded(rows, options, codes))
-    numbers = _numbers(credit, options, unit)
+    numbers = _numbers(credit, settings, options)
     # One conversion each: asking a tensor for its numbers one by one takes most of the time of a step.
     parts = {part: getattr(credit.rewards, part).tolist() for part in PARTS}
     lists = {name: value.tolist() for name, value in numbers.items()}
-    shaped = (credit.outcomes + credit.rewards.shaping.sum(dim=1)).tolist()
+    shaped = credit.shaped.tolist()
     counts, dropped = credit.turn_mask.sum(dim=1).tolist(), credit.dropped.tolist()
     answers: list[dict[str, Any]] = [{"dropped": False, "shaped": None, "turns": []} for _ in rows]
     for at, i in enumerate(taking_part):
@@ -68,38 +71,37 @@ def recompute(
     return answers
 
 
-def _options(settings: Settings, config: Mapping[str, Any] | None) -> tuple[GTPOOptions, str]:
-    unit = settings["unit"]
-    if unit not in UNITS:
-        raise ValueError(f"unit: {unit!r} is not one of {', '.join(UNITS)}")
+def _options(settings: Settings, config: Mapping[str, Any] | None) -> GTPOOptions:
+    if settings["estimator"] not in ESTIMATORS:
+        raise ValueError(f"estimator: {settings['estimator']!r} is not one of {', '.join(ESTIMATORS)}")
     nested: dict[str, Any] = {"shaping": {"similarity": {}}}
     for name, value in settings.items():
-        if name == "unit":
-            continue
         if name.startswith("shaping."):
             nested["shaping"][name.removeprefix("shaping.")] = value
-        else:
+        elif name not in OF_VERL:
             nested[name] = value
     prefix = "algorithm.gtpo.shaping.similarity."
     for key, value in (config or {}).items():
         if key.startswith(prefix):
             nested["shaping"]["similarity"][key.removeprefix(prefix)] = value
-    return GTPOOptions.from_config(nested), unit
+    return GTPOOptions.from_config(nested)
 
 
 def _trajectory(position: int, row: Mapping[str, Any]) -> Trajectory:
     """A trajectory as far as credit reads it; its code is its position, which `_Recorded` looks up."""
     turns, start = [], 0
+    # Code counts whatever its turn; on one that has heard from a tool it makes no state that was not there.
+    heard = next((k for k, turn in enumerate(row["turns"]) if turn["said"]), 0)
     for k, turn in enumerate(row["turns"]):
         end = start + max(1, turn["tokens"])
-        ran = row["code"] and k == 0
+        ran = row["code"] and k == heard
         turns.append(
             Turn(
                 start,
                 end,
                 "",
                 calls=(ToolCall("", {"code": str(position)}),) if ran else (),
-                outcomes=(ToolOutcome("ok", "", 0.0),) if ran else (),
+                outcomes=(ToolOutcome("ok", turn["said"], 0.0),) if ran or turn["said"] else (),
                 broken=FormatReason(turn["broken"]) if turn["broken"] else None,
             )
         )
@@ -135,7 +137,7 @@ def similarities(
     rows: Rows, config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
 ) -> list[dict[int, float] | None]:
     """`similar` of every row, the missing ones computed: what an exported page needs to switch shaping on."""
-    options, _ = _options(defaults(), config)
+    options = _options(defaults(), config)
     found: list[dict[int, float] | None] = [dict(row["similar"]) if row["similar"] else None for row in rows]
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -154,68 +156,68 @@ def similarities(
     return found
 
 
-def _numbers(credit: Credit, options: GTPOOptions, unit: str) -> dict[str, torch.Tensor]:
-    """(B, T) each. With `unit=trajectory` all turns of a row have its numbers, as in verl's GRPO, Dr. GRPO and RLOO."""
+def _numbers(credit: Credit, settings: Settings, options: GTPOOptions) -> dict[str, torch.Tensor]:
+    """(B, T) float32 each, by name; those that the method has not got are missing."""
     mask, groups = credit.turn_mask, credit.group_ids
-    rewards = {part: getattr(credit.rewards, part) for part in PARTS}
-    if unit == "trajectory":
-        one = mask.any(dim=1, keepdim=True)
-        compared = GTPOOptions(scale=options.scale, leave_one_out=options.leave_one_out, gamma=1.0)
-        rewards = {part: value.sum(dim=1, keepdim=True) for part, value in rewards.items()}
-    else:
-        one, compared = mask, options
-    total = torch.stack(list(rewards.values())).sum(dim=0)
-    returns, advantages = turn_advantages(total, one, groups, compared, credit.solved)
-    pool = _pool(returns, one, groups, compared)
-    numbers = {"return": returns, "advantage": advantages} | pool
-    for part, value in rewards.items():
+    returns, advantages = turn_values(settings["estimator"], credit, options, divide=settings["divide"])
+    found = {"return": returns, "advantage": advantages}
+    if (pool := _pool(credit, settings, options)) is None:
+        return found
+    one, parts, compared, options = pool
+    count = _count(one, groups, options)
+    found |= {"mean": compared.mean, "divisor": compared.divisor, "count": count}
+    for name, part in parts.items():
+        part_returns = discounted_returns(part, one, options.gamma)
         centred = normalize_returns(
-            discounted_returns(value, one, compared.gamma),
+            part_returns,
             one,
             groups,
-            baseline=compared.baseline,
+            baseline=options.baseline,
             scale="none",
-            leave_one_out=compared.leave_one_out,
-            min_pool=compared.min_pool,
-            sparse_turn=compared.sparse_turn,
+            leave_one_out=options.leave_one_out,
+            min_pool=options.min_pool,
+            sparse_turn=options.sparse_turn,
         )
-        numbers[part] = torch.where(advantages != 0, centred / pool["divisor"].nan_to_num(nan=1.0), 0.0)
-    return {name: value.expand(mask.shape) for name, value in numbers.items()}
+        found[name] = torch.where(advantages != 0, centred / compared.divisor.clamp_min(1e-12), 0.0)
+    return {name: value.expand(mask.shape) for name, value in found.items()}
 
 
 def _pool(
-    returns: torch.Tensor, mask: torch.Tensor, groups: Sequence[str], options: GTPOOptions
-) -> dict[str, torch.Tensor]:
-    """What each return is compared with and divided by; NaN where its pool is too small."""
+    credit: Credit, settings: Settings, options: GTPOOptions
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Compared, GTPOOptions] | None:
+    """Which turns are compared, the reward parts on them, with what, and under which options; None: in no one pool."""
+    parts = {name: getattr(credit.rewards, name) for name in PARTS}
+    if settings["estimator"] == "gtpo":
+        whole = credit.rewards.combined
+        _, compared = compare_turns(whole, credit.turn_mask, credit.group_ids, options, credit.solved)
+        return credit.turn_mask, parts, compared, options
+    if settings["estimator"] not in ("grpo", "rloo"):
+        return None
+    by_std = settings["estimator"] == "grpo" and settings["divide"]
+    options = GTPOOptions(scale="std" if by_std else "none", leave_one_out=settings["estimator"] == "rloo", gamma=1.0)
+    one = credit.turn_mask.any(dim=1, keepdim=True)  # each trajectory is one turn
+    totals = credit.trajectory_rewards[:, None]
+    compared = compare_returns(totals, one, credit.group_ids, scale=options.scale, leave_one_out=options.leave_one_out)
+    return one, {name: part.sum(dim=1, keepdim=True) for name, part in parts.items()}, compared, options
+
+
+def _count(mask: torch.Tensor, groups: Sequence[str], options: GTPOOptions) -> torch.Tensor:
+    """How many returns are in the pool of each."""
     rows, turns = mask.nonzero(as_tuple=True)
-    values, group = returns[rows, turns], group_index(groups)[rows]
-    stats = pool_statistics(values, pool_of(options.baseline, group, turns), rows, options.leave_one_out)
-    usable = (stats.count >= options.min_pool) & (stats.others > 0)
-    if options.baseline == "turn" and options.sparse_turn == "group":
-        other = pool_statistics(values, group, rows, options.leave_one_out)
-        stats = type(stats)(*(torch.where(usable, a, b) for a, b in zip(stats, other, strict=True)))
-        usable = (stats.count >= options.min_pool) & (stats.others > 0)
-    if options.scale == "std":
-        divisor = stats.std + EPSILON
-    elif options.scale == "batch_std" and int(usable.sum()) > 1:
-        centred = torch.where(usable & ~stats.flat, values - stats.mean, 0.0)
-        divisor = torch.full_like(values, float(centred[usable].std() + EPSILON))
-    else:
-        divisor = torch.ones_like(values)
-    out = {}
-    for name, value in {"mean": stats.mean, "divisor": divisor, "count": stats.count.float()}.items():
-        out[name] = torch.full(mask.shape, float("nan"))
-        out[name][rows, turns] = torch.where(usable, value, float("nan"))
+    _, pool, counts = torch.unique(
+        pool_of(options.baseline, group_index(groups)[rows], turns), return_inverse=True, return_counts=True
+    )
+    out = torch.zeros(mask.shape)
+    out[rows, turns] = counts[pool].float()
     return out
 
 
 def _turn(parts: Mapping[str, Any], numbers: Mapping[str, Any], row: int, turn: int) -> dict[str, Any]:
-    def number(name: str) -> float | None:
-        value = numbers[name][row][turn]
-        return None if value != value else value
-
     return {
         "rewards": {part: parts[part][row][turn] for part in PARTS},
-        **{name: number(name) for name in ("return", "mean", "divisor", "count", "advantage")},
-        "advantage_parts": {part: number(part) for part in PARTS},
+        **{
+            name: numbers[name][row][turn] if name in numbers else None
+            for name in ("return", "mean", "divisor", "count", "advantage")
+        },
+        "advantage_parts": {part: numbers[part][row][turn] for part in PARTS if part in numbers},
     }

@@ -166,7 +166,7 @@ def test_a_folder_that_is_only_beginning_is_an_empty_run(tmp_path):
 def test_an_index_is_found_again_and_one_of_another_version_is_made_anew(run, tmp_path, monkeypatch):
     run.update()
     assert Run(run.path, None, tmp_path / "cache").update() == 0
-    monkeypatch.setattr("verl_ext.viewer.index.VERSION", 10**6)
+    monkeypatch.setattr("verl_ext.viewer.index.VERSION", "other")
     assert Run(run.path, None, tmp_path / "cache").update() == 9
     run.index.path.write_bytes(b"no database")
     assert Index(run.path, tmp_path / "cache").update() == 9

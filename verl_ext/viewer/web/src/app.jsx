@@ -34,6 +34,14 @@ export function useDark() {
   return [theme === "dark", toggle];
 }
 
+// At once where the field is there: what is typed next belongs to it.
+function search() {
+  const field = () => document.getElementById("search");
+  if (field()) return field().focus();
+  go({ view: "groups" });
+  setTimeout(() => field()?.focus(), 50);
+}
+
 export function App() {
   const [overview, error] = useOverview();
   const route = useRoute();
@@ -46,7 +54,7 @@ export function App() {
       if (event.key === "Escape") { setHelp(false); event.target.blur?.(); return; }
       if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
       if (event.key === "?") setHelp((shown) => !shown);
-      else if (event.key === "/") { event.preventDefault(); go({ view: "groups" }); setTimeout(() => document.getElementById("search")?.focus()); }
+      else if (event.key === "/") { event.preventDefault(); search(); }
       else dispatchEvent(new CustomEvent("viewer-key", { detail: event.key }));
     };
     addEventListener("keydown", pressed);

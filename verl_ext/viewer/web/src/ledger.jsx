@@ -14,7 +14,7 @@ export function Ledger({ row, k, own, settings, answer }) {
   const reward = rewards ? Object.values(rewards).reduce((a, b) => a + (b ?? 0), 0) : turn.reward;
   const source = answer ?? own;
   const later = source?.turns.slice(k).map((one) => Object.values(one.rewards).reduce((a, b) => a + b, 0));
-  const whole = settings?.unit === "trajectory";
+  const whole = settings !== null && settings?.estimator !== "gtpo";
   const all = source?.turns.map((one) => Object.values(one.rewards).reduce((a, b) => a + b, 0));
   const gamma = settings?.gamma;
   const divisor = of("divisor") ?? null;
@@ -37,8 +37,8 @@ export function Ledger({ row, k, own, settings, answer }) {
             <td class="how">{whole && all ? `sum over the trajectory: ${all.map(number).join(" + ")}`
               : later && gamma !== undefined ? later.map((r, m) => (m === 0 ? number(r) : `${gamma}${m > 1 ? `^${m}` : ""}·${number(r)}`)).join(" + ") : ""}</td></tr>
           <tr><th>pool mean</th><td>{number(of("mean"))}</td>
-            <td class="how">{counted?.count ? `of ${counted.count} returns: ${poolName(settings)}` : of("mean") === null ? "nothing to compare with" : ""}</td></tr>
-          <tr><th>divided by</th><td>{number(divisor)}</td><td class="how">{{ std: "the pool's standard deviation + 1e-6", batch_std: "one standard deviation for the batch + 1e-6", none: "nothing" }[settings?.scale] ?? "as recorded"}</td></tr>
+            <td class="how">{counted?.count ? `of ${counted.count} returns: ${poolName(settings)}${counted.count < settings?.min_pool ? ", too few" : ""}` : of("mean") === null ? "the method compares in no single pool" : ""}</td></tr>
+          <tr><th>divided by</th><td>{number(divisor)}</td><td class="how">{divisor === null ? "" : divisorName(settings)}</td></tr>
           <tr class="sum"><th>advantage A</th><td>{advantage === null || advantage === undefined ? "unassigned" : signed(advantage, 4)}</td>
             <td class="how">{computed !== null && `(${number(of("return"))} − ${number(of("mean"))}) / ${number(divisor)} = ${signed(computed, 4)}`}
               {computed !== null && advantage !== null && (near(computed, advantage) ? <span class="right"> ✓</span>
@@ -54,6 +54,11 @@ export function Ledger({ row, k, own, settings, answer }) {
   );
 }
 
-const poolName = (settings) => settings?.unit === "trajectory" ? "one a trajectory of the prompt"
+const divisorName = (settings) => {
+  const scale = settings?.estimator === "grpo" ? (settings.divide ? "std" : "none") : settings?.estimator === "rloo" ? "none" : settings?.scale;
+  return { std: "the pool's standard deviation + 1e-6", batch_std: "one standard deviation for the batch + 1e-6", none: "nothing" }[scale] ?? "";
+};
+
+const poolName = (settings) => settings?.estimator !== "gtpo" ? "one a trajectory of the prompt"
   : { group: "all turns of the prompt", turn: "this turn of the prompt", batch: "all turns of the step" }[settings?.baseline] +
     (settings?.leave_one_out ? ", without its own trajectory's" : "");

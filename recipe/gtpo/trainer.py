@@ -22,12 +22,11 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo.estimator import recorded_turns
-from recipe.gtpo.method.advantage import compare_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.method.tokens import at_turn_ends, dense, mean_of_turns
+from recipe.gtpo.method.tokens import at_turn_ends, dense
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Numbers, Row, Writer, training_lines, validation_lines
@@ -244,23 +243,13 @@ class GTPOTrainerMixin(_Trainer):
         adv: torch.Tensor,
     ) -> None:
         """`rows`: the fields of the step that verl has computed by now."""
-        returns, compared = None, None
-        if self.config.algorithm.adv_estimator == "gtpo":
-            rewards, solved = credit.rewards.combined, credit.solved
-            returns, compared = compare_turns(rewards, credit.turn_mask, credit.group_ids, self.options, solved)
-        log_probs, gaps = None, None
-        if "old_log_probs" in rows:
-            by_token = dense(rows["old_log_probs"])
-            log_probs = mean_of_turns(by_token, credit.turn_ids(by_token.shape[1]), credit.turn_mask.shape[1])
-            if "rollout_log_probs" in rows:
-                gaps = [a - b for a, b in zip(rows["rollout_log_probs"], rows["old_log_probs"], strict=True)]
-        lines = training_lines(
-            self.global_steps,
-            self.config.seed,
-            trajectories,
-            describe_rows(batch),
-            Numbers(credit, returns, compared, adv, log_probs, gaps),
-        )
+        log_probs, gaps = rows.get("old_log_probs"), None
+        if log_probs is not None and "rollout_log_probs" in rows:
+            gaps = [a - b for a, b in zip(rows["rollout_log_probs"], log_probs, strict=True)]
+        estimator = self.config.algorithm.adv_estimator
+        token_log_probs = None if log_probs is None else dense(log_probs)
+        numbers = Numbers.of(credit, adv, estimator, self.options, token_log_probs, gaps)
+        lines = training_lines(self.global_steps, self.config.seed, trajectories, describe_rows(batch), numbers)
         # separate_async may make several updates a step
         self._writer.write(self.global_steps, lines, more=self.local_trigger_step > 0)
 

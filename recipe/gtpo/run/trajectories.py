@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from recipe.gtpo.method.advantage import Compared
+from recipe.gtpo.method.advantage import Compared, compare_turns
 from recipe.gtpo.method.credit import Credit
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.tokens import mean_of_turns
 from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run.record import RunRecord
 from verl_ext.records import VERSION
@@ -50,6 +52,26 @@ class Numbers:
     advantages: torch.Tensor
     log_probs: torch.Tensor | None  # mean over a turn's tokens, of the policy that is updated
     gaps: Sequence[torch.Tensor] | None  # B x (L,): the rollout's log-probs minus these, token by token
+
+    @classmethod
+    def of(
+        cls,
+        credit: Credit,
+        advantages: torch.Tensor,
+        estimator: str,
+        options: GTPOOptions,
+        log_probs: torch.Tensor | None = None,
+        gaps: Sequence[torch.Tensor] | None = None,
+    ) -> Numbers:
+        """Args: `estimator` as in `algorithm.adv_estimator`; `log_probs` (B, L), a number a token."""
+        returns, compared = None, None
+        if estimator == "gtpo":
+            rewards, solved = credit.rewards.combined, credit.solved
+            returns, compared = compare_turns(rewards, credit.turn_mask, credit.group_ids, options, solved)
+        if log_probs is not None:
+            turns = credit.turn_mask.shape[1]
+            log_probs = mean_of_turns(log_probs, credit.turn_ids(log_probs.shape[1]), turns)
+        return cls(credit, returns, compared, advantages, log_probs, gaps)
 
     def of_turn(self, row: int, k: int, start: int, end: int) -> dict[str, Any]:
         """Everything of a turn that takes part in the update."""

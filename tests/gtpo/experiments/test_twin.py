@@ -24,6 +24,7 @@ from recipe.gtpo.run.checks import CONFIG_DIR, ConfigError
 from recipe.gtpo.tasks.arithmetic.experts import write_answer, write_call
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH, Problem, Step, sample_problems, take, tool_schema
 from recipe.gtpo.tasks.task import load_task
+from verl_ext.records import Reader, read_run
 from verl_ext.tools.python_tool import PythonTool
 
 pytestmark = pytest.mark.unit
@@ -344,6 +345,12 @@ def test_two_steps_leave_the_record_that_a_run_under_verl_leaves(toy_policy, tmp
     assert {"gtpo/acc/mean", "gtpo/by_turn/advantage/mean/t0", "actor/grad_norm"} <= run.lines[1]["metrics"].keys()
     assert "val-aux/arithmetic/greedy_acc/mean@1" in run.lines[-1]["metrics"]
     assert json.loads((tmp_path / "summary.json").read_text())["horizon"] == 1
+    assert Reader(tmp_path).steps() == [1, 2]
+    records = list(read_run(tmp_path))
+    assert all(record.prompt and record.gold and record.group.isdigit() for record in records)
+    for turn in (turn for record in records for turn in record.turns if not record.dropped):
+        assert None not in (turn.reward, turn.return_, turn.pool_mean, turn.advantage) and turn.log_prob < 0
+        assert len(turn.token_ids) == turn.end - turn.start
 
 
 def test_an_answer_that_only_the_tool_said_does_not_score(stream, settings):

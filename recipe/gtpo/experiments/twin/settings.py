@@ -31,6 +31,8 @@ READ = (
     "task",
     "seed",
     "run_dir",
+    "trajectory_freq",
+    "trajectory_zstd",
     "algorithm.adv_estimator",
     "algorithm.norm_adv_by_std_in_grpo",
     "algorithm.gtpo",
@@ -96,6 +98,8 @@ class Settings:
     clip_grad: float
     micro_batch_tokens: int
     run_dir: Path
+    trajectory_freq: int  # steps between two records of all trajectories
+    compress: bool  # them
 
     @classmethod
     def of(cls, config: DictConfig, task: Task) -> Settings:
@@ -140,6 +144,8 @@ class Settings:
             clip_grad=actor.optim.clip_grad,
             micro_batch_tokens=actor.ppo_max_token_len_per_gpu,
             run_dir=Path(config.run_dir),
+            trajectory_freq=config.trajectory_freq,
+            compress=config.trajectory_zstd,
         )
 
 

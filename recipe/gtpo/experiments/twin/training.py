@@ -20,6 +20,8 @@ from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import find_runs, spread_to_tokens
 from recipe.gtpo.method.turns import Trajectory, validation_info
 from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.trajectories import Numbers, training_lines
+from recipe.gtpo.run.trajectories import Row as Source
 from recipe.gtpo.tasks.arithmetic.experts import problem_class
 from recipe.gtpo.tasks.arithmetic.policy import TokenStream
 from recipe.gtpo.tasks.arithmetic.problems import DATA_SOURCE, Problem, sample_problems, step_mix, take, tool_schema
@@ -113,13 +115,31 @@ def greedy_accuracy(
     return {f"val-aux/{DATA_SOURCE}/greedy_acc/mean@1": sum(solved) / len(solved)}
 
 
+def pad_log_probs(rows: Sequence[Row]) -> torch.Tensor:
+    """(B, L) of the response tokens, 0 where a row has ended."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row.log_probs) for row in rows], batch_first=True)
+
+
+def describe(row: Row, group: str, session: int, step: int) -> Source:
+    """Where a row comes from, for its record."""
+    return Source(
+        group=group,
+        session=session,
+        data_source=DATA_SOURCE,
+        prompt=row.problem.messages,
+        gold=str(row.problem.answer),
+        weights=(step - 1, step - 1),
+        token_ids=row.ids[row.prompt_length :],
+    )
+
+
 def train(settings: Settings) -> None:
     """Train and record. Everything random follows from `settings.seed`, except the policy."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)  # the batches are too small for more, and runs of several seeds use the other cores
-    record = RunRecord(settings.run_dir)
+    record = RunRecord(settings.run_dir, compress=settings.compress)
     record.write_start(settings.seed)
-    record.metrics_path.unlink(missing_ok=True)  # no checkpoints: a run of this engine starts over
+    record.forget_after(-1)  # no checkpoints: a run of this engine starts over
     model, stream = load_policy(settings)
     optimizer = make_optimizer(model, settings)
     shaping = settings.options.shaping
@@ -143,6 +163,10 @@ def train(settings: Settings) -> None:
         by_token, generated = spread(rows, advantages, credit)
         norm = update(model, optimizer, rows, by_token, generated, stream.pad_id, settings)
         ended = time.perf_counter()
+        if step % settings.trajectory_freq == 0:
+            numbers = Numbers.of(credit, advantages, settings.estimator, settings.options, pad_log_probs(rows))
+            sources = [describe(row, groups[i], i % settings.rollouts, step) for i, row in enumerate(rows)]
+            record.write_trajectories(step, training_lines(step, settings.seed, trajectories, sources, numbers))
         metrics = credit_metrics(credit, trajectories, returns, advantages, settings.options.baseline) | {
             "actor/grad_norm": norm,
             "timing_s/gen": sampled - began,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from recipe.gtpo.method.shaping import shape_outcomes
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.trajectories import Numbers, Row, training_lines
 
 ROUNDS = 7
 
@@ -57,6 +59,15 @@ def main() -> None:
     mask = (turn_ids >= 0).long()
     codes = [t.code for t in trajectories]
     by_turn = torch.zeros(credit.turn_mask.shape)
+    gaps = [torch.zeros(length)] * len(rows)
+    numbers = Numbers.of(credit, by_turn, "gtpo", options, torch.zeros(len(rows), length), gaps)
+    prompt = [{"role": "user", "content": "x" * 500}]
+    sources = [Row(group, 0, prompt=prompt, token_ids=range(length)) for group in groups]
+    scratch = RunRecord(tempfile.mkdtemp())
+
+    def write_records() -> None:
+        scratch.write_trajectories(1, training_lines(1, 1, trajectories, sources, numbers))
+
     parts: dict[str, Callable[[], object]] = {
         "shaping": lambda: shape_outcomes(
             credit.outcomes, credit.solved, codes, groups, similarity, options.shaping.alpha
@@ -64,6 +75,7 @@ def main() -> None:
         "credit (shaping included)": lambda: assign_credit(trajectories, groups, options, similarity),
         "advantage": lambda: compute_gtpo_advantage(rewards, mask, groups, turn_ids=turn_ids),
         "metrics": lambda: credit_metrics(credit, trajectories, by_turn, by_turn),
+        "records (in a thread of their own)": write_records,
     }
     print(f"{len(rows)} trajectories, median step {step_ms:.0f} ms, {len(steps)} steps\n")
     print("| part | ms | share of the step |\n|---|---|---|")

@@ -27,7 +27,8 @@ def site(tmp_path_factory) -> Path:
     run(copy, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(dist), ".")
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "verl_ext/viewer/web"))]
+    assert {"verl_ext/viewer/static/app.js", "recipe/gtpo/whatif/arithmetic.js"} <= set(names)
     run(copy, "-m", "pip", "install", "--no-deps", "-q", "--target", str(site), str(wheel))
     return site
 

@@ -1,0 +1,223 @@
+"""Rewards, returns, pools and advantages of recorded trajectories as other options would have had them.
+
+By `method/`, the code that trains. `arithmetic.js` has the same formulas for an exported page, which has no Python; a
+test compares the two on a thousand generated groups. A row is what the viewer's index keeps of a trajectory:
+
+    group, finish, acc, outcome  as recorded; `acc` None: padding, or no outcome; such a row takes part in nothing
+    code                         bool: it ran code that shaping compares
+    similar                      {position of a sibling in the rows: similarity}; None where nothing was recorded
+    turns                        [{"tokens": n, "broken": reason or None, "said": what the tools said, "" for nothing}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipe.gtpo.method.advantage import Compared, compare_returns, compare_turns, discounted_returns, normalize_returns
+from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.pools import group_index, pool_of
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.whatif import OF_VERL, defaults
+
+#: Reward parts, in the order in which they are shown.
+PARTS = ("outcome", "shaping", "format")
+
+Rows = Sequence[Mapping[str, Any]]
+Settings = Mapping[str, Any]
+
+
+def recompute(
+    rows: Rows, settings: Settings, config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Rewards, returns, pools and advantages of all turns, as `settings` would have had them.
+
+    Args:
+        rows: all trajectories of one step, in the order of the record: a batch-wide scale needs every one.
+        settings: values by name of `controls`; a missing one is the default.
+        config: the run's flat config, for the backend that compares programs.
+        codes: the executed code of every row; asked only where shaping needs a similarity that was not recorded.
+
+    Returns:
+        one mapping a row: `dropped`, `shaped` (the outcome after shaping), and `turns`, each with `rewards` by part,
+        `return`, `mean`, `divisor` and `count` of the pool that it is compared with, `advantage`, and
+        `advantage_parts`: the advantage split by reward part, adding up to it. Methods that compare in several ways or
+        over tokens have no such pool and no parts: None, and {}.
+
+    Raises ValueError naming the option that is wrong, SimilarityError when programs cannot be compared.
+    """
+    settings = {**defaults(), **settings}
+    options = _options(settings, config)
+    taking_part = [i for i, row in enumerate(rows) if row["acc"] is not None and row["turns"]]
+    members = [_trajectory(i, rows[i]) for i in taking_part]
+    groups = [str(rows[i]["group"]) for i in taking_part]
+    credit = assign_credit(members, groups, options, _Recorded(rows, options, codes))
+    numbers = _numbers(credit, settings, options)
+    # One conversion each: asking a tensor for its numbers one by one takes most of the time of a step.
+    parts = {part: getattr(credit.rewards, part).tolist() for part in PARTS}
+    lists = {name: value.tolist() for name, value in numbers.items()}
+    shaped = credit.shaped.tolist()
+    counts, dropped = credit.turn_mask.sum(dim=1).tolist(), credit.dropped.tolist()
+    answers: list[dict[str, Any]] = [{"dropped": False, "shaped": None, "turns": []} for _ in rows]
+    for at, i in enumerate(taking_part):
+        turns = [_turn(parts, lists, at, k) for k in range(counts[at])]
+        answers[i] = {"dropped": dropped[at], "shaped": None if dropped[at] else shaped[at], "turns": turns}
+    return answers
+
+
+def _options(settings: Settings, config: Mapping[str, Any] | None) -> GTPOOptions:
+    if settings["estimator"] not in ESTIMATORS:
+        raise ValueError(f"estimator: {settings['estimator']!r} is not one of {', '.join(ESTIMATORS)}")
+    nested: dict[str, Any] = {"shaping": {"similarity": {}}}
+    for name, value in settings.items():
+        if name.startswith("shaping."):
+            nested["shaping"][name.removeprefix("shaping.")] = value
+        elif name not in OF_VERL:
+            nested[name] = value
+    prefix = "algorithm.gtpo.shaping.similarity."
+    for key, value in (config or {}).items():
+        if key.startswith(prefix):
+            nested["shaping"]["similarity"][key.removeprefix(prefix)] = value
+    return GTPOOptions.from_config(nested)
+
+
+def _trajectory(position: int, row: Mapping[str, Any]) -> Trajectory:
+    """A trajectory as far as credit reads it; its code is its position, which `_Recorded` looks up."""
+    turns, start = [], 0
+    # Code counts whatever its turn; on one that has heard from a tool it makes no state that was not there.
+    heard = next((k for k, turn in enumerate(row["turns"]) if turn["said"]), 0)
+    for k, turn in enumerate(row["turns"]):
+        end = start + max(1, turn["tokens"])
+        ran = row["code"] and k == heard
+        turns.append(
+            Turn(
+                start,
+                end,
+                "",
+                calls=(ToolCall("", {"code": str(position)}),) if ran else (),
+                outcomes=(ToolOutcome("ok", turn["said"], 0.0),) if ran or turn["said"] else (),
+                broken=FormatReason(turn["broken"]) if turn["broken"] else None,
+            )
+        )
+        start = end
+    return Trajectory(tuple(turns), Finish(row["finish"]), float(row["acc"]), outcome=row["outcome"])
+
+
+class _Recorded:
+    """The similarities of the record; where it has none, the backend's that the run's options name."""
+
+    def __init__(self, rows: Rows, options: GTPOOptions, codes: Callable[[], Sequence[str]]) -> None:
+        self._rows, self._options, self._codes = rows, options, codes
+
+    def compare(self, groups: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[np.ndarray]:
+        matrices = [self._look_up(a, b) for a, b in groups]
+        missing = [at for at, matrix in enumerate(matrices) if matrix is None]
+        if missing:
+            codes = self._codes()
+            texts = [tuple([codes[int(i)] for i in side] for side in groups[at]) for at in missing]
+            backend = make_similarity(self._options.shaping.similarity)
+            for at, matrix in zip(missing, backend.compare(texts), strict=True):  # type: ignore[arg-type]
+                matrices[at] = matrix
+        return matrices  # type: ignore[return-value]
+
+    def _look_up(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray | None:
+        known = [self._rows[int(i)]["similar"] or {} for i in a]
+        if any(int(j) not in row for row in known for j in b):
+            return None
+        return np.array([[row[int(j)] for j in b] for row in known])
+
+
+def similarities(
+    rows: Rows, config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
+) -> list[dict[int, float] | None]:
+    """`similar` of every row, the missing ones computed: what an exported page needs to switch shaping on."""
+    options = _options(defaults(), config)
+    found: list[dict[int, float] | None] = [dict(row["similar"]) if row["similar"] else None for row in rows]
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row["acc"] is not None and row["code"]:
+            groups.setdefault(str(row["group"]), []).append(i)
+    pairs = []
+    for members in groups.values():
+        failed = [i for i in members if rows[i]["acc"] != 1]
+        solved = [i for i in members if rows[i]["acc"] == 1]
+        if failed and solved:
+            pairs.append((failed, solved))
+    matrices = _Recorded(rows, options, codes).compare([([*map(str, a)], [*map(str, b)]) for a, b in pairs])
+    for (failed, solved), matrix in zip(pairs, matrices, strict=True):
+        for i, line in zip(failed, matrix.tolist(), strict=True):
+            found[i] = dict(zip(solved, line, strict=True))
+    return found
+
+
+def _numbers(credit: Credit, settings: Settings, options: GTPOOptions) -> dict[str, torch.Tensor]:
+    """(B, T) float32 each, by name; those that the method has not got are missing."""
+    mask, groups = credit.turn_mask, credit.group_ids
+    returns, advantages = turn_values(settings["estimator"], credit, options, divide=settings["divide"])
+    found = {"return": returns, "advantage": advantages}
+    if (pool := _pool(credit, settings, options)) is None:
+        return found
+    one, parts, compared, options = pool
+    count = _count(one, groups, options)
+    found |= {"mean": compared.mean, "divisor": compared.divisor, "count": count}
+    for name, part in parts.items():
+        part_returns = discounted_returns(part, one, options.gamma)
+        centred = normalize_returns(
+            part_returns,
+            one,
+            groups,
+            baseline=options.baseline,
+            scale="none",
+            leave_one_out=options.leave_one_out,
+            min_pool=options.min_pool,
+            sparse_turn=options.sparse_turn,
+        )
+        found[name] = torch.where(advantages != 0, centred / compared.divisor.clamp_min(1e-12), 0.0)
+    return {name: value.expand(mask.shape) for name, value in found.items()}
+
+
+def _pool(
+    credit: Credit, settings: Settings, options: GTPOOptions
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Compared, GTPOOptions] | None:
+    """Which turns are compared, the reward parts on them, with what, and under which options; None: in no one pool."""
+    parts = {name: getattr(credit.rewards, name) for name in PARTS}
+    if settings["estimator"] == "gtpo":
+        whole = credit.rewards.combined
+        _, compared = compare_turns(whole, credit.turn_mask, credit.group_ids, options, credit.solved)
+        return credit.turn_mask, parts, compared, options
+    if settings["estimator"] not in ("grpo", "rloo"):
+        return None
+    by_std = settings["estimator"] == "grpo" and settings["divide"]
+    options = GTPOOptions(scale="std" if by_std else "none", leave_one_out=settings["estimator"] == "rloo", gamma=1.0)
+    one = credit.turn_mask.any(dim=1, keepdim=True)  # each trajectory is one turn
+    totals = credit.trajectory_rewards[:, None]
+    compared = compare_returns(totals, one, credit.group_ids, scale=options.scale, leave_one_out=options.leave_one_out)
+    return one, {name: part.sum(dim=1, keepdim=True) for name, part in parts.items()}, compared, options
+
+
+def _count(mask: torch.Tensor, groups: Sequence[str], options: GTPOOptions) -> torch.Tensor:
+    """How many returns are in the pool of each."""
+    rows, turns = mask.nonzero(as_tuple=True)
+    _, pool, counts = torch.unique(
+        pool_of(options.baseline, group_index(groups)[rows], turns), return_inverse=True, return_counts=True
+    )
+    out = torch.zeros(mask.shape)
+    out[rows, turns] = counts[pool].float()
+    return out
+
+
+def _turn(parts: Mapping[str, Any], numbers: Mapping[str, Any], row: int, turn: int) -> dict[str, Any]:
+    return {
+        "rewards": {part: parts[part][row][turn] for part in PARTS},
+        **{
+            name: numbers[name][row][turn] if name in numbers else None
+            for name in ("return", "mean", "divisor", "count", "advantage")
+        },
+        "advantage_parts": {part: numbers[part][row][turn] for part in PARTS if part in numbers},
+    }

@@ -1,0 +1,181 @@
+"""What-if: the numbers are those that the run recorded, and the exported page's are those of the method."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composition import METHODS, compose
+from omegaconf import OmegaConf
+
+from recipe.gtpo import whatif
+from recipe.gtpo.experiments.draw_credit import EXAMPLE
+from recipe.gtpo.method.estimators import ESTIMATORS
+from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.run.identity import flatten
+
+pytestmark = pytest.mark.unit
+
+RECORD = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
+
+
+def never() -> list[str]:
+    raise AssertionError("asked for code where every similarity is recorded")
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """What the viewer's index keeps of a recorded trajectory."""
+    turns = [
+        {"tokens": t["end"] - t["start"], "broken": t["broken"], "said": str(t["outcomes"])} for t in record["turns"]
+    ]
+    found = Trajectory.from_dict(record)
+    kept = {name: record[name] for name in ("group", "finish", "acc")}
+    return kept | {"outcome": found.raw_outcome, "code": bool(found.code.strip()), "similar": None, "turns": turns}
+
+
+ROWS = [row(record) for record in RECORD]
+CODES = [Trajectory.from_dict(record).code for record in RECORD]
+
+
+def advantages(**settings: Any) -> list[list[float]]:
+    answers = whatif.recompute(ROWS, settings, None, lambda: CODES)
+    return [[turn["advantage"] for turn in answer["turns"]] for answer in answers]
+
+
+def test_with_the_runs_own_settings_the_advantages_are_those_it_recorded():
+    for computed, record in zip(advantages(**whatif.settings_of(None)), RECORD, strict=True):
+        assert computed == pytest.approx(record["advantages"], abs=1e-6)
+
+
+def test_as_grpo_every_turn_has_the_advantage_of_its_trajectory():
+    computed = advantages(**whatif.presets()["grpo_sum"])
+    assert all(len({*turns}) == 1 for turns in computed)
+    assert computed[7][0] == pytest.approx(0.79, abs=0.005)  # the README's picture
+
+
+def test_a_presets_settings_are_those_of_a_run_with_that_method():
+    presets = whatif.presets()
+    assert sorted(presets) == METHODS
+    for method in ("gtpo_turn_batch_std", "dr_grpo", "gigpo"):
+        config = compose(f"method={method}").algorithm
+        assert whatif.settings_of(flatten({"algorithm": OmegaConf.to_container(config)})) == presets[method]
+
+
+def test_every_estimator_of_the_recipe_can_be_asked_for():
+    (control,) = [control for control in whatif.controls() if control["name"] == "estimator"]
+    assert control["choices"] == ESTIMATORS
+
+
+def test_every_option_of_the_method_can_be_changed_but_those_that_say_how_programs_are_compared():
+    def flat(options, path=""):
+        for name, value in vars(options).items():
+            yield from flat(value, f"{path}{name}.") if hasattr(value, "__dataclass_fields__") else [f"{path}{name}"]
+
+    options = {name for name in flat(GTPOOptions()) if not name.startswith("shaping.similarity.")}
+    named = {control["name"] for control in whatif.controls()} - {*whatif.OF_VERL}
+    assert named == options - {"success_threshold"}  # the record has what became of it: `acc`
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 2.0}, "gamma"),
+        ({"estimator": "gae"}, "estimator"),
+        ({"gama": 0.5}, "gama"),
+        ({"shaping.alpha": 1.0}, "alpha"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        advantages(**settings)
+
+
+def test_missing_similarities_are_computed_from_the_code_and_then_recorded_ones_give_the_same():
+    similar = whatif.similarities(ROWS, None, lambda: CODES)
+    recorded = [one | {"similar": found} for one, found in zip(ROWS, similar, strict=True)]
+    settings = whatif.settings_of(None)
+    assert whatif.recompute(recorded, settings, None, never) == whatif.recompute(ROWS, settings, None, lambda: CODES)
+
+
+# -- the exported page ------------------------------------------------------------------------------------------------
+
+
+def random_rows(draw: random.Random) -> list[dict[str, Any]]:
+    rows = []
+    for _ in range(draw.randint(1, 14)):
+        acc = draw.choice([None, 0.0, 0.0, 1.0, 1.0])
+        turn = [
+            {
+                "tokens": draw.randint(1, 9),
+                "broken": draw.choice([None, None, None, "no_answer"]),
+                "said": draw.choice(["", "7", "8"]),
+            }
+            for _ in range(draw.randint(1, 5))
+        ]
+        finish = draw.choice(["answer"] * 6 + ["length", "turn_limit", "infra", "fault"])
+        outcome = None if acc is None else draw.choice([acc, acc, 0.3])
+        rows.append({"group": draw.choice("abc"), "finish": finish, "acc": acc, "outcome": outcome, "turns": turn})
+    for one in rows:
+        one["code"] = any(turn["said"] for turn in one["turns"]) and draw.random() < 0.8
+        one["similar"] = {at: draw.choice([0.0, 1.0, draw.random()]) for at in range(len(rows))}
+    return rows
+
+
+def random_settings(draw: random.Random) -> dict[str, Any]:
+    def value(control: dict[str, Any]) -> Any:
+        if "choices" in control:
+            return draw.choice(control["choices"])
+        if control["name"] == "min_pool":
+            return draw.randint(2, 6)
+        return draw.choice([control["low"], control["high"], draw.uniform(control["low"], control["high"])])
+
+    return {control["name"]: value(control) for control in whatif.controls()}
+
+
+def agree(a: Any, b: Any) -> bool:
+    """Whether b, in float64, is a, in float32: every number to a thousandth of the larger of it and 1."""
+    if isinstance(b, dict):
+        return all(agree(a[key], b[key]) for key in b)
+    if isinstance(b, list):
+        return len(a) == len(b) and all(map(agree, a, b))
+    return a is b if a is None or b is None else abs(a - b) <= 1e-3 * max(1.0, abs(a))
+
+
+def test_the_exported_pages_formulas_are_the_methods_on_a_thousand_groups(tmp_path):
+    driver = pytest.importorskip(
+        "playwright._impl._driver", reason="needs the node of playwright (requirements/dev.txt)"
+    )
+    node = Path(driver.compute_driver_executable()[0])
+    draw = random.Random(16)
+    cases = [(random_rows(draw), random_settings(draw)) for _ in range(1000)]
+    computed = [whatif.recompute(rows, settings, None, never) for rows, settings in cases]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = (
+        f"require({json.dumps(str(whatif.JAVASCRIPT))}); const cases = JSON.parse(require('fs').readFileSync(0));"
+        "console.log(JSON.stringify(cases.map(([rows, settings]) => viewerCredit.recompute(rows, settings))))"
+    )
+    with (tmp_path / "cases.json").open() as stdin:
+        done = subprocess.run([node, "-e", script], stdin=stdin, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert sum(len(row["turns"]) for case in answers for row in case) > 10_000
+    wrong = [case for case, a, b in zip(cases, computed, answers, strict=True) if not agree(a, b)]
+    assert not wrong, json.dumps(wrong[0])
+
+
+def test_the_advantage_is_the_sum_of_its_parts():
+    draw = random.Random(5)
+    for _ in range(100):
+        rows, settings = random_rows(draw), random_settings(draw)
+        settings["estimator"] = draw.choice(["gtpo", settings["estimator"]])
+        for answer in whatif.recompute(rows, settings, None, never):
+            for turn in answer["turns"]:
+                if settings["estimator"] in ("gtpo", "grpo", "rloo"):
+                    assert sum(turn["advantage_parts"].values()) == pytest.approx(turn["advantage"], rel=1e-3, abs=1e-3)
+                else:
+                    assert turn["advantage_parts"] == {}

@@ -36,6 +36,8 @@ from recipe.gtpo.run.tools import check_tools  # noqa: E402
 from recipe.gtpo.run.watchdog import how_it_died  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
+_PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
+
 
 def say(text: str) -> None:
     print(f"gtpo: {text}", flush=True)
@@ -95,25 +97,40 @@ def _check_health(url: str, token: str | None) -> None:
 
 
 @contextmanager
-def watch_tool_server(handle: ServerHandle | None, record: RunRecord, poll_seconds: float) -> Iterator[None]:
-    """While the block runs, a tool server that dies interrupts it (every trajectory would be void without it)."""
+def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: float) -> Iterator[None]:
+    """While the block runs, the death of what this command started itself interrupts it: the tool server, without which
+    every trajectory is void, and Ray's own servers, without which the run waits for ever."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(poll_seconds):
-            if handle is not None and not handle.alive:
-                last = last_line(handle.log())
-                record.write_cause(f"the tool server died: pid {handle.pid}, its last line: {last}")
+            cause = lost_part(handle)
+            if cause is not None:
+                record.write_cause(cause)
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
+                if not stop.wait(_PATIENCE_SECONDS):
+                    _end(cause)
+                    os._exit(1)  # Ray cannot end itself; its workers go when this process does
                 return
 
-    thread = threading.Thread(target=watch, name="tool-server-watch", daemon=True)
+    thread = threading.Thread(target=watch, name="machine-watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join(timeout=poll_seconds + 5)
+
+
+def lost_part(handle: ServerHandle | None) -> str | None:
+    """A sentence on what is dead, or None."""
+    if handle is not None and not handle.alive:
+        return f"the tool server died: pid {handle.pid}, its last line: {last_line(handle.log())}"
+    # Ray has no public name for the processes that it started; tests/gtpo/test_plugin.py breaks when it moves.
+    node = ray._private.worker._global_node
+    dead = {} if node is None else {name: process.pid for name, process in node.dead_processes()}
+    named = {"gcs_server": "Ray's control store (gcs_server)", "raylet": "Ray's raylet"}
+    return next((f"{named[name]} died: pid {dead[name]}" for name in named if name in dead), None)
 
 
 def validate(config: DictConfig) -> None:
@@ -154,9 +171,14 @@ def train(config: DictConfig, record: RunRecord) -> None:
         check_tools(config, variables, say)
         say("starting Ray, the policy and the rollout servers")
         try:
-            watch = watch_tool_server(server, record, config.watchdog.poll_seconds)
+            watch = watch_machine(server, record, config.watchdog.poll_seconds)
             with watch, Progress(record, config.trainer.total_training_steps):
                 run_ppo(config, task_runner_class=GTPOTaskRunner)
+        except Exception:
+            lost = lost_part(server)
+            if lost is not None:  # what was raised is a consequence
+                record.write_cause(lost)
+            raise
         finally:
             _keep_logs(record)
             ray.shutdown()
@@ -202,8 +224,13 @@ def run(config: DictConfig) -> int:
         else:
             summarize(record, config, seconds=time.monotonic() - began)
         return 0
-    except (ConfigError, RecordError, ServerStartError) as e:
+    except (ConfigError, RecordError) as e:
         return _end(str(e))
+    except ServerStartError as e:
+        head, _, log = str(e).partition("\n")
+        if log:
+            print(log, file=sys.stderr)
+        return _end(f"{head} {last_line(log)}" if log else head)
     except KeyboardInterrupt:
         if cause := record.read_cause():
             return _end(cause)

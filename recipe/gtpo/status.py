@@ -100,11 +100,14 @@ def describe(record: RunRecord, now: float) -> tuple[list[str], bool]:
     if not (lines or starts):
         raise RecordError(f"{record.dir}: no run's folder (neither metrics.jsonl nor versions.json)")
     total, step = total_steps(starts, config), lines[-1]["step"] if lines else 0
-    said, ended = state(
-        step, total, record.read_summary(), record.read_cause(), now - record.last_write(), seconds_a_step(lines)
-    )
-    about = ", ".join(f"{key.split('.')[0]} {config[key]}" for key in ("method", "task.name", "seed") if key in config)
-    screen = [f"{record.dir}{': ' if about else ''}{about}", f"step {step} of {total or '?'}, {said}"]
+    summary = record.read_summary()
+    said, ended = state(step, total, summary, record.read_cause(), now - record.last_write(), seconds_a_step(lines))
+    about = config or summary or {}  # a run may be too old for a config.json
+    named = {name: about.get(f"{name}.name", about.get(name, "?")) for name in ("method", "task", "seed")}
+    screen = [
+        f"{named['method']} on {named['task']}, seed {named['seed']}: {record.dir}",
+        f"step {step} of {total or '?'}, {said}",
+    ]
     trained = [line for line in lines if "gtpo/acc/mean" in line["metrics"]]
     return screen + list(_curves(lines)) + (list(_health(trained)) if trained else []) + list(_odd(lines)), ended
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from omegaconf import DictConfig
+from transfer_queue import interface
 from verl.trainer.main_ppo import TaskRunnerV1
 
 from recipe.gtpo.run.errors import one_line
@@ -55,3 +56,10 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
             yield "agent loop worker", worker
         for worker in trainer.get_reward_handles() or ():
             yield "reward worker", worker
+        yield "balancer of the rollout servers", trainer.llm_server_manager.global_load_balancer
+        yield "controller of TransferQueue", ray.get_actor("TransferQueueController", namespace="transfer_queue")
+        # TransferQueue has no public name for its storage units. Without one that it lost, it waits for ever.
+        # tests/gtpo/test_plugin.py breaks when it moves.
+        for units in (interface._TQ_STORAGE or {}).values():
+            for unit in units.values():
+                yield "storage of TransferQueue", unit

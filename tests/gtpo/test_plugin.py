@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import ray
+import transfer_queue.interface
 import verl  # noqa: F401  loads the plugin
 from ray import cloudpickle
 from verl.trainer.main_ppo import TaskRunnerV1
@@ -20,6 +22,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
 from recipe.gtpo import plugin
 from recipe.gtpo.estimator import compute_gtpo_advantage
+from recipe.gtpo.main import lost_part
 from recipe.gtpo.task_runner import GTPOTaskRunner
 
 pytestmark = pytest.mark.unit
@@ -151,3 +154,26 @@ def test_the_task_runner_knows_our_trainers_in_a_process_that_imported_nothing_o
 def test_ray_keeps_its_node_where_the_logs_are_looked_for():
     assert "_global_node" in vars(ray._private.worker)  # None until Ray runs
     assert list(inspect.signature(ray._private.node.Node.get_logs_dir_path).parameters) == ["self"]
+
+
+def test_ray_says_which_of_its_processes_are_dead(monkeypatch):
+    def process(status):
+        return SimpleNamespace(process=SimpleNamespace(poll=lambda: status, pid=7))
+
+    names = ray._private.ray_constants
+    assert (names.PROCESS_TYPE_GCS_SERVER, names.PROCESS_TYPE_RAYLET) == ("gcs_server", "raylet")
+    node = object.__new__(ray._private.node.Node)
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    node.all_processes = {"log_monitor": [process(1)], "raylet": [process(None)]}
+    assert lost_part(None) is None
+    node.all_processes["raylet"] = [process(-9)]
+    assert lost_part(None) == "Ray's raylet died: pid 7"
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # before Ray has started
+    assert lost_part(None) is None
+
+
+def test_transfer_queue_keeps_its_actors_where_the_watch_looks_for_them():
+    source = inspect.getsource(transfer_queue.interface)
+    assert isinstance(transfer_queue.interface._TQ_STORAGE, dict | None)  # None until it runs, then by backend
+    assert "_TQ_STORAGE[backend_name] = backend_resources" in source
+    assert 'name="TransferQueueController", namespace="transfer_queue"' in source

@@ -88,7 +88,7 @@ def test_a_run_is_alive_done_silent_or_ended_by_a_cause(given, said, ended):
 def test_the_screen_of_a_run(record):
     screen, ended = describe(record, record.last_write() + 5)
     assert not ended and [line.rstrip() for line in screen] == [
-        f"{record.dir}: method gtpo, task arithmetic, seed 3",
+        f"gtpo on arithmetic, seed 3: {record.dir}",
         "step 2 of 4, running, about 6 s left; wrote 5 s ago",
         "  accuracy, held out ▁  0.125 (step 0) -> 0.125 (step 0)",
         "  accuracy, training ▁█ 0.25 (step 1) -> 0.75 (step 2)",
@@ -98,6 +98,13 @@ def test_the_screen_of_a_run(record):
         "of 2 steps: 2 dropped, 2 failed by the tool server, 2 lost",
         "  warning: 1 metrics are no finite number, the latest actor/grad_norm = nan in step 2",
     ]
+
+
+def test_a_run_without_a_config_is_named_by_its_summary(tmp_path):
+    record = RunRecord(tmp_path)
+    record.write_metrics(0, {})
+    record.write_summary({"method": "grpo", "task": "sums", "seed": 2, "steps": [0, 0]})
+    assert describe(record, 0.0) == ([f"grpo on sums, seed 2: {tmp_path}", "step 0 of ?, done"], True)
 
 
 def test_a_run_that_has_only_started_has_a_screen(tmp_path):

@@ -327,7 +327,13 @@ def _json(value: Any, indent: int | None = None) -> str:
 
     Raises TypeError for an object of another class.
     """
-    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except (TypeError, ValueError):  # numpy, torch, not finite
+        text = None
+    if text is None or "\\ud" in text:  # perhaps half a character
+        text = json.dumps(_plain(value), indent=indent, allow_nan=False)
+    return text
 
 
 def _plain(value: Any) -> Any:

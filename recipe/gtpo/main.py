@@ -27,13 +27,12 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import check, prepare, register  # noqa: E402
-from recipe.gtpo.run.errors import ConfigError, one_line, plain  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, how_it_died, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.inputs import check_machine  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
-from recipe.gtpo.run.watchdog import how_it_died  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 _PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
@@ -245,7 +244,7 @@ def run(config: DictConfig) -> int:
 def end_of(error: Exception) -> str:
     """Of an end that nobody wrote down. The trainer writes its own down, unless it is killed itself."""
     if isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError):
-        return f"the trainer's process died: {how_it_died(error)}"
+        return f"the trainer's process died: {how_it_died(str(error))}"
     return one_line(error)
 
 

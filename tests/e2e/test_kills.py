@@ -29,7 +29,10 @@ GOES_ON = 3  # steps after a kill that show it
 
 @dataclass(frozen=True)
 class Part:
-    """A kind of process: how its command line is told, and what the run's last line names when it ends of its death."""
+    """A kind of process: how its command line is told, and what the run's last line names when it ends of its death.
+
+    While a run starts, nothing watches its parts yet: the last line then has Ray's word for it, the class.
+    """
 
     name: str
     title: str
@@ -125,7 +128,8 @@ def kill_one(run: Run, part: Part, began_at: int, delay: float, faults: list[str
     if left := run.left_behind(SECONDS):
         faults.append(f"{part.name}: left behind: {left}")
     line = run.last_line() if run.text().strip() else ""
-    if part.name != "command" and not (line.startswith("gtpo: error: ") and part.named in line):
+    named = part.named in line or part.title.removeprefix("ray::") in line
+    if part.name != "command" and not (line.startswith("gtpo: error: ") and named):
         faults.append(f"{part.name}: the last line is {line!r}")
     return Kill(part.name, seconds, "ends" if part.name == "command" else line)
 

@@ -12,6 +12,10 @@ _RAISED = re.compile(r".*^  File [^\n]*\n(?: [^\n]*\n)*([^\s][^\n]*)", re.MULTIL
 _DEEPEST = 20  # errors in errors
 
 
+#: Of Ray's report on a dead actor: among twenty lines of advice, what it was and how it ended.
+_DIED = {name: re.compile(rf"{name}: (\w+)") for name in ("class_name", "pid", "Worker exit type")}
+
+
 class ConfigError(Exception):
     """A configuration that cannot run. The message is one line: what is wrong and what to do."""
 
@@ -35,8 +39,16 @@ def one_line(error: BaseException) -> str:
     if (mark := getattr(error, "problem_mark", None)) is not None:  # of a YAML file: the first of many lines says least
         return f"{type(error).__name__}: line {mark.line + 1} of {mark.name}: {error.problem}"  # type: ignore[attr-defined]
     text = plain(str(error)).strip()
+    if "class_name" in (died := how_it_died(text)):
+        return f"a process of the run died: {died}"
     if raised := _RAISED.match(text):  # of an error that could not be sent, or of an actor that failed to start
         return raised[1].strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def how_it_died(report: str) -> str:
+    """Ray's report on a dead actor in one line: its class, process id and kind of exit, as far as they are there."""
+    found = {name: match[1] for name, pattern in _DIED.items() if (match := pattern.search(report))}
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or report.strip().partition("\n")[0]

@@ -8,7 +8,6 @@ batch. `ActorWatch` notices in the trainer's process and ends it; the command th
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import ray
 
+from recipe.gtpo.run.errors import how_it_died
 from recipe.gtpo.run.record import RunRecord
 
 
@@ -66,7 +66,7 @@ class ActorWatch:
                 try:
                     ray.get(question)
                 except ray.exceptions.RayActorError as e:
-                    return f"the {name} died: {how_it_died(e)}"
+                    return f"the {name} died: {how_it_died(str(e))}"
                 self._questions[_ask(handle)] = (name, handle)
             return None
 
@@ -87,10 +87,3 @@ def _ask(handle: Any) -> Any:
 
 def _nothing(_actor: Any) -> None:
     return None
-
-
-def how_it_died(error: ray.exceptions.RayActorError) -> str:
-    """Ray's report as one short line: it has the process id and a kind of exit, among much advice."""
-    text = str(error)
-    found = {name: match[1] for name in ("pid", "Worker exit type") if (match := re.search(rf"{name}: (\w+)", text))}
-    return ", ".join(f"{name} {value}" for name, value in found.items()) or text.strip().splitlines()[0]

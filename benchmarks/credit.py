@@ -3,7 +3,8 @@
     python benchmarks/credit.py outputs/arithmetic-gtpo-seed1
 
 The share is of the median step of that run (metrics.jsonl). `glue` is what the trainer measured of the whole
-(`gtpo/credit_seconds`): these parts, TransferQueue's round trips, and writing the trajectories to disk.
+(`gtpo/credit_seconds`): these parts and TransferQueue's round trips. What the record costs is in two parts: what the
+training waits for, and the processor time of a thread of its own while the policy is updated, with its bytes on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,19 +30,30 @@ from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Trajectory
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Numbers, Row, training_lines
+from verl_ext.records import Reader, Record
 
 ROUNDS = 7
 
 
-def median_ms(call: Callable[[], object]) -> float:
-    """Median wall time of `call` in milliseconds, after one call that does not count."""
+def median_ms(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median time of `call` in milliseconds, after one call that does not count."""
     call()
     times = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
+        began = clock()
         call()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return statistics.median(times) * 1000
+
+
+def row_of(record: Record, length: int) -> Row:
+    """Where a recorded trajectory came from, with a response of `length` tokens."""
+    token_ids = [0] * length
+    for turn in record.turns:
+        if turn.token_ids is not None:
+            token_ids[turn.start : turn.end] = turn.token_ids
+    prompt = None if record.prompt is None else [message.model_dump() for message in record.prompt]
+    return Row(record.group, record.session or 0, record.index, record.data_source, prompt, record.gold, (), token_ids)
 
 
 def main() -> None:
@@ -59,14 +72,11 @@ def main() -> None:
     mask = (turn_ids >= 0).long()
     codes = [t.code for t in trajectories]
     by_turn = torch.zeros(credit.turn_mask.shape)
-    gaps = [torch.zeros(length)] * len(rows)
-    numbers = Numbers.of(credit, by_turn, "gtpo", options, torch.zeros(len(rows), length), gaps)
-    prompt = [{"role": "user", "content": "x" * 500}]
-    sources = [Row(group, 0, prompt=prompt, token_ids=range(length)) for group in groups]
-    scratch = RunRecord(tempfile.mkdtemp())
+    sources = [row_of(one, length) for one in Reader(sys.argv[1]).read(recorded[len(recorded) // 2])]
+    log_probs, gaps = torch.rand(len(rows), length), list(torch.rand(len(rows), length) - 0.5)
 
-    def write_records() -> None:
-        scratch.write_trajectories(1, training_lines(1, 1, trajectories, sources, numbers))
+    def numbers() -> Numbers:
+        return Numbers.of(credit, by_turn, "gtpo", options, log_probs, gaps)
 
     parts: dict[str, Callable[[], object]] = {
         "shaping": lambda: shape_outcomes(
@@ -75,15 +85,24 @@ def main() -> None:
         "credit (shaping included)": lambda: assign_credit(trajectories, groups, options, similarity),
         "advantage": lambda: compute_gtpo_advantage(rewards, mask, groups, turn_ids=turn_ids),
         "metrics": lambda: credit_metrics(credit, trajectories, by_turn, by_turn),
-        "records (in a thread of their own)": write_records,
+        "record, while the training waits": numbers,
     }
     print(f"{len(rows)} trajectories, median step {step_ms:.0f} ms, {len(steps)} steps\n")
     print("| part | ms | share of the step |\n|---|---|---|")
     for name, call in parts.items():
         ms = median_ms(call)
         print(f"| {name} | {ms:.1f} | {ms / step_ms:.2%} |")
-    glue = statistics.median(m["gtpo/credit_seconds"] for m in steps) * 1000
-    print(f"| glue, as the trainer measured it | {glue:.1f} | {glue / step_ms:.2%} |")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, compress in (("record, in its own thread", False), ("the same, compressed", True)):
+            out = RunRecord(folder, compress=compress)
+            lines = partial(training_lines, 1, 1, trajectories, sources, numbers())
+            ms = median_ms(lambda: out.write_trajectories(1, lines()), time.process_time)  # noqa: B023
+            size = Reader(folder).files()[1].stat().st_size / len(rows)
+            print(f"| {name}: {size:.0f} bytes a trajectory | {ms:.1f} | {ms / step_ms:.2%} |")
+    measured = [m["gtpo/credit_seconds"] * 1000 for m in steps if "gtpo/credit_seconds" in m]  # not in plain PyTorch
+    if measured:
+        glue = statistics.median(measured)
+        print(f"| glue, as the trainer measured it | {glue:.1f} | {glue / step_ms:.2%} |")
 
 
 if __name__ == "__main__":

@@ -230,12 +230,14 @@ def run(config: DictConfig) -> int:
             print(log, file=sys.stderr)
         return _end(f"{head} {last_line(log)}" if log else head)
     except KeyboardInterrupt:
-        cause = record.read_cause()
-        return _end(cause) if cause else _end("interrupted", status=130)
+        if cause := record.read_cause():
+            return _end(cause)
+        record.write_cause("interrupted")
+        return _end("interrupted", status=130)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
-        cause = record.read_cause() or end_of(e)
-        return _end(f"{cause} (whole report: {record.logs})")
+        record.write_cause(end_of(e))  # unless there is one
+        return _end(f"{record.read_cause()} (whole report: {record.logs})")
 
 
 def end_of(error: Exception) -> str:

@@ -88,6 +88,7 @@ def test_ctrl_c_leaves_no_process(life):
         run.process.send_signal(signal.SIGINT)
         assert run.wait(60) == 130
         assert run.last_line() == "gtpo: error: interrupted"
+        assert life.record.read_cause() == "interrupted"
         assert run.left_behind() == []
     assert life.saved >= life.record.read_metrics()[-1]["step"] >= 1
 

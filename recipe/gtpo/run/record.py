@@ -135,6 +135,12 @@ class RunRecord:
     def read_cause(self) -> str | None:
         return self._cause.read_text().strip() if self._cause.exists() else None
 
+    def last_write(self) -> float:
+        """When the run last wrote anything of its own, in seconds since the epoch; 0.0 before its first start."""
+        files = [self.metrics_path, self._versions, self._checkpoint_metrics, self._summary, self._cause]
+        folders = [self.dir / name for name in FOLDERS.values()]  # a file that is replaced changes its folder's time
+        return max((path.stat().st_mtime for path in files + folders if path.exists()), default=0.0)
+
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -321,7 +327,13 @@ def _json(value: Any, indent: int | None = None) -> str:
 
     Raises TypeError for an object of another class.
     """
-    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except (TypeError, ValueError):  # numpy, torch, not finite
+        text = None
+    if text is None or "\\ud" in text:  # perhaps half a character
+        text = json.dumps(_plain(value), indent=indent, allow_nan=False)
+    return text
 
 
 def _plain(value: Any) -> Any:

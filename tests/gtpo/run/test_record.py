@@ -5,6 +5,7 @@ these files.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -14,6 +15,7 @@ import torch
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from recipe.gtpo.run.record import RecordError, RunRecord, latest_checkpoint
+from verl_ext.records import Reader
 
 pytestmark = pytest.mark.unit
 
@@ -103,6 +105,24 @@ def test_files_are_strict_json_whatever_is_in_them(record, monkeypatch):
     assert record.read_starts()[-1]["command"] == ["main", "run_dir=?"]
     for file in ("config.json", "summary.json", "trajectories/1.jsonl", "versions.json"):
         strict((record.dir / file).read_bytes().decode("ascii"))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\U0001f600", "\U0001f600 and \udc00", "C:\\udata", "\\ud83d", "\u00e9"])
+def test_whole_characters_are_kept_and_halves_are_not(record, text):
+    record.write_trajectories(1, [{"text": text}])
+    (kept,) = record.read_trajectories(1)
+    assert kept == {"text": text.encode(errors="replace").decode()}
+
+
+def test_a_record_with_numbers_that_json_has_not_is_read(record):
+    turn = {"start": 0, "end": 1, "text": "", "advantage": np.float32(0.5), "log_prob": float("-inf")}
+    record.write_trajectories(
+        1, [{"version": 1, "group": "p", "turns": [turn | {"reward": float("nan")}], "finish": "answer", "acc": 1.0}]
+    )
+    (read,) = Reader(record.dir).read(1)
+    assert (read.turns[0].advantage, read.turns[0].log_prob) == (0.5, float("-inf")) and math.isnan(
+        read.turns[0].reward
+    )
 
 
 def test_a_cause_with_any_text_is_written(record):

@@ -94,6 +94,17 @@ def test_a_record_of_the_first_version_has_its_numbers_in_its_turns(tmp_path):
     assert record.prompt is None and record.turns[0].return_ is None and record.turns[0].rewards is None
 
 
+def test_a_group_that_an_older_release_recorded_is_read(tmp_path):
+    old = Path(__file__).parents[3] / "docs" / "credit_group.jsonl"
+    lines = [json.loads(text) for text in old.read_text().splitlines()]
+    assert len(lines) == 8 and not any("version" in line for line in lines)
+    records = list(Reader(run_of(tmp_path, {9: lines})).read(9))
+    for record, line in zip(records, lines, strict=True):
+        assert [turn.advantage for turn in record.turns] == line["advantages"]
+        assert [turn.reward for turn in record.turns] == line["turn_rewards"]
+        assert (record.step, record.group, record.acc) == (9, line["group"], line["acc"])
+
+
 def test_a_dropped_trajectory_has_no_numbers_which_is_not_zero(tmp_path):
     (record,) = Reader(run_of(tmp_path, {5: [OLD | {"dropped": True, "turn_rewards": [], "advantages": []}]})).read(5)
     assert record.dropped and {turn.advantage for turn in record.turns} == {None}

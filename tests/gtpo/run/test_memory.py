@@ -182,7 +182,7 @@ def test_verl_s_script_for_a_7b_on_eight_gpus_fits_as_it_is():
         (EIGHT, set(QWEN25), set(QWEN25)),
         (SIXTEEN, set(QWEN25), set(QWEN25)),
     ],
-    ids=str,
+    ids=["1x24", "1x80", "2x80", "8x80", "2x8x80"],  # a set's own text differs from process to process
 )
 def test_what_fits_the_machines_of_our_presets(machines, in_full, by_lora):
     for rank, wanted in ((0, in_full), (32, by_lora)):

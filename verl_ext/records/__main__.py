@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from verl_ext.records.export import write_parquet
 from verl_ext.records.reader import FOLDERS, Reader
-from verl_ext.records.schema import json_schema
+from verl_ext.records.schema import NewerRecordError, json_schema
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,9 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{reader.dir}/{FOLDERS[given.split]}: no recorded step", file=sys.stderr)
         return 1
     steps = tqdm(files.items(), unit="step", file=sys.stderr)
-    rows = write_parquet(
-        (record for step, path in steps for record in reader.read_file(path, step, given.split)), given.out
-    )
+    records = (record for step, path in steps for record in reader.read_file(path, step, given.split))
+    try:
+        rows = write_parquet(records, given.out)
+    except NewerRecordError as e:
+        steps.close()  # its bar is on the same line of the terminal
+        Path(given.out).unlink()  # half of a table
+        print(f"verl_ext.records: error: {e}", file=sys.stderr)
+        return 1
     print(f"{given.out}: {rows} turns of {len(files)} steps, {reader.skipped} lines skipped")
     return 0
 

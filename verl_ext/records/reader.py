@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from verl_ext.records.files import SUFFIXES, open_lines, step_of
-from verl_ext.records.schema import Record, upgrade
+from verl_ext.records.schema import NewerRecordError, Record, upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,13 @@ class Reader:
         yield from self.read_file(files[step], step, split)
 
     def read_file(self, path: Path, step: int, split: Split) -> Iterator[Record]:
+        """As `read`. Raises NewerRecordError where a newer release wrote the file: its lines are not torn."""
         for number, text in enumerate(open_lines(path), start=1):
             try:
                 line = {"step": step, "split": split, **json.loads(text)}
                 yield Record.model_validate(upgrade(line))
+            except NewerRecordError as e:
+                raise NewerRecordError(f"{path}, line {number}: {e}") from None
             except (ValueError, KeyError, TypeError, ValidationError) as e:
                 self.skipped += 1
                 said = str(e).splitlines()[0]

@@ -109,14 +109,18 @@ class Record(_Part):
     dropped: bool = Field(False, description="left out of the update: the tool server failed it, or truncated=drop")
 
 
+class NewerRecordError(ValueError):
+    """A record of a version that this reader does not know."""
+
+
 def upgrade(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of any version as one of this version.
 
-    Raises ValueError for a version that is newer than this reader.
+    Raises NewerRecordError for a version that is newer than this reader.
     """
     version = line.get("version", 0)
     if version > VERSION:
-        raise ValueError(f"a record of version {version}, and this reader knows {VERSION}: install a newer one")
+        raise NewerRecordError(f"a record of version {version}, and this reader knows {VERSION}: install a newer one")
     if version == VERSION:
         return dict(line)
     rewards, advantages = line.get("turn_rewards") or [], line.get("advantages") or []

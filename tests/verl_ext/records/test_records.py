@@ -14,7 +14,7 @@ from verl_ext.records import VERSION, Reader, Record, json_schema, read_run, to_
 from verl_ext.records import schema as module
 from verl_ext.records.__main__ import main
 from verl_ext.records.files import open_lines, write_lines
-from verl_ext.records.schema import upgrade
+from verl_ext.records.schema import NewerRecordError, upgrade
 
 pytestmark = pytest.mark.unit
 
@@ -114,6 +114,16 @@ def test_keys_that_a_later_writer_adds_are_passed_over_and_a_later_version_is_re
     assert Record.model_validate(upgrade(NEW | {"mood": "good"})) == Record.model_validate(NEW)
     with pytest.raises(ValueError, match="a record of version 2, and this reader knows 1: install a newer one"):
         upgrade(NEW | {"version": 2})
+
+
+def test_a_run_of_a_newer_release_is_refused_which_is_no_torn_line(tmp_path, capsys):
+    reader = Reader(run_of(tmp_path, {1: [NEW, NEW | {"version": 2}]}))
+    with pytest.raises(NewerRecordError, match=r"1\.jsonl, line 2: a record of version 2"):
+        list(reader.read(1))
+    assert reader.skipped == 0
+    assert main([str(tmp_path), str(tmp_path / "t.parquet")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("this reader knows 1: install a newer one")
+    assert not (tmp_path / "t.parquet").exists()
 
 
 def test_what_every_version_needs_is_asked_for():

@@ -13,7 +13,7 @@ _DEEPEST = 20  # errors in errors
 
 
 #: Of Ray's report on a dead actor: among twenty lines of advice, what it was and how it ended.
-_DIED = {name: re.compile(rf"{name}: (\w+)") for name in ("class_name", "pid", "Worker exit type")}
+_DIED = {name: re.compile(rf"{name}: ([^\s]*\w)") for name in ("class_name", "pid", "Worker exit type")}
 
 
 class ConfigError(Exception):

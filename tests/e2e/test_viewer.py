@@ -172,7 +172,9 @@ def test_hostile_text_is_text(page, address):
     for row in range(len(HOSTILE)):
         cell(page, row, 0).click()
         expect(page.locator(".talk h3")).to_contain_text(f"Trajectory {row + 1}")
-        page.locator(".talk h4 button", has_text="as written").first.click()
+        raw = page.locator(".talk h4 button", has_text="as written")
+        if raw.count():  # a turn whose call could not be read is shown as written from the start
+            raw.first.click()
         assert page.evaluate("window.hacked === undefined && location.hostname === '127.0.0.1'")
         assert (
             page.evaluate(

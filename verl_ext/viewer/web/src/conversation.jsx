@@ -55,7 +55,7 @@ function Fold({ title, open, kind, children }) {
 }
 
 function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
-  const [raw, setRaw] = useState(false);
+  const [raw, setRaw] = useState(turn.calls.some((call) => call.error));  // what could not be read is best seen as written
   const text = start(turn.text);
   const calls = turn.calls.length > 0;
   const prose = calls && !raw ? text.split("<tool_call>")[0].trim() : text;
@@ -85,7 +85,7 @@ function Call({ call, c, m, where, open }) {
     <div class="call">
       <div class="bar-title"><b>{visible(call.name || "call")}</b>
         {call.error && <span class="tag bad">{call.error.replaceAll("_", " ")}</span>}<Copy text={start(call.arguments)} /></div>
-      <Code text={start(call.arguments)} language={call.language} />
+      {start(call.arguments) !== "{}" && <Code text={start(call.arguments)} language={call.language} />}
       <Cut text={call.arguments} {...where} path={`${path}/arguments`} />
       {call.detail && <p class="note">{visible(call.detail)}</p>}
       {call.outcome === null || call.outcome === undefined ? <p class="note">never run: the trajectory ended here</p> : (

@@ -56,6 +56,7 @@ function Fold({ title, open, kind, children }) {
 
 function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
   const [raw, setRaw] = useState(turn.calls.some((call) => call.error));  // what could not be read is best seen as written
+  const [byToken, setByToken] = useState(false);
   const text = start(turn.text);
   const calls = turn.calls.length > 0;
   const prose = calls && !raw ? text.split("<tool_call>")[0].trim() : text;
@@ -69,9 +70,10 @@ function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
           {numbers.broken && ` · breaks the format: ${numbers.broken.replaceAll("_", " ")}`}</span>
         {advantage !== null && advantage !== undefined && <span class="pill" style={shade}>A {signed(advantage)}</span>}
         {calls && <button class="quiet" onClick={(e) => { e.stopPropagation(); setRaw(!raw); }}>{raw ? "as cards" : "as written"}</button>}
+        {turn.tokens && <button class="quiet" aria-pressed={byToken} onClick={(e) => { e.stopPropagation(); setByToken(!byToken); }}>log-prob gap</button>}
         <Copy text={text} />
       </h4>
-      {turn.tokens?.length && !raw ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
+      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
       <Cut text={turn.text} {...where} path={`turns/${m}/text`} />
       {turn.calls.map((call, c) => <Call {...{ call, c, m, where, open }} />)}
     </article>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,11 @@ def test_keys_do_what_the_help_says(page, address):
     page.keyboard.type("plums")
     expect(page.locator("ol.groups button")).to_have_count(1)
     expect(page.locator("#search")).to_be_focused()
+    page.keyboard.press("Escape")
+    page.keyboard.press("n")
+    expect(page.locator(".title h2")).to_contain_text("plums")
+    page.get_by_role("button", name="log-prob gap").click()
+    expect(page.locator(".tokens span").nth(1)).to_have_attribute("title", re.compile("−0.2500"))
 
 
 def test_other_views_are_drawn(page, address):
@@ -172,7 +178,9 @@ def test_hostile_text_is_text(page, address):
     for row in range(len(HOSTILE)):
         cell(page, row, 0).click()
         expect(page.locator(".talk h3")).to_contain_text(f"Trajectory {row + 1}")
-        page.locator(".talk h4 button", has_text="as written").first.click()
+        raw = page.locator(".talk h4 button", has_text="as written")
+        if raw.count():  # a turn whose call could not be read is shown as written from the start
+            raw.first.click()
         assert page.evaluate("window.hacked === undefined && location.hostname === '127.0.0.1'")
         assert (
             page.evaluate(

@@ -77,7 +77,8 @@ FAULTY = [
     trajectory("pears", call("{", "malformed", "not JSON"), finish="turn_limit", advantages=[-0.25]),
     trajectory("pears", call("1", "infra", ""), finish="infra", dropped=True),
 ]
-EQUAL = [trajectory("plums", say(r"\boxed{1}"), advantages=[0.0]) for _ in range(2)]
+TOKENS = {"token_ids": [5, 7], "log_prob_gaps": [0.0, -0.25]}
+EQUAL = [trajectory("plums", say(r"\boxed{1}") | TOKENS, advantages=[0.0]) for _ in range(2)]
 
 _CLICK = "window.hacked = true"
 #: What a model or a tool may write to take the page over. Each sets `window.hacked` where it is believed.

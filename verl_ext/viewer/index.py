@@ -4,7 +4,7 @@
 
 It keeps where each trajectory's line is, the numbers that grid, ledger and what-if need, and a full-text index of all
 texts; texts themselves stay in the run's files. It lies in the user's cache folder, never in the run's, and can be
-deleted at any time. One process may fill it while others read.
+deleted at any time. Processes fill it one at a time, while others read.
 
 A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed
 run does steps again) is read again from its start. A line that is no record is counted (`files.skipped`) and said.
@@ -14,6 +14,7 @@ run does steps again) is read again from its start. A line that is no record is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -104,8 +105,9 @@ class Index:
     # -- filling it ----------------------------------------------------------------------------------------------------
 
     def update(self) -> int:
-        """Read what is new; how many lines that was."""
-        with self.connect() as db:
+        """Read what is new; how many lines that was. Waits where another process is at it."""
+        with self.path.with_suffix(".lock").open("w") as lock, self.connect() as db:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
             known = {row["name"]: dict(row) for row in db.execute("SELECT * FROM files")}
             there = {name: split for split, folder in FOLDERS.items() for name in self._names(folder)}
             for name in known.keys() - there.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_a_line_is_read_once_its_end_is_there(run):
         file.write(line[50:] + "\n")
     assert run.update() == 1
     assert labels(run, step=2) == ["pears", "plums", "late"]
+
+
+def test_two_viewers_of_one_run_read_every_line_once(run, tmp_path):
+    others = [Run(run.path, None, tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(lambda other: other.index.update(), others)) == 9
+    assert queries.overview([run])["runs"][0]["trajectories"] == 9
 
 
 def test_a_sibling_that_comes_later_joins_its_group(run):

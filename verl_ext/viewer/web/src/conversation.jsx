@@ -55,7 +55,8 @@ function Fold({ title, open, kind, children }) {
 }
 
 function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
-  const [raw, setRaw] = useState(false);
+  const [raw, setRaw] = useState(turn.calls.some((call) => call.error));  // what could not be read is best seen as written
+  const [byToken, setByToken] = useState(false);
   const text = start(turn.text);
   const calls = turn.calls.length > 0;
   const prose = calls && !raw ? text.split("<tool_call>")[0].trim() : text;
@@ -69,9 +70,10 @@ function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
           {numbers.broken && ` · breaks the format: ${numbers.broken.replaceAll("_", " ")}`}</span>
         {advantage !== null && advantage !== undefined && <span class="pill" style={shade}>A {signed(advantage)}</span>}
         {calls && <button class="quiet" onClick={(e) => { e.stopPropagation(); setRaw(!raw); }}>{raw ? "as cards" : "as written"}</button>}
+        {turn.tokens && <button class="quiet" aria-pressed={byToken} onClick={(e) => { e.stopPropagation(); setByToken(!byToken); }}>log-prob gap</button>}
         <Copy text={text} />
       </h4>
-      {turn.tokens?.length && !raw ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
+      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
       <Cut text={turn.text} {...where} path={`turns/${m}/text`} />
       {turn.calls.map((call, c) => <Call {...{ call, c, m, where, open }} />)}
     </article>
@@ -85,7 +87,7 @@ function Call({ call, c, m, where, open }) {
     <div class="call">
       <div class="bar-title"><b>{visible(call.name || "call")}</b>
         {call.error && <span class="tag bad">{call.error.replaceAll("_", " ")}</span>}<Copy text={start(call.arguments)} /></div>
-      <Code text={start(call.arguments)} language={call.language} />
+      {start(call.arguments) !== "{}" && <Code text={start(call.arguments)} language={call.language} />}
       <Cut text={call.arguments} {...where} path={`${path}/arguments`} />
       {call.detail && <p class="note">{visible(call.detail)}</p>}
       {call.outcome === null || call.outcome === undefined ? <p class="note">never run: the trajectory ended here</p> : (

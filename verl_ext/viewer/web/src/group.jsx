@@ -60,7 +60,7 @@ export function GroupView({ overview, run, route, dark }) {
         <p class="row">
           <button title="the group before" disabled={!group.before} onClick={() => go({ group: group.before, row: "", turn: "" })}>◂</button>
           <button title="the group after" disabled={!group.after} onClick={() => go({ group: group.after, row: "", turn: "" })}>▸</button>
-          <Copy text={() => location.href} label="copy link" />
+          <Copy text={() => location.href} label="link" />
           {group.prompt_key && <a title="in other runs and steps" href={`#${new URLSearchParams({ run: run.run, view: "prompt", prompt: group.prompt_key, group: id })}`}>same prompt</a>}
           {trains && <Methods {...{ overview, settings }} change={askIf} />}
           <label>order <select aria-label="order of siblings" value={order} onChange={(e) => setOrder(e.target.value)}>{orders.map((one) => <option>{one}</option>)}</select></label>

@@ -36,6 +36,7 @@ def controls() -> list[dict[str, Any]]:
         _control("baseline", "compared with the returns of", choices=get_args(words.Baseline)),
         _control("scale", "divided by", choices=get_args(words.Scale)),
         _control("leave_one_out", "mean without the trajectory itself", choices=(False, True)),
+        _control("format_rule", "what the penalty charges", choices=get_args(words.FormatRule)),
         _control("format_penalty", "format penalty", low=-1.0, high=0.0, step=0.05),
         _control("turn_rewards", "penalty on the turn that earned it", choices=(True, False)),
         _control("trajectory_reward", "a trajectory's reward", choices=get_args(words.TrajectoryReward)),
@@ -54,7 +55,9 @@ def _control(name: str, label: str, **rest: Any) -> dict[str, Any]:
 
 def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings of a run, from its flat config (`algorithm.gtpo.gamma`, ...); without one the defaults of GTPO."""
-    config = config or {}
+    if not config:
+        return defaults()
+    config = {"algorithm.gtpo.format_rule": "strict"} | dict(config)  # a run from before there was a choice
     keys = {name: OF_VERL.get(name, f"algorithm.gtpo.{name}") for name in defaults()}
     return {name: config.get(keys[name], default) for name, default in defaults().items()}
 
@@ -64,7 +67,8 @@ def presets() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(_METHODS.glob("*.yaml")):
         content = yaml.safe_load(path.read_text())["algorithm"]
-        found[path.stem] = settings_of({f"algorithm.{key}": value for key, value in _flat(content).items()})
+        known = {"algorithm.gtpo.format_rule": defaults()["format_rule"]}
+        found[path.stem] = settings_of(known | {f"algorithm.{key}": value for key, value in _flat(content).items()})
     return found
 
 

@@ -23,6 +23,10 @@ globalThis.viewerCredit = (() => {
     return groups;
   };
 
+  // rewards.CHARGED, the other way round
+  const UNCHARGED = { paper: new Set(["no_call_no_answer", "no_answer"]), strict: new Set() };
+  const charged = (turn, s) => Boolean(turn.broken) && !UNCHARGED[s.format_rule].has(turn.broken);
+
   function shapedOutcomes(rows, members, s) {
     const shaped = new Map(members.map((i) => [i, rows[i].outcome]));
     if (!s["shaping.enable"] || s["shaping.alpha"] === 0) return shaped;
@@ -40,8 +44,8 @@ globalThis.viewerCredit = (() => {
 
   function turnRewards(row, shaped, s) {
     const last = row.turns.length - 1;
-    const penalties = row.turns.map((turn) => (turn.broken ? s.format_penalty : 0));
-    const wellFormed = row.turns.every((turn) => !turn.broken);
+    const penalties = row.turns.map((turn) => (charged(turn, s) ? s.format_penalty : 0));
+    const wellFormed = row.turns.every((turn) => !charged(turn, s));
     const whole = { sum: sum(penalties), min: Math.min(shaped, wellFormed ? 1 : 0) - shaped, outcome: 0 }[s.trajectory_reward];
     const byTurn = s.trajectory_reward === "sum" && s.turn_rewards;
     return row.turns.map((_, k) => ({
@@ -166,7 +170,7 @@ globalThis.viewerCredit = (() => {
       const rewards = turnRewards(rows[i], shaped.get(i), s);
       const combined = rewards.map((r) => r.outcome + r.shaping + r.format);
       const total = sum(combined);
-      const wellFormed = own.every((turn) => !turn.broken);
+      const wellFormed = own.every((turn) => !charged(turn, s));
       trajectories.push({ row: i, group, total, shaped: shaped.get(i), wellFormed, lastReward: combined.at(-1) });
       own.forEach((turn, k) => turns.push({
         row: i, turn: k, last: k === own.length - 1, group, groupSolved: solvedGroups.has(group), total,

@@ -71,15 +71,9 @@ def test_an_error_that_cannot_be_sent_is_named_by_its_traceback():
 def test_a_dead_process_is_named_by_its_class():
     report = (
         "The actor died unexpectedly before finishing this task.\n\tclass_name: workers.<locals>.WorkerDict\n"
-<<<<<<< HEAD
         "\tactor_id: 45c8\n\tpid: 9351\n\tnamespace: 6c9a\n"
         "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
         "Worker unexpectedly exits. Some common causes include: (1) ..."
-=======
-        "\tactor_id: 45c8\n\tpid: 9351\n\tnamespace: 6c9a\nThe actor is dead because its worker process has died. "
-        "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits. "
-        "Some common causes include: (1) ..."
->>>>>>> wt-gpu
     )
     said = "a process of the run died: class_name workers.<locals>.WorkerDict, pid 9351, Worker exit type SYSTEM_ERROR"
     assert one_line(RuntimeError(report)) == said

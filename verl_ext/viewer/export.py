@@ -47,8 +47,14 @@ def write(runs: Sequence[Run], out: Path, steps: set[int] | None) -> str:
     Args:
         steps: those whose trajectories the page has; None: all. Curves and the gradient are those of the whole run.
 
-    Raises ValueError when no trajectory is left, or too many for one page.
+    Raises ValueError when no trajectory is left, too many for one page, or an option that its formulas do not know.
     """
+    for run in runs:
+        if run.whatif is not None and (unknown := run.whatif.uncontrolled(run.config)):
+            named = ", ".join(f"{name}={value}" for name, value in unknown.items())
+            raise ValueError(
+                f"{run.path}: an exported page does not know the option {named}; look at it with the server"
+            )
     contents = [_run(run, steps) for run in runs]
     trajectories = sum(len(content["conversations"]) for content in contents)
     if not trajectories:

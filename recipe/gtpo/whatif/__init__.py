@@ -85,6 +85,17 @@ def defaults() -> dict[str, Any]:
     return {control["name"]: flat[control["name"]] for control in controls()}
 
 
+def uncontrolled(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The run's values of options that have no control and that change a number, where they are not the defaults.
+
+    The server computes with them. An exported page cannot, since its formulas do not know them.
+    """
+    known = {control["name"] for control in controls()} | {"success_threshold"}  # the record has what became of that
+    own = {name: value for name, value in asdict(GTPOOptions()).items() if name not in known and name != "shaping"}
+    found = {name: (config or {}).get(f"algorithm.gtpo.{name}", default) for name, default in own.items()}
+    return {name: value for name, value in found.items() if value != own[name]}
+
+
 def recompute(
     rows: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],

@@ -24,7 +24,7 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.pools import group_index, pool_of
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
-from recipe.gtpo.whatif import OF_VERL, defaults
+from recipe.gtpo.whatif import OF_VERL, defaults, uncontrolled
 
 #: Reward parts, in the order in which they are shown.
 PARTS = ("outcome", "shaping", "format")
@@ -74,7 +74,8 @@ def recompute(
 def _options(settings: Settings, config: Mapping[str, Any] | None) -> GTPOOptions:
     if settings["estimator"] not in ESTIMATORS:
         raise ValueError(f"estimator: {settings['estimator']!r} is not one of {', '.join(ESTIMATORS)}")
-    nested: dict[str, Any] = {"shaping": {"similarity": {}}}
+    # Options that no control changes are the run's.
+    nested: dict[str, Any] = {"shaping": {"similarity": {}}} | uncontrolled(config)
     for name, value in settings.items():
         if name.startswith("shaping."):
             nested["shaping"][name.removeprefix("shaping.")] = value

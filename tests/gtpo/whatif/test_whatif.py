@@ -77,14 +77,15 @@ def test_every_estimator_of_the_recipe_can_be_asked_for():
     assert control["choices"] == ESTIMATORS
 
 
-def test_every_option_of_the_method_can_be_changed_but_those_that_say_how_programs_are_compared():
-    def flat(options, path=""):
-        for name, value in vars(options).items():
-            yield from flat(value, f"{path}{name}.") if hasattr(value, "__dataclass_fields__") else [f"{path}{name}"]
-
-    options = {name for name in flat(GTPOOptions()) if not name.startswith("shaping.similarity.")}
-    named = {control["name"] for control in whatif.controls()} - {*whatif.OF_VERL}
-    assert named == options - {"success_threshold"}  # the record has what became of it: `acc`
+def test_an_option_without_a_control_is_the_runs_on_the_server_and_refused_by_an_exported_page(monkeypatch):
+    """So a new option needs no control to be right."""
+    assert whatif.uncontrolled({"algorithm.gtpo.gamma": 0.5}) == {}
+    config = {"algorithm.gtpo.gamma": 0.5, "algorithm.gtpo.format_rule": "paper"}
+    with_control = whatif.recompute(ROWS, whatif.settings_of(config), config, lambda: CODES)
+    left = [control for control in whatif.controls() if control["name"] != "gamma"]
+    monkeypatch.setattr(whatif, "controls", lambda: left)
+    assert whatif.uncontrolled(config) == {"gamma": 0.5}
+    assert whatif.recompute(ROWS, whatif.settings_of(config), config, lambda: CODES) == with_control
 
 
 @pytest.mark.parametrize(

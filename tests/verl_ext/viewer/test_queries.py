@@ -25,6 +25,10 @@ class Doubler:
         return [{"name": "factor", "label": "factor", "low": 0, "high": 4, "step": 1}]
 
     @staticmethod
+    def uncontrolled(config):
+        return {}
+
+    @staticmethod
     def presets():
         return {"double": {"factor": 2.0}}
 

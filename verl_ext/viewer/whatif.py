@@ -4,9 +4,9 @@
     gtpo = "recipe.gtpo.whatif"
 
 The module has `controls()`, `presets()`, `settings_of(config)`, `uncontrolled(config)`,
-`recompute(rows, settings, config, codes)`, `similarities(rows, config, codes)`, and in `JAVASCRIPT` the path of the same
-formulas for an exported page; the docstrings of `recipe/gtpo/whatif/` say what goes in and out. Without one the page has
-no what-if, and says so.
+`recompute(rows, settings, config, codes)`, `similarities(rows, config, codes)`, and in `JAVASCRIPT` the path of the
+same formulas for an exported page; the docstrings of `recipe/gtpo/whatif/` say what goes in and out. Without one the
+page has no what-if, and says so.
 """
 
 from __future__ import annotations

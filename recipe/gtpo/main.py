@@ -95,18 +95,21 @@ def _check_health(url: str, token: str | None) -> None:
 
 
 @contextmanager
-def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: float) -> Iterator[None]:
+def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: float) -> Iterator[threading.Event]:
     """While the block runs, the death of what this command started itself interrupts it: the tool server, without which
-    every trajectory is void, and Ray's own servers, without which the run waits for ever."""
-    stop = threading.Event()
+    every trajectory is void, and Ray's own servers, without which the run waits for ever.
+
+    Yields an event, to be set before these are ended on purpose. After a loss the block has `_PATIENCE_SECONDS` to end.
+    """
+    ending, ended = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not stop.wait(poll_seconds):
+        while not ending.wait(poll_seconds):
             cause = lost_part(handle)
             if cause is not None:
                 record.write_cause(cause)
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
-                if not stop.wait(_PATIENCE_SECONDS):
+                if not ended.wait(_PATIENCE_SECONDS):
                     _end(cause)
                     os._exit(1)  # Ray cannot end itself; its workers go when this process does
                 return
@@ -114,9 +117,10 @@ def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: 
     thread = threading.Thread(target=watch, name="machine-watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield ending
     finally:
-        stop.set()
+        ending.set()
+        ended.set()
         thread.join(timeout=poll_seconds + 5)
 
 
@@ -168,18 +172,19 @@ def train(config: DictConfig, record: RunRecord) -> None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
         check_tools(config, variables, say)
         say("starting Ray, the policy and the rollout servers")
-        try:
-            watch = watch_machine(server, record, config.watchdog.poll_seconds)
-            with watch, Progress(record, config.trainer.total_training_steps):
-                run_ppo(config, task_runner_class=GTPOTaskRunner)
-        except Exception:
-            lost = lost_part(server)
-            if lost is not None:  # what was raised is a consequence
-                record.write_cause(lost)
-            raise
-        finally:
-            _keep_logs(record)
-            ray.shutdown()
+        with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
+            try:
+                with Progress(record, config.trainer.total_training_steps):
+                    run_ppo(config, task_runner_class=GTPOTaskRunner)
+            except Exception:
+                lost = lost_part(server)
+                if lost is not None:  # what was raised is a consequence
+                    record.write_cause(lost)
+                raise
+            finally:
+                ending.set()
+                _keep_logs(record)
+                ray.shutdown()  # may wait for what is dead
 
 
 def _keep_logs(record: RunRecord) -> None:

@@ -118,7 +118,8 @@ def test_the_last_start_trains_to_the_end_and_leaves_the_record_of_one_run(life)
         for row in rows:
             assert Trajectory.from_dict(row).turns and row["prompt"] and row["gold"]
             assert all(None not in (turn["reward"], turn["return"], turn["advantage"]) for turn in row["turns"])
-    assert Reader(record.dir).steps("validation") == [line["step"] for line in lines if validated(line)]
+    # A start that goes on from a step validates it again, also where the step's line has no validation.
+    assert {line["step"] for line in lines if validated(line)} <= {*Reader(record.dir).steps("validation")}
     summary = record.read_summary()
     assert summary["steps"] == [0, total] and summary["method"] == "gtpo"
     starts = record.read_starts()

@@ -44,6 +44,8 @@ def job_server():
     bin_dir = Path(sys.executable).parent
     options = [f"--port={free_port()}", "--num-cpus=2", f"--temp-dir={folder}", "--disable-usage-stats"]
     dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+    # The agent that takes jobs has one port by default: beside another cluster on this machine there would be none.
+    dashboard += [f"--dashboard-agent-listen-port={free_port()}"]
     head = subprocess.Popen(
         [bin_dir / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *options, *dashboard],
         stdout=subprocess.DEVNULL,

@@ -31,7 +31,8 @@ GOES_ON = 12  # steps after a kill that show it: longer than the run's own watch
 class Part:
     """A kind of process: how its command line is told, and what the run's last line names when it ends of its death.
 
-    While a run starts, nothing watches its parts yet: the last line then has Ray's word for it, the class.
+    While a run starts, nothing watches its parts yet: the last line then has Ray's word for it, the class, and of the
+    tool server that it ended.
     """
 
     name: str
@@ -130,7 +131,7 @@ def kill_one(run: Run, part: Part, began_at: int, delay: float, faults: list[str
     if left := run.left_behind(SECONDS):
         faults.append(f"{part.name}: left behind: {left}")
     line = run.last_line() if run.text().strip() else ""
-    named = part.named in line or part.title.removeprefix("ray::") in line
+    named = part.named in line or part.title.removeprefix("ray::") in line or f"{part.name} ended" in line
     if part.name != "command" and not (line.startswith("gtpo: error: ") and named):
         faults.append(f"{part.name}: the last line is {line!r}")
     return Kill(part.name, seconds, "ends" if part.name == "command" else line)

@@ -12,12 +12,13 @@ test compares the two on a thousand generated groups. A row is what the viewer's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from recipe.gtpo.method.advantage import Compared, compare_returns, compare_turns, discounted_returns, normalize_returns
+from recipe.gtpo.method.advantage import Compared, compare_returns, compare_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
@@ -167,19 +168,10 @@ def _numbers(credit: Credit, settings: Settings, options: GTPOOptions) -> dict[s
     one, parts, compared, options = pool
     count = _count(one, groups, options)
     found |= {"mean": compared.mean, "divisor": compared.divisor, "count": count}
+    unscaled = replace(options, scale="none", unsolved_groups="keep")
     for name, part in parts.items():
-        part_returns = discounted_returns(part, one, options.gamma)
-        centred = normalize_returns(
-            part_returns,
-            one,
-            groups,
-            baseline=options.baseline,
-            scale="none",
-            leave_one_out=options.leave_one_out,
-            min_pool=options.min_pool,
-            sparse_turn=options.sparse_turn,
-        )
-        found[name] = torch.where(advantages != 0, centred / compared.divisor.clamp_min(1e-12), 0.0)
+        _, of_part = compare_turns(part, one, groups, unscaled, None)
+        found[name] = torch.where(advantages != 0, of_part.advantage / compared.divisor.clamp_min(1e-12), 0.0)
     return {name: value.expand(mask.shape) for name, value in found.items()}
 
 

@@ -7,6 +7,7 @@ on a copy of its folder. Both engines leave the same.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,12 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.watch:
             watch(record, sys.stdout, lambda: time.sleep(_PAUSE))
         else:
-            print("\n".join(describe(record, time.time())[0]))
+            print("\n".join(describe(record, time.time())[0]), flush=True)
     except RecordError as e:
         print(f"status: error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()
+    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer has no reader either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

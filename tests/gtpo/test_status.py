@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -132,6 +134,15 @@ def test_a_watch_speaks_until_the_run_has_ended(record):
     watch(record, out, pause)
     assert pauses == [1, 2] and "step 2 of 4, ended early: interrupted" in out.getvalue()
     assert "\x1b" not in out.getvalue()  # no screen to clear
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(record):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    command = [sys.executable, "-m", "recipe.gtpo.status", str(record.dir)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path, capsys):

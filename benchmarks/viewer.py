@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from verl_ext.records import VERSION
+
 ROOT = Path(__file__).resolve().parents[1]
 PER_STEP, GROUP, WORDS = 1000, 8, 5000
 
@@ -40,40 +42,67 @@ def generate(folder: Path, count: int) -> None:
     for step in range(1, count // PER_STEP + 1):
         with (folder / "trajectories" / f"{step}.jsonl").open("w") as file:
             for row in range(PER_STEP):
-                file.write(json.dumps(trajectory(draw, text, f"{step}-{row // GROUP}")) + "\n")
+                if row % GROUP == 0:
+                    problem = f"Problem {step}-{row // GROUP}: {text(40)}"
+                file.write(json.dumps(trajectory(draw, text, step, row, problem)) + "\n")
 
 
-def trajectory(draw: random.Random, text: Callable[[int], str], group: str) -> dict[str, Any]:
+def trajectory(draw: random.Random, text: Callable[[int], str], step: int, row: int, problem: str) -> dict[str, Any]:
+    """A record of today's version with all that a run under verl leaves, ids and gaps of its tokens among it."""
     turns, start = [], 0
     count = draw.randint(2, 4)
+    solved = draw.random() < 0.5
     for k in range(count):
-        last, tokens = k == count - 1, draw.randint(50, 900)
+        last, tokens = k == count - 1, draw.randint(50, 250)
         outcome = draw.choices(["ok", "error", "timeout"], [90, 8, 2])[0]
-        call = {"name": "python", "arguments": {"code": text(90)}, "error": None, "detail": ""}
-        came = {"outcome": outcome, "output": text(60), "seconds": 0.1}
+        call = {"name": "python", "arguments": {"code": text(30)}, "error": None, "detail": ""}
+        came = {"outcome": outcome, "output": text(20), "seconds": 0.1}
+        broken = draw.choices([None, "no_answer" if last else "invalid_json"], [9, 1])[0]
+        format_reward, returned = -0.1 if broken else 0.0, draw.gauss(0, 1)
         turns.append(
             {
                 "start": start,
                 "end": start + tokens,
-                "text": text(330),
+                "text": text(tokens * 2 // 3),
                 "calls": [] if last else [call],
                 "outcomes": [] if last else [came],
-                "broken": draw.choices([None, "no_answer" if last else "invalid_json"], [9, 1])[0],
+                "broken": broken,
+                "ended_by": "<|im_end|>",
+                "overrun": 0,
+                "token_ids": [draw.randrange(50_000) for _ in range(tokens)],
+                "rewards": {"outcome": float(last and solved), "shaping": 0.0, "format": format_reward},
+                "reward": float(last and solved) + format_reward,
+                "return": returned,
+                "pool_mean": 0.1,
+                "pool_std": 0.5,
+                "divisor": 0.5,
+                "advantage": 2 * (returned - 0.1),
+                "log_prob": -0.4,
+                "log_prob_gap": 1e-6,
+                "log_prob_gaps": [float(f"{draw.gauss(0, 1e-6):.3g}") for _ in range(tokens)],
             }
         )
         start += tokens + 20
-    acc = float(draw.random() < 0.5)
-    advantages = [draw.gauss(0, 1) for _ in turns]
     return {
-        "group": group,
+        "version": VERSION,
+        "step": step,
+        "split": "train",
+        "seed": 1,
+        "group": f"{step}-{row // GROUP}",
+        "session": row % GROUP,
+        "index": row // GROUP,
+        "data_source": "generated",
+        "gold": "7",
+        "weights": [step - 1, step - 1],
         "dropped": False,
-        "turn_rewards": [-0.1 if turn["broken"] else 0.0 for turn in turns],
-        "advantages": advantages,
         "turns": turns,
         "finish": draw.choices(["answer", "length"], [95, 5])[0],
-        "acc": acc,
+        "acc": float(solved),
+        "outcome": float(solved),
+        "shaped": float(solved),
+        "partners": [] if solved else [{"session": other, "similarity": 0.5} for other in range(GROUP // 2)],
         "pred": "7",
-        "prompt": [{"role": "user", "content": f"Problem {group}: {text(40)}"}],
+        "prompt": [{"role": "user", "content": problem}],
     }
 
 

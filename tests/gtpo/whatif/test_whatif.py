@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from composition import METHODS, compose
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from trajectories import trajectory, turn
 
 from recipe.gtpo import whatif
 from recipe.gtpo.experiments.draw_credit import EXAMPLE
-from recipe.gtpo.method.estimators import ESTIMATORS
+from recipe.gtpo.method.credit import assign_credit
+from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.turns import Trajectory
+from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
 from recipe.gtpo.run.identity import flatten
+from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.trajectories import Numbers, Row, training_lines
+from verl_ext.viewer.runs import Run
 
 pytestmark = pytest.mark.unit
 
@@ -109,6 +119,63 @@ def test_missing_similarities_are_computed_from_the_code_and_then_recorded_ones_
     assert whatif.recompute(recorded, settings, None, never) == whatif.recompute(ROWS, settings, None, lambda: CODES)
 
 
+# -- any options ------------------------------------------------------------------------------------------------------
+
+
+def random_trajectory(draw: random.Random) -> Trajectory:
+    turns, at = [], 0
+    for _ in range(draw.randint(1, 4)):
+        start, end = at + draw.randint(0, 2), at + 2 + draw.randint(1, 5)
+        code = draw.choice(["", "a = 1", "b = a + 1", "print(3 * 4)"])
+        outcome = draw.choice(["ok", "ok", "error", "malformed"])
+        broken = draw.choice([None, None, *FormatReason])
+        turns.append(turn(start, end, code, broken, outcome, said=draw.choice(["", "7", "8"])))
+        at = end
+    finish = draw.choice([Finish.ANSWER] * 6 + [Finish.LENGTH, Finish.TURN_LIMIT, Finish.INFRA])
+    acc = float(draw.random() < 0.5)
+    return replace(trajectory(*turns, acc=acc, finish=finish), outcome=draw.choice([None, 0.3]))
+
+
+@settings(max_examples=60)
+@given(st.randoms(use_true_random=False))
+def test_whatever_the_options_the_advantages_of_a_run_follow_from_its_record(draw):
+    chosen = random_settings(draw)
+    keys = {name: whatif.OF_VERL.get(name, f"algorithm.gtpo.{name}") for name in chosen}
+    config = {keys[name]: value for name, value in chosen.items()}
+    of_run = {name.removeprefix("algorithm.gtpo."): v for name, v in config.items() if ".gtpo." in name}
+    options = GTPOOptions.from_config(nested(of_run))
+    trajectories = [random_trajectory(draw) for _ in range(draw.randint(1, 10))]
+    groups = [draw.choice("ab") for _ in trajectories]
+    credit = assign_credit(trajectories, groups, options, make_similarity(options.shaping.similarity))
+    _, trained = turn_values(chosen["estimator"], credit, options, divide=chosen["divide"])
+    numbers = Numbers.of(credit, trained, chosen["estimator"], options)
+    rows = [Row(group, session) for session, group in enumerate(groups)]
+    with TemporaryDirectory() as folder:
+        RunRecord(folder).write_config(config)
+        RunRecord(folder).write_trajectories(1, training_lines(1, 1, trajectories, rows, numbers))
+        run = Run(Path(folder), whatif, Path(folder) / "cache")
+        run.index.update()
+        answers = run.recompute("train", 1, run.settings)
+        recorded = [[turn["advantage"] for turn in row["turns"]] for row in run.rows("train", 1)]
+    assert len(recorded) == len(trajectories)
+    for answer, known in zip(answers, recorded, strict=True):
+        if answer["dropped"]:
+            assert set(known) == {None}
+        else:
+            assert [one["advantage"] for one in answer["turns"]] == pytest.approx(known, rel=1e-4, abs=1e-4)
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
 # -- the exported page ------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +253,8 @@ def test_the_advantage_is_the_sum_of_its_parts():
         rows, settings = random_rows(draw), random_settings(draw)
         settings["estimator"] = draw.choice(["gtpo", settings["estimator"]])
         for answer in whatif.recompute(rows, settings, None, never):
-            for turn in answer["turns"]:
+            for one in answer["turns"]:
                 if settings["estimator"] in ("gtpo", "grpo", "rloo"):
-                    assert sum(turn["advantage_parts"].values()) == pytest.approx(turn["advantage"], rel=1e-3, abs=1e-3)
+                    assert sum(one["advantage_parts"].values()) == pytest.approx(one["advantage"], rel=1e-3, abs=1e-3)
                 else:
-                    assert turn["advantage_parts"] == {}
+                    assert one["advantage_parts"] == {}

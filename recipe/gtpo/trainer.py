@@ -55,7 +55,7 @@ class GTPOTrainerMixin(_Trainer):
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
         super().__init__(config)
-        self.record = RunRecord(config.run_dir, compress=config.trajectory_zstd)
+        self.record = RunRecord(config.run_dir, compress=config.trajectory_zstd, keep=config.trajectory_keep)
         self._writer = Writer(self.record)
         self._validated = False  # a batch of the present validation has been recorded
         self._lost = 0  # trajectories of this start
@@ -128,7 +128,7 @@ class GTPOTrainerMixin(_Trainer):
 
         began = time.perf_counter()
         # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
-        fields = ["advantages", "returns"]
+        fields = ["advantages", "returns", "response_mask"]
         result = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         returns, advantages = (
             at_turn_ends(result[name], credit.turn_mask, credit.spans) for name in ("returns", "advantages")
@@ -137,7 +137,8 @@ class GTPOTrainerMixin(_Trainer):
         if "rollout_log_probs" in rows:
             metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
         if self.global_steps % self.config.trajectory_freq == 0:
-            self._record_training(batch, trajectories, credit, rows, advantages)
+            masked = [a - b for a, b in zip(rows["response_mask"], result["response_mask"], strict=True)]
+            self._record_training(batch, trajectories, credit, rows, advantages, masked)
         metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
         return batch
 
@@ -241,14 +242,15 @@ class GTPOTrainerMixin(_Trainer):
         credit: Credit,
         rows: TensorDict,
         adv: torch.Tensor,
+        masked: list[torch.Tensor],
     ) -> None:
-        """`rows`: the fields of the step that verl has computed by now."""
+        """`rows`: the fields of the step that verl has computed by now; `masked`: 1 where its mask lost a token."""
         log_probs, gaps = rows.get("old_log_probs"), None
         if log_probs is not None and "rollout_log_probs" in rows:
             gaps = [a - b for a, b in zip(rows["rollout_log_probs"], log_probs, strict=True)]
         estimator = self.config.algorithm.adv_estimator
         token_log_probs = None if log_probs is None else dense(log_probs)
-        numbers = Numbers.of(credit, adv, estimator, self.options, token_log_probs, gaps)
+        numbers = Numbers.of(credit, adv, estimator, self.options, token_log_probs, gaps, masked)
         lines = training_lines(self.global_steps, self.config.seed, trajectories, describe_rows(batch), numbers)
         # separate_async may make several updates a step
         self._writer.write(self.global_steps, lines, more=self.local_trigger_step > 0)

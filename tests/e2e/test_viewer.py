@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT
-from viewer_runs import EQUAL, FAULTY, HOSTILE, hostile, trajectory, write
+from viewer_runs import EQUAL, FAULTY, HOSTILE, hostile, say, trajectory, write
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements/dev.txt)")
 expect = sync_api.expect
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.e2e
 
 #: The group of the README's picture. Its last row (the fourth there) solved the problem after a malformed call.
 PICTURE = [json.loads(line) for line in (ROOT / "docs" / "credit_group.jsonl").read_text().splitlines()]
+#: Rollout correction left out its first turn and three of the ten tokens of its second.
+MASKED = trajectory("masked", *({**say("x"), "masked": masked} for masked in (10, 3)), advantages=[0.5, -0.5])
 SECONDS = 20  # for what a busy machine may take; everything is waited for, nothing is slept
 
 
@@ -51,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps({"algorithm.adv_estimator": "gtpo", "algorithm.gtpo.gamma": 0.9}))
     lines = [{"step": step, "metrics": {"val-core/arithmetic/acc/mean@1": 0.1 * step}} for step in range(4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return write(folder, {1: PICTURE, 2: [*FAULTY, *EQUAL], 3: hostile()})
+    return write(folder, {1: PICTURE, 2: [*FAULTY, *EQUAL], 3: [*hostile(), MASKED]})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def cell(page, row: int, turn: int):
 def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     page.goto(address)
     groups = page.locator("ol.groups button")
-    expect(groups).to_have_count(4)
+    expect(groups).to_have_count(5)
     page.get_by_role("button", name="timeout", exact=True).click()
     expect(groups).to_have_count(1)
     groups.first.click()
@@ -106,7 +108,7 @@ def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     for state in ("dropped", "unassigned"):
         assert page.locator(f"table.grid .bar.{state}").count() == (state == "dropped")
     page.get_by_role("button", name="timeout", exact=True).click()
-    expect(groups).to_have_count(4)
+    expect(groups).to_have_count(5)
 
     groups.first.click()
     expect(page.locator("table.grid tbody tr")).to_have_count(8)
@@ -117,6 +119,7 @@ def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     page.get_by_label("method").select_option("grpo_sum")
     for turn in range(4):
         expect(cell(page, 7, turn)).to_contain_text("+0.79")
+        expect(page.locator(".talk .pill").nth(turn)).to_have_text("A +0.79?")  # a guess, and said to be one
 
     other = page.context.new_page()  # a link shows what its sender saw
     other.goto(page.url)
@@ -127,9 +130,18 @@ def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     expect(cell(page, 7, 0)).to_contain_text("+0.07")
 
 
+def test_tokens_that_rollout_correction_masked_are_drawn_apart(page, address):
+    page.goto(address)
+    page.locator("ol.groups button", has_text="sum of masked").click()
+    expect(cell(page, 0, 0).locator(".bar")).to_have_class("bar masked")
+    expect(cell(page, 0, 1).locator("i.masked")).to_have_attribute("style", "width: 30%;")
+    cell(page, 0, 1).click()
+    expect(page.locator(".ledger")).to_contain_text("7 tokens; 3 more are masked")
+
+
 def test_keys_do_what_the_help_says(page, address):
     page.goto(address)
-    expect(page.locator("ol.groups button")).to_have_count(4)
+    expect(page.locator("ol.groups button")).to_have_count(5)
     titles = page.locator(".title h2")
     page.keyboard.press("n")
     first = titles.inner_text()
@@ -198,13 +210,13 @@ def test_hostile_text_is_text(page, address):
 def test_a_page_follows_the_run(page, address, folder):
     page.goto(address)
     groups = page.locator("ol.groups button")
-    expect(groups).to_have_count(4)
+    expect(groups).to_have_count(5)
     write(folder, {4: [trajectory("late")]})
     try:
-        expect(groups).to_have_count(5)
+        expect(groups).to_have_count(6)
     finally:
         (folder / "trajectories" / "4.jsonl").unlink()
-    expect(groups).to_have_count(4)
+    expect(groups).to_have_count(5)
 
 
 def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_path):
@@ -214,7 +226,7 @@ def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_p
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=5 * SECONDS, capture_output=True)
     page.context.set_offline(True)
     page.goto(f"{out.as_uri()}#view=groups")
-    expect(page.locator("ol.groups button")).to_have_count(4)
+    expect(page.locator("ol.groups button")).to_have_count(5)
     page.locator("ol.groups button").first.click()
     expect(cell(page, 7, 0)).to_contain_text("+0.07")
     expect(page.locator(".ledger")).to_contain_text("gives the same advantage")

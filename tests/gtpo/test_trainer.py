@@ -341,7 +341,10 @@ def test_rollout_correction_rejects_tokens_and_turns_stay_whole(queue, tmp_path)
         "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0",
     )
     metrics: dict = {}
-    make_trainer(tmp_path, *overrides)._compute_advantage(batch, metrics)
+    trainer = make_trainer(tmp_path, *overrides)
+    trainer._compute_advantage(batch, metrics)
+    trainer._writer.wait()
+    assert [[turn.masked for turn in record.turns] for record in Reader(tmp_path).read(1)][:2] == [[1, 0], [0, 0, 0]]
     assert queue.rows["p_0_0"]["response_mask"].tolist() == [1, 0, 1, 0, 0, 1, 1]  # verl did reject it
     stored = queue.column(batch, "advantages")
     _, advantages = by_hand({key: REWARDS[kind] for key, kind in TWO_GROUPS.items()})

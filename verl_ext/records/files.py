@@ -13,8 +13,16 @@ PLAIN, COMPRESSED = ".jsonl", ".jsonl.zst"
 SUFFIXES = (PLAIN, COMPRESSED)
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.split(".", 1)[0])
+def step_of(path: Path) -> int | None:
+    """The step whose records a file holds; None for one that somebody else put there."""
+    name, _, suffix = path.name.partition(".")
+    return int(name) if name.isdecimal() and f".{suffix}" in SUFFIXES else None
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """step -> file, ascending."""
+    found = {step: path for path in sorted(folder.glob("*.jsonl*")) if (step := step_of(path)) is not None}
+    return dict(sorted(found.items()))
 
 
 def open_lines(path: Path) -> Iterator[str]:

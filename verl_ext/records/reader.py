@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from verl_ext.records.files import SUFFIXES, open_lines, step_of
+from verl_ext.records.files import open_lines, step_files
 from verl_ext.records.schema import NewerRecordError, Record, upgrade
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,7 @@ class Reader:
 
     def files(self, split: Split = "train") -> dict[int, Path]:
         """step -> file, ascending."""
-        folder = self.dir / FOLDERS[split]
-        found = {step_of(path): path for suffix in SUFFIXES for path in folder.glob(f"*{suffix}")}
-        return dict(sorted(found.items()))
+        return step_files(self.dir / FOLDERS[split])
 
     def steps(self, split: Split = "train") -> list[int]:
         return list(self.files(split))

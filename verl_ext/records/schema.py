@@ -70,6 +70,7 @@ class Turn(_Part):
     pool_std: float | None = Field(None, description="standard deviation of the same")
     divisor: float | None = Field(None, description="advantage = (return - pool_mean) / divisor, or 0 in a flat pool")
     advantage: float | None = None
+    masked: int | None = Field(None, description="of its tokens, how many rollout correction left out of the update")
     log_prob: float | None = Field(None, description="mean over its tokens, of the policy that is updated")
     log_prob_gap: float | None = Field(None, description="mean of |rollout's - policy's| over its tokens")
     log_prob_gaps: list[float] | None = Field(None, description="the same, token by token: rollout's - policy's")

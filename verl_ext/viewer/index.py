@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import zstandard
 
-from verl_ext.records.files import SUFFIXES, step_of
+from verl_ext.records.files import step_files, step_of
 from verl_ext.records.reader import FOLDERS
 from verl_ext.records.schema import Record
 from verl_ext.viewer import records
@@ -113,14 +113,13 @@ class Index:
             for name in known.keys() - there.keys():
                 _forget(db, known[name]["id"])
             changed = 0
-            for name in sorted(there, key=lambda name: (step_of(Path(name)), name)):
+            for name in there:
                 changed += self._update_file(db, name, there[name], known.get(name))
         return changed
 
     def _names(self, folder: str) -> list[str]:
-        """The files of a folder that have a step for a name, as paths in the run folder."""
-        paths = (path for suffix in SUFFIXES for path in (self.run_dir / folder).glob(f"*{suffix}"))
-        return [f"{folder}/{path.name}" for path in paths if path.name.split(".")[0].isdecimal()]
+        """The files of a folder that have a step for a name, as paths in the run folder, by step."""
+        return [f"{folder}/{path.name}" for path in step_files(self.run_dir / folder).values()]
 
     def _update_file(self, db: sqlite3.Connection, name: str, split: str, known: dict[str, Any] | None) -> int:
         try:

@@ -59,6 +59,7 @@ def numbers(record: Record) -> dict[str, Any]:
 def _numbers_of(turn: Turn) -> dict[str, Any]:
     return {
         "tokens": turn.end - turn.start,
+        "masked": turn.masked,
         "broken": turn.broken,
         "calls": len(turn.calls),
         "tools": [outcome.outcome for outcome in turn.outcomes],

@@ -130,7 +130,10 @@ class Run:
             return []
 
     def _weights(self, split: str, step: int) -> dict[tuple[int, str, str], float]:
-        """|advantage| x tokens by turn, kind of group and reward part. A turn's weight is split as its advantage is."""
+        """|advantage| x tokens of the update by turn, kind of group and reward part.
+
+        A turn's weight is split as its advantage is.
+        """
         rows = self.rows(split, step)
         parts = self._parts(split, step)
         outcomes: dict[int, list[bool]] = {}
@@ -144,12 +147,13 @@ class Run:
             for k, turn in enumerate(row["turns"]):
                 if not turn["advantage"] or row["dropped"]:
                     continue
+                trained = turn["tokens"] - (turn["masked"] or 0)
                 split_by = parts[i]["turns"][k]["advantage_parts"] if parts and k < len(parts[i]["turns"]) else {}
                 total = sum(abs(value) for value in split_by.values())
                 shares = {name: abs(v) / total for name, v in split_by.items() if v} if total else {"not split": 1.0}
                 for part, share in shares.items():
                     key = (k, kind, part)
-                    weights[key] = weights.get(key, 0.0) + share * abs(turn["advantage"]) * turn["tokens"]
+                    weights[key] = weights.get(key, 0.0) + share * abs(turn["advantage"]) * trained
         return weights
 
 

@@ -43,6 +43,7 @@ FREE = (
     "trainer.val_only",
     "trainer.validation_data_dir",
     "trajectory_freq",
+    "trajectory_keep",
     "trajectory_zstd",
     "watchdog",
 )

@@ -6,7 +6,7 @@
         metrics.jsonl              one line a step: {"step": n, "metrics": {...}}; validation before training is step 0;
                                a number that JSON has not: "not_finite": {"actor/grad_norm": "nan"} in that line
         trajectories/<step>.jsonl  every training trajectory of the step (schema: verl_ext/records); .jsonl.zst where
-                                   trajectory_zstd is set
+                                   trajectory_zstd is set; the latest trajectory_keep of them, where that is set
         validation/<step>.jsonl    the same of every validation
         checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
                                    between the checkpoint and the step's line, the next start makes the line of them
@@ -63,8 +63,9 @@ class RecordError(ValueError):
 class RunRecord:
     """Reads and writes one run folder. Reading a file that was cut off raises RecordError."""
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, compress: bool = False) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], *, compress: bool = False, keep: int | None = None) -> None:
         self.dir = Path(run_dir)
+        self._keep = keep  # trajectories of the latest steps only, when it is a number
         self._suffix = COMPRESSED if compress else PLAIN  # of trajectories that are written; both are read
         self.metrics_path = self.dir / "metrics.jsonl"
         self._config = self.dir / "config.json"
@@ -181,7 +182,8 @@ class RunRecord:
             _replace(self.metrics_path, "".join(_json(line) + "\n" for line in lines))
         for folder in FOLDERS.values():
             for path in (self.dir / folder).glob("*.jsonl*"):
-                if path.suffix == ".tmp" or step_of(path) > step:
+                recorded = step_of(path)
+                if path.suffix == ".tmp" or (recorded is not None and recorded > step):
                     path.unlink()
         if self._read_checkpoint_metrics()[0] > step:
             self._checkpoint_metrics.unlink()
@@ -216,6 +218,14 @@ class RunRecord:
         write_lines(path, itertools.chain(kept, map(_json, rows)))
         if before not in (None, path):  # of a start that wrote them in the other form
             before.unlink()  # type: ignore[union-attr]
+        if self._keep is not None:
+            self._drop_all_but(self._keep, split)
+
+    def _drop_all_but(self, keep: int, split: Split) -> None:
+        files = Reader(self.dir).files(split)
+        for step in list(files)[:-keep]:
+            logger.info(f"{files[step]} is removed: trajectory_keep={keep}")
+            files[step].unlink()
 
     def trajectory_steps(self) -> list[int]:
         """The steps whose trajectories were recorded, ascending."""

@@ -52,6 +52,7 @@ class Numbers:
     advantages: torch.Tensor
     log_probs: torch.Tensor | None  # mean over a turn's tokens, of the policy that is updated
     gaps: Sequence[torch.Tensor] | None  # B x (L,): the rollout's log-probs minus these, token by token
+    masked: Sequence[torch.Tensor] | None  # B x (L,): 1 where rollout correction left a token out of the update
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Numbers:
         options: GTPOOptions,
         log_probs: torch.Tensor | None = None,
         gaps: Sequence[torch.Tensor] | None = None,
+        masked: Sequence[torch.Tensor] | None = None,
     ) -> Numbers:
         """Args: `estimator` as in `algorithm.adv_estimator`; `log_probs` (B, L), a number a token."""
         returns, compared = None, None
@@ -71,7 +73,7 @@ class Numbers:
         if log_probs is not None:
             turns = credit.turn_mask.shape[1]
             log_probs = mean_of_turns(log_probs, credit.turn_ids(log_probs.shape[1]), turns)
-        return cls(credit, returns, compared, advantages, log_probs, gaps)
+        return cls(credit, returns, compared, advantages, log_probs, gaps, masked)
 
     def of_turn(self, row: int, k: int, start: int, end: int) -> dict[str, Any]:
         """Everything of a turn that takes part in the update."""
@@ -88,6 +90,8 @@ class Numbers:
             found["pool_mean"] = float(self.compared.mean[row, k])
             found["pool_std"] = float(self.compared.std[row, k])
             found["divisor"] = float(self.compared.divisor[row, k])
+        if self.masked is not None:
+            found["masked"] = int(self.masked[row][start:end].sum())
         if self.log_probs is not None:
             found["log_prob"] = float(self.log_probs[row, k])
         if self.gaps is not None:

@@ -264,6 +264,23 @@ def test_trajectories_are_one_file_a_step_written_whole(record):
     assert record.read_trajectories(3) == [{"group": "c"}] and record.read_trajectories(10) == []
 
 
+def test_only_the_latest_steps_keep_their_trajectories_where_that_is_asked_for(tmp_path):
+    record = RunRecord(tmp_path, keep=2)
+    for step in (9, 10, 11):
+        record.write_trajectories(step, [{}])
+        record.write_trajectories(step // 10 * 10, [{}], split="validation")
+    assert record.trajectory_steps() == [10, 11]
+    assert Reader(tmp_path).steps("validation") == [0, 10]
+
+
+def test_a_file_that_somebody_put_beside_the_trajectories_is_left_alone(record):
+    record.write_trajectories(1, [{}])
+    notes = record.dir / "trajectories" / "notes.jsonl"
+    notes.write_text("{}\n")
+    record.forget_after(0)
+    assert record.trajectory_steps() == [] and notes.exists()
+
+
 def test_trajectories_that_are_not_there_are_named(record):
     with pytest.raises(ValueError, match="trajectories: no recorded trajectories"):
         record.read_trajectories(1)

@@ -58,6 +58,7 @@ NEW = {
             "pool_std": 0.4,
             "divisor": 0.400001,
             "advantage": 1.0,
+            "masked": 1,
             "log_prob": -0.5,
             "log_prob_gap": 1e-7,
             "log_prob_gaps": [0.0, 1e-7, -1e-7, 0.0],

@@ -190,9 +190,20 @@ def test_every_hostile_text_is_read_and_comes_back_as_it_was(tmp_path):
     assert cut == {"text": "A" * queries.TEXT_LIMIT, "length": 10_000_000}
 
 
-def test_where_the_gradient_goes_is_advantage_times_tokens(run):
+def test_where_the_gradient_goes_is_advantage_times_tokens_of_the_update(run):
+    cut = MIXED[0] | {
+        "group": "masked",
+        "turns": [MIXED[0]["turns"][0] | {"masked": 4}, MIXED[0]["turns"][1] | {"masked": 10}],
+    }
+    write(run.path, {3: [cut]})
     run.update()
     found = {(one["step"], one["turn"], one["kind"]): one["weight"] for one in queries.gradient(run)}
     assert found == pytest.approx(
-        {(1, 0, "mixed"): 20.0, (1, 1, "mixed"): 32.0, (2, 0, "unsolved"): 12.5, (2, 1, "unsolved"): 5.0}
+        {
+            (1, 0, "mixed"): 20.0,
+            (1, 1, "mixed"): 32.0,
+            (2, 0, "unsolved"): 12.5,
+            (2, 1, "unsolved"): 5.0,
+            (3, 0, "all solved"): 2.4,
+        }
     )

@@ -32,6 +32,7 @@ READ = (
     "seed",
     "run_dir",
     "trajectory_freq",
+    "trajectory_keep",
     "trajectory_zstd",
     "algorithm.adv_estimator",
     "algorithm.norm_adv_by_std_in_grpo",
@@ -100,6 +101,7 @@ class Settings:
     run_dir: Path
     trajectory_freq: int  # steps between two records of all trajectories
     compress: bool  # them
+    keep: int | None  # those of the latest so many recorded steps
 
     @classmethod
     def of(cls, config: DictConfig, task: Task) -> Settings:
@@ -146,6 +148,7 @@ class Settings:
             run_dir=Path(config.run_dir),
             trajectory_freq=config.trajectory_freq,
             compress=config.trajectory_zstd,
+            keep=config.trajectory_keep,
         )
 
 

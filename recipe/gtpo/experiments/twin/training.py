@@ -137,7 +137,7 @@ def train(settings: Settings) -> None:
     """Train and record. Everything random follows from `settings.seed`, except the policy."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)  # the batches are too small for more, and runs of several seeds use the other cores
-    record = RunRecord(settings.run_dir, compress=settings.compress)
+    record = RunRecord(settings.run_dir, compress=settings.compress, keep=settings.keep)
     record.write_start(settings.seed)
     record.forget_after(-1)  # no checkpoints: a run of this engine starts over
     model, stream = load_policy(settings)

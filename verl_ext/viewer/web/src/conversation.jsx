@@ -6,7 +6,7 @@ import { sign } from "./grid.jsx";
 import { useAnswer } from "./route.js";
 import { Code, Copy, Cut, Diff, Prose, start, visible } from "./text.jsx";
 
-export function Conversation({ run, row, k, rows, open, dark, most, choose, words }) {
+export function Conversation({ run, row, answer, k, rows, open, dark, most, choose, words }) {
   const [talk, error] = useAnswer(() => get(`api/${run.run}/conversation`, { id: row.id }), [run.run, row.id]);
   const at = useRef();
   useEffect(() => { at.current?.querySelector(`[data-turn="${k}"]`)?.scrollIntoView({ block: "nearest" }); }, [k, talk]);
@@ -23,7 +23,7 @@ export function Conversation({ run, row, k, rows, open, dark, most, choose, word
           <Prose text={start(message.content)} /><Cut text={message.content} {...where} path={`prompt/${m}/content`} />
         </Fold>))}
       {talk.turns.map((turn, m) => (
-        <Turn {...{ turn, m, row, where, most, dark, open, choose }} here={m === k} />))}
+        <Turn {...{ turn, m, row, answer, where, most, dark, open, choose }} here={m === k} />))}
       <Partners {...{ run, row, rows, talk }} />
     </section>
   );
@@ -54,21 +54,21 @@ function Fold({ title, open, kind, children }) {
   return <details class={kind} open={open}><summary>{title}</summary>{children}</details>;
 }
 
-function Turn({ turn, m, row, where, most, dark, open, here, choose }) {
+function Turn({ turn, m, row, answer, where, most, dark, open, here, choose }) {
   const [raw, setRaw] = useState(turn.calls.some((call) => call.error));  // what could not be read is best seen as written
   const [byToken, setByToken] = useState(false);
   const text = start(turn.text);
   const calls = turn.calls.length > 0;
   const prose = calls && !raw ? text.split("<tool_call>")[0].trim() : text;
   const numbers = row.turns[m];
-  const advantage = row.dropped ? null : numbers.advantage;
+  const advantage = (answer ?? row).dropped ? null : answer ? answer.turns[m]?.advantage : numbers.advantage;
   const shade = advantage ? colour(advantage, most, dark) : {};
   return (
     <article class={here ? "turn here" : "turn"} data-turn={m} style={{ borderLeftColor: shade.background }}>
       <h4 onClick={() => choose(row.id, m)}>
         turn {m} <span class="faint">{sign(row, m)[1]} · {numbers.tokens} tokens
           {numbers.broken && ` · breaks the format: ${numbers.broken.replaceAll("_", " ")}`}</span>
-        {advantage !== null && advantage !== undefined && <span class="pill" style={shade}>A {signed(advantage)}</span>}
+        {advantage !== null && advantage !== undefined && <span class="pill" style={shade} title={answer ? "what if" : "as recorded"}>A {signed(advantage)}{answer && "?"}</span>}
         {calls && <button class="quiet" onClick={(e) => { e.stopPropagation(); setRaw(!raw); }}>{raw ? "as cards" : "as written"}</button>}
         {turn.tokens && <button class="quiet" aria-pressed={byToken} onClick={(e) => { e.stopPropagation(); setByToken(!byToken); }}>log-prob gap</button>}
         <Copy text={text} />

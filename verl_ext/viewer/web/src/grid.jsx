@@ -69,17 +69,20 @@ function Cell({ row, k, answers, most, dark, widest, choose, here }) {
   const answer = answers?.[row.id];
   const dropped = answer ? answer.dropped : row.dropped;
   const value = dropped ? null : answer ? answer.turns[k]?.advantage ?? null : turn.advantage;
-  const state = dropped ? "dropped" : value === null ? "unassigned" : value === 0 ? "zero" : "";
+  const masked = turn.masked ?? 0;
+  const state = dropped ? "dropped" : value === null ? "unassigned" : masked === turn.tokens ? "masked" : value === 0 ? "zero" : "";
   const shade = state ? {} : colour(value, most, dark);
   const moved = answer && !dropped && Math.abs((value ?? 0) - (turn.advantage ?? 0)) > 0.005;
   const title = `${words} · ${turn.tokens} tokens${turn.broken ? ` · breaks the format: ${turn.broken.replaceAll("_", " ")}` : ""}` +
     (state === "unassigned" ? " · no advantage was assigned" : state === "dropped" ? " · dropped" : ` · advantage ${signed(value, 4)}`) +
+    (masked ? ` · ${masked} tokens masked by rollout correction` : "") +
     (moved ? ` (recorded ${signed(turn.advantage, 4)})` : "");
   const share = Math.max(20, (100 * turn.tokens) / widest);
   const text = <span class="value">{state === "dropped" ? "×" : state === "unassigned" ? "" : signed(value)}</span>;
   return (
     <button class={`cell ${here ? "here" : ""} ${moved ? "moved" : ""}`} title={title} aria-label={`turn ${k}: ${title}`} onClick={() => choose?.(row.id, k)}>
       <span class={`bar ${state}`} style={{ ...shade, width: `${share}%` }}>
+        {masked > 0 && <i class="masked" style={{ width: `${(100 * masked) / turn.tokens}%` }} />}
         <span class={turn.broken ? "glyph broken" : "glyph"}>{glyph}</span>
         {share >= 64 && text}
       </span>
@@ -95,7 +98,7 @@ export function Legend({ most, dark }) {
       {[-1, -0.4, 0, 0.4, 1].map((v) => <i style={colour(v, 1, dark)} />)}
       <span>+{most.toFixed(1)}</span>
       <span>width: tokens</span>
-      <span><i class="bar unassigned" /> unassigned</span><span><i class="bar zero" /> zero</span><span><i class="bar dropped" /> dropped</span>
+      <span><i class="bar unassigned" /> unassigned</span><span><i class="bar"><i class="masked" /></i> masked</span><span><i class="bar zero" /> zero</span><span><i class="bar dropped" /> dropped</span>
     </p>
   );
 }

@@ -75,7 +75,7 @@ export function GroupView({ overview, run, route, dark }) {
       </div>
      </div>
      <div class="pane">
-      {row && <Conversation key={row.id} {...{ run, row, k, rows, open, dark, most, choose }} words={route.q} />}
+      {row && <Conversation key={row.id} answer={shown?.[row.id]} {...{ run, row, k, rows, open, dark, most, choose }} words={route.q} />}
      </div>
     </div>
   );

@@ -9,6 +9,7 @@ export function Ledger({ row, k, own, settings, answer }) {
   const turn = row.turns[k];
   const counted = (answer ?? own)?.turns[k];
   const shown = answer ? "what if" : "record";
+  const masked = turn.masked ?? 0, trained = turn.tokens - masked;
   const rewards = answer ? counted?.rewards : turn.rewards ?? counted?.rewards;
   const of = (name) => (answer ? counted?.[name] : turn[name] ?? counted?.[name]);
   const reward = rewards ? Object.values(rewards).reduce((a, b) => a + (b ?? 0), 0) : turn.reward;
@@ -44,7 +45,7 @@ export function Ledger({ row, k, own, settings, answer }) {
               {computed !== null && advantage !== null && (near(computed, advantage) ? <span class="right"> ✓</span>
                 : advantage === 0 ? <span class="faint"> · 0: the pool is flat or silenced</span> : <strong class="bad"> ≠ the record's</strong>)}</td></tr>
           {!answer && turn.log_prob !== null && <tr><th>log-probability</th><td>{number(turn.log_prob)}</td><td class="how">mean of its tokens{turn.gap !== null && `; rollout and policy differ by ${turn.gap.toExponential(1)}`}</td></tr>}
-          <tr><th>weight</th><td>{advantage === null || advantage === undefined ? "–" : number(Math.abs(advantage) * turn.tokens)}</td><td class="how">|A| × {turn.tokens} tokens</td></tr>
+          <tr><th>weight</th><td>{advantage === null || advantage === undefined ? "–" : number(Math.abs(advantage) * trained)}</td><td class="how">|A| × {trained} tokens{masked > 0 && `; ${masked} more are masked: rollout correction left them out of the update`}</td></tr>
         </tbody>
       </table>
       {!answer && own && <p class="note">{near(own.turns[k]?.advantage ?? 0, advantage ?? 0)

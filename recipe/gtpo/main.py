@@ -159,11 +159,19 @@ def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> b
 
 def train(config: DictConfig, record: RunRecord) -> None:
     """One run, from the tool server to the summary. Raises what ended it early."""
+    record.write_start(config.seed)
+    try:
+        _train(config, record)
+    except (ConfigError, ServerStartError) as e:
+        record.write_cause(str(e).partition("\n")[0])  # the folder has a start that would never have ended
+        raise
+
+
+def _train(config: DictConfig, record: RunRecord) -> None:
     from verl.trainer.main_ppo import run_ppo
 
     from recipe.gtpo.task_runner import GTPOTaskRunner
 
-    record.write_start(config.seed)
     with tool_server(config) as server:
         with open_dict(config):
             variables = config.ray_kwargs.ray_init.runtime_env.setdefault("env_vars", {})

@@ -285,7 +285,7 @@ class RayJob:
 
         self._client = JobSubmissionClient(address)
         entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
-        self._id = self._client.submit_job(entrypoint=entrypoint)
+        self._id = submit(self._client, entrypoint)
         with log.open("a") as out:
             out.write(f"Ray job {self._id} at {address}\n")
 
@@ -296,6 +296,18 @@ class RayJob:
     def stop(self) -> None:
         if self.poll() is None:
             self._client.stop_job(self._id)
+
+
+def submit(client: Any, entrypoint: str, pauses: Sequence[float] = (1, 2, 4, 8, 16, 32)) -> str:
+    """The job's id. A cluster that has just started has no agent yet and says so: asked again after each pause."""
+    for pause in pauses:
+        try:
+            return client.submit_job(entrypoint=entrypoint)
+        except RuntimeError as e:
+            if "No available agent" not in str(e):
+                raise
+            time.sleep(pause)
+    return client.submit_job(entrypoint=entrypoint)
 
 
 @dataclass

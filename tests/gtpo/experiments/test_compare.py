@@ -273,6 +273,29 @@ def test_an_interrupt_ends_what_runs(tmp_path):
     assert jobs[0].poll() is not None
 
 
+class YoungCluster:
+    """A job client whose cluster has no agent for its first `refusals` jobs."""
+
+    def __init__(self, refusals: int, said: str = "Request failed with status code 500: No available agent") -> None:
+        self.refusals, self.said = refusals, said
+
+    def submit_job(self, *, entrypoint: str) -> str:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise RuntimeError(self.said)
+        return f"id of {entrypoint}"
+
+
+def test_a_cluster_that_has_just_started_is_asked_again_and_another_error_is_not():
+    assert compare.submit(YoungCluster(2), "train", pauses=(0, 0)) == "id of train"
+    with pytest.raises(RuntimeError, match="No available agent"):
+        compare.submit(YoungCluster(3), "train", pauses=(0, 0))
+    other = YoungCluster(1, "no such runtime environment")
+    with pytest.raises(RuntimeError, match="no such"):
+        compare.submit(other, "train", pauses=(0,))
+    assert other.refusals == 0
+
+
 def test_an_unknown_method_ends_the_command_with_one_line(capsys):
     assert compare.main(["methods=nope"]) == 1
     assert capsys.readouterr().err.startswith("compare: error: unknown method 'nope'")

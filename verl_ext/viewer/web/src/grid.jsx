@@ -98,7 +98,7 @@ export function Legend({ most, dark }) {
       {[-1, -0.4, 0, 0.4, 1].map((v) => <i style={colour(v, 1, dark)} />)}
       <span>+{most.toFixed(1)}</span>
       <span>width: tokens</span>
-      <span><i class="bar unassigned" /> unassigned</span><span><i class="bar"><i class="masked" /></i> masked</span><span><i class="bar zero" /> zero</span><span><i class="bar dropped" /> dropped</span>
+      <span><i class="bar unassigned" /> unassigned</span><span><i class="bar" style={colour(0.4, 1, dark)}><i class="masked" /></i> masked</span><span><i class="bar zero" /> zero</span><span><i class="bar dropped" /> dropped</span>
     </p>
   );
 }

@@ -53,7 +53,7 @@ def recorded_turns(
         turn_ids: (B, L), rows in the order of the batch. Another width than the rewards' is accepted when no turn is
             cut: missing columns count as -1, surplus ones must all be -1.
         solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
-        states: (B, T), `Credit.states`; needed only for GiGPO.
+        states: (B, T), `Credit.states`; needed only for GiGPO, and by GTPO with `baseline=state` or `bootstrap`.
         parts: name -> (B,), `Credit.reward_parts`; needed only for GDPO.
     """
     token = _RECORDED.set(_Record(turn_ids, solved, states, parts))
@@ -84,6 +84,7 @@ def compute_gtpo_advantage(
     config: Mapping[str, Any] | None = None,
     turn_ids: torch.Tensor | None = None,
     solved: torch.Tensor | None = None,
+    states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GTPO's advantages and returns, both (B, L) float32 and exactly 0 outside unmasked generated tokens.
 
@@ -97,6 +98,7 @@ def compute_gtpo_advantage(
             turns. A masked token inside a recorded turn (rollout correction rejects tokens) gets 0 and changes nothing
             else; a row whose tokens are all rejected still counts in its pool, as in verl's GRPO.
         solved: (B,) bool, the raw outcomes, as for `recorded_turns`.
+        states: (B, T), as for `recorded_turns`.
 
     Raises ValueError, naming the row, when turns and mask disagree, a reward is not finite, or a row has no group id;
     and when an option needs a record that is not there.
@@ -104,12 +106,17 @@ def compute_gtpo_advantage(
     options = GTPOOptions.from_config(None if config is None else config.get("gtpo"))
     record = _RECORDED.get()
     if turn_ids is None and record is not None:
-        turn_ids, solved = record.turn_ids, record.solved
+        turn_ids, solved, states = record.turn_ids, record.solved, record.states
     if turn_ids is None:
         _check_runs_on_the_mask(config, options, solved)
+    if options.needs_states and states is None:
+        raise ValueError(
+            "algorithm.gtpo.baseline=state and bootstrap need recorded tool outputs: run it with recipe.gtpo's trainer "
+            "(trainer.v1.trainer_mode=gtpo_sync), which records them, or set baseline=group and bootstrap=0"
+        )
     runs, turn_rewards, turn_mask = _rewards_by_turn(token_level_rewards, response_mask, turn_ids)
-    solved = None if solved is None else solved.cpu()
-    returns, advantages = turn_advantages(turn_rewards, turn_mask, index, options, solved)
+    solved, states = (None if given is None else given.cpu() for given in (solved, states))
+    returns, advantages = turn_advantages(turn_rewards, turn_mask, index, options, solved, states)
     device = token_level_rewards.device
     return spread_to_tokens(advantages, runs).to(device), spread_to_tokens(returns, runs).to(device)
 

@@ -70,6 +70,10 @@ def reference(
     sparse_turn="zero",
     unsolved_groups="keep",
     solved=None,
+    bootstrap=0.0,
+    state_prior=1.0,
+    lone_state="parent",
+    states=None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(advantages, returns), (B, L) float64. `turn_ids` tells the turns; the rest is the definition, loop by loop."""
     rewards, ids = batch.rewards.double().numpy(), batch.turn_ids.numpy()
@@ -85,10 +89,33 @@ def reference(
         for k in turns:
             returns[i, int(k)] = sum(gamma ** (m - k) * earned[m] for m in range(k, len(turns)))
 
+    def in_state(i, k):
+        return [key for key in returns if states[key] == states[i, k]]
+
+    def target(i, k):
+        if (i, k + 1) not in returns:
+            return returns[i, k]
+        met = np.mean([returns[key] for key in in_state(i, k + 1)])
+        after = (1 - bootstrap) * target(i, k + 1) + bootstrap * met
+        return returns[i, k] + gamma * (after - returns[i, k + 1])
+
+    def state_value(i, k):
+        there = [returns[key] for key in in_state(i, k) if not (leave_one_out and key[0] == i)]
+        if k == 0:
+            return np.mean(there) if there else 0.0
+        alone = [key for key in members(i, k, "group") if key[1] > 0 and len(in_state(*key)) == 1]
+        others = [returns[key] for key in alone if not (leave_one_out and key[0] == i)]
+        if lone_state == "lone" and (i, k) in alone and others:
+            return np.mean(others)
+        if not there:
+            return state_value(i, k - 1)
+        return (sum(there) + state_prior * state_value(i, k - 1)) / (len(there) + state_prior)
+
     def members(i, k, kind):
         same = {
             "batch": lambda j, m: True,
             "group": lambda j, m: batch.uids[j] == batch.uids[i],
+            "state": lambda j, m: batch.uids[j] == batch.uids[i],  # but for the mean
             "turn": lambda j, m: batch.uids[j] == batch.uids[i] and m == k,
         }[kind]
         return [(j, m) for j, m in returns if same(j, m)]
@@ -106,14 +133,17 @@ def reference(
             continue
         values = np.array([returns[key] for key in pool])
         mean = np.mean([returns[key] for key in pool if not (leave_one_out and key[0] == i)])
-        flat = values.max() - values.min() <= 1e-6 * np.abs(values).max()
-        centred[i, k], std[i, k] = 0.0 if flat else value - mean, values.std(ddof=1)
+        if baseline == "state":
+            mean = state_value(i, k)
+        compared = target(i, k) if bootstrap else value
+        flat = values.max() - values.min() <= 1e-6 * np.abs(values).max() and np.isclose(compared, value, rtol=1e-6)
+        centred[i, k], std[i, k] = 0.0 if flat else compared - mean, values.std(ddof=1)
     whole = np.std(list(centred.values()), ddof=1) if len(centred) > 1 else 0.0
 
     advantage, spread_returns = np.zeros(ids.shape), np.zeros(ids.shape)
     for (i, k), value in returns.items():
         tokens = (ids[i] == k) & (batch.mask[i].numpy() != 0)
-        spread_returns[i, tokens] = value
+        spread_returns[i, tokens] = target(i, k) if bootstrap else value
         if (i, k) not in centred:
             continue
         divisor = {"std": std[i, k] + 1e-6, "batch_std": whole + 1e-6, "none": 1.0}[scale]

@@ -32,7 +32,9 @@ def turn_values(
         divide: `algorithm.norm_adv_by_std_in_grpo`, which only `grpo` reads.
     """
     if estimator == "gtpo":
-        return turn_advantages(credit.rewards.combined, credit.turn_mask, credit.group_ids, options, credit.solved)
+        return turn_advantages(
+            credit.rewards.combined, credit.turn_mask, credit.group_ids, options, credit.solved, credit.states
+        )
     advantages = _of_rival(estimator, credit, options, divide)
     return credit.trajectory_rewards[:, None] * credit.turn_mask, advantages
 

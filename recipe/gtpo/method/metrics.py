@@ -39,7 +39,9 @@ def credit_metrics(
         metrics |= _trajectories(credit, trajectories)
         metrics |= _turns(credit, returns, advantages)
         metrics |= _groups(credit, advantages)
-        metrics["gtpo/pools/zero_spread"] = zero_spread_share(returns, credit.turn_mask, credit.group_ids, baseline)
+        metrics["gtpo/pools/zero_spread"] = zero_spread_share(
+            returns, credit.turn_mask, credit.group_ids, baseline, credit.states
+        )
     return metrics
 
 

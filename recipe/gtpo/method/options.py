@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Baseline = Literal["group", "turn", "batch"]
+Baseline = Literal["group", "turn", "batch", "state"]
 Scale = Literal["std", "batch_std", "none"]
 UnsolvedGroups = Literal["keep", "zero"]
 SparseTurn = Literal["zero", "group"]
+LoneState = Literal["parent", "lone"]
 Truncated = Literal["keep", "drop"]
 FormatRule = Literal["paper", "strict"]
 TrajectoryReward = Literal["sum", "min", "outcome"]
@@ -61,7 +62,10 @@ class GTPOOptions:
     format_rule: FormatRule = "paper"  # what breaks it: invalid calls, a first turn without one; strict: no answer, too
     turn_rewards: bool = True  # false: a trajectory's reward parts are summed on its last turn (ablation)
     trajectory_reward: TrajectoryReward = "sum"  # what the turn rewards add up to: `rewards.trajectory_rewards`
-    baseline: Baseline = "group"  # pool a return is compared with: the prompt's, same turn of the prompt's, the batch's
+    baseline: Baseline = "group"  # pool a return is compared with: the prompt's, of it the same turn's or state's, the batch's
+    state_prior: float = 1.0  # baseline=state: returns that the mean of the state before counts as
+    lone_state: LoneState = "parent"  # baseline=state, nobody else there: the state before, or the others' lone states
+    bootstrap: float = 0.0  # share of a return that is the mean of all siblings in the state that the turn leads to
     leave_one_out: bool = False  # the mean leaves out the row's own trajectory
     scale: Scale = "std"  # divide by the pool's std, by one std for the whole batch, or by nothing
     unsolved_groups: UnsolvedGroups = "keep"  # zero: a group in which nobody succeeded gives no signal
@@ -75,7 +79,14 @@ class GTPOOptions:
         _check(ROOT, "gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
         penalty_ok = -math.inf < self.format_penalty <= 0
         _check(ROOT, "format_penalty", self.format_penalty, penalty_ok, "0 or below, and finite: it is added")
+        _check(ROOT, "bootstrap", self.bootstrap, 0 <= self.bootstrap <= 1, "in [0, 1]")
+        _check(ROOT, "state_prior", self.state_prior, 0 <= self.state_prior < math.inf, "0 or above, and finite")
         _check(ROOT, "min_pool", self.min_pool, self.min_pool >= 2, "at least 2: one return has no standard deviation")
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether advantages depend on what the tools said."""
+        return self.baseline == "state" or self.bootstrap > 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> GTPOOptions:

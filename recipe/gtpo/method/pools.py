@@ -1,7 +1,7 @@
 """The pools of returns that an advantage is taken over, and their statistics.
 
-A pool is the returns of a prompt, of one turn index of a prompt, or of the whole batch (`options.Baseline`). N returns,
-B rows (trajectories), T turns; `turn_mask` is (B, T) bool, true for the turns that exist.
+A pool is the returns of a prompt, of one turn index or one state of a prompt, or of the whole batch
+(`options.Baseline`). N returns, B rows (trajectories), T turns; `turn_mask` is (B, T) bool, true for the turns that exist.
 
 Statistics use the same float32 torch operations in the same order as verl's GRPO, so that with one turn and gamma = 1
 the advantages of the two agree bit for bit.
@@ -33,8 +33,13 @@ class PoolStatistics(NamedTuple):
     flat: torch.Tensor  # bool: the returns are all equal
 
 
-def pool_of(baseline: Baseline, group: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """(N,) the pool of each return, as any integer label."""
+def pool_of(
+    baseline: Baseline, group: torch.Tensor, turns: torch.Tensor, states: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(N,) the pool of each return, as any integer label. `states` (N,) are read for `state` only, and needed there."""
+    if baseline == "state":
+        assert states is not None, "baseline=state needs the states"
+        return states
     if baseline == "group":
         return group
     if baseline == "turn":
@@ -98,12 +103,17 @@ def group_index(group_ids: GroupIds) -> torch.Tensor:
 
 
 def zero_spread_share(
-    returns: torch.Tensor, turn_mask: torch.Tensor, group_ids: GroupIds, baseline: Baseline = "group"
+    returns: torch.Tensor,
+    turn_mask: torch.Tensor,
+    group_ids: GroupIds,
+    baseline: Baseline = "group",
+    states: torch.Tensor | None = None,
 ) -> float:
     """The share of pools whose returns are all equal (one-return pools too): they teach nothing. 0.0 without a pool."""
     rows, turns = turn_mask.nonzero(as_tuple=True)
     if not len(rows):
         return 0.0
-    pool = pool_of(baseline, group_index(group_ids)[rows], turns)
+    in_state = None if states is None else states[rows, turns]
+    pool = pool_of(baseline, group_index(group_ids)[rows], turns, in_state)
     stats = pool_statistics(returns[rows, turns].float(), pool, rows, leave_one_out=False)
     return float((stats.flat / stats.count).sum() / (1 / stats.count).sum())  # every pool weighs one

@@ -68,8 +68,9 @@ class Numbers:
         """Args: `estimator` as in `algorithm.adv_estimator`; `log_probs` (B, L), a number a token."""
         returns, compared = None, None
         if estimator == "gtpo":
-            rewards, solved = credit.rewards.combined, credit.solved
-            returns, compared = compare_turns(rewards, credit.turn_mask, credit.group_ids, options, solved)
+            returns, compared = compare_turns(
+                credit.rewards.combined, credit.turn_mask, credit.group_ids, options, credit.solved, credit.states
+            )
         if log_probs is not None:
             turns = credit.turn_mask.shape[1]
             log_probs = mean_of_turns(log_probs, credit.turn_ids(log_probs.shape[1]), turns)

@@ -55,11 +55,45 @@ globalThis.viewerCredit = (() => {
     }));
   }
 
+  // states.state_values: mean and count of every entry, in the order of its row's turns.
+  function stateValues(entries, { leave_one_out, state_prior, lone_state }) {
+    const own = leave_one_out ? 1 : 0;
+    const pools = groupBy(entries, (e) => e.state);
+    const alone = (e) => e.turn > 0 && pools.get(e.state).length === 1;
+    const strays = groupBy(entries.filter(alone), (e) => e.group);
+    for (const turns of groupBy(entries, (e) => e.row).values()) {
+      let before = 0;
+      for (const e of turns) {
+        const pool = pools.get(e.state), others = pool.length - own, weight = e.turn === 0 ? 0 : state_prior;
+        const total = sum(pool.map((o) => o.value)) - own * e.value;
+        let value = others > 0 ? (total + weight * before) / (others + weight) : before;
+        const rest = lone_state === "lone" && alone(e) ? strays.get(e.group).filter((o) => !own || o.row !== e.row) : [];
+        if (rest.length) value = sum(rest.map((o) => o.value)) / rest.length;
+        Object.assign(e, { mean: f(value), count: others + own });
+        before = value;
+      }
+    }
+  }
+
+  // states.bootstrap_returns: the target of every turn.
+  function bootstrapReturns(turns, { gamma, bootstrap }) {
+    const pools = groupBy(turns, (t) => t.state);
+    for (const own of groupBy(turns, (t) => t.row).values()) {
+      for (let k = own.length - 1, correction = 0; k >= 0; k--) {
+        const pool = pools.get(own[k].state);
+        const mean = sum(pool.map((t) => t.sampled)) / pool.length;
+        own[k].target = f(own[k].sampled + correction);
+        correction = gamma * ((1 - bootstrap) * correction + bootstrap * (mean - own[k].sampled));
+      }
+    }
+  }
+
   // entries: [{row, turn, group, value}]. Adds mean, divisor, count and advantage, over the pool that `key` names.
   function compare(entries, s) {
     const { baseline = "group", scale = "std", leave_one_out = false, min_pool = 2, sparse_turn = "zero" } = s;
-    const statistics = (key) => {
-      for (const pool of groupBy(entries, key).values()) {
+    const key = { turn: (e) => `${e.turn} ${e.group}`, batch: () => "" }[baseline] ?? ((e) => e.group);
+    const statistics = (of) => {
+      for (const pool of groupBy(entries, of).values()) {
         const values = pool.map((e) => e.value);
         const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
         const flat = high - low <= RELATIVE_RANGE * Math.max(Math.abs(high), Math.abs(low));
@@ -76,10 +110,15 @@ globalThis.viewerCredit = (() => {
         }
       }
     };
-    statistics({ group: (e) => e.group, turn: (e) => `${e.turn} ${e.group}`, batch: () => "" }[baseline]);
+    statistics(key);
+    if (baseline === "state") stateValues(entries, s);
     if (baseline === "turn" && sparse_turn === "group") statistics((e) => e.group);
     const usable = entries.filter((e) => e.usable);
-    for (const e of entries) e.centred = e.usable && !e.flat ? e.value - e.mean : 0;
+    for (const e of entries) {
+      const target = e.target ?? e.value;
+      const moved = Math.abs(target - e.value) > RELATIVE_RANGE * Math.abs(e.value);
+      e.centred = e.usable && (moved || !e.flat) ? target - e.mean : 0;
+    }
     const whole = scale === "batch_std" && usable.length > 1 ? std(usable.map((e) => e.centred)) + EPSILON : 1;
     for (const e of entries) {
       e.divisor = scale === "std" ? e.spread + EPSILON : whole;
@@ -108,7 +147,10 @@ globalThis.viewerCredit = (() => {
     };
     const returns = (gamma) => {
       for (const own of groupBy(turns, (t) => t.row).values()) {
-        for (let k = own.length - 1, rest = 0; k >= 0; k--) own[k].value = f((rest = own[k].reward + gamma * rest));
+        for (let k = own.length - 1, rest = 0; k >= 0; k--) {
+          own[k].sampled = rest = own[k].reward + gamma * rest;
+          own[k].value = f(rest);
+        }
       }
     };
     const reward = (t) => t.total;
@@ -123,9 +165,10 @@ globalThis.viewerCredit = (() => {
     const methods = {
       gtpo() {
         returns(s.gamma);
+        if (s.bootstrap > 0) bootstrapReturns(turns, s);
         compare(turns, s);
         for (const t of turns) {
-          t.return = t.value;
+          t.return = t.target ?? t.value;
           if (s.unsolved_groups === "zero" && !t.groupSolved) t.advantage = 0;
         }
       },

@@ -22,7 +22,6 @@ from recipe.gtpo.method.advantage import Compared, compare_returns, compare_turn
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.pools import group_index, pool_of
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.whatif import OF_VERL, defaults, uncontrolled
@@ -166,11 +165,10 @@ def _numbers(credit: Credit, settings: Settings, options: GTPOOptions) -> dict[s
     if (pool := _pool(credit, settings, options)) is None:
         return found
     one, parts, compared, options = pool
-    count = _count(one, groups, options)
-    found |= {"mean": compared.mean, "divisor": compared.divisor, "count": count}
+    found |= {"mean": compared.mean, "divisor": compared.divisor, "count": compared.count}
     unscaled = replace(options, scale="none", unsolved_groups="keep")
     for name, part in parts.items():
-        _, of_part = compare_turns(part, one, groups, unscaled, None)
+        _, of_part = compare_turns(part, one, groups, unscaled, None, credit.states)
         found[name] = torch.where(advantages != 0, of_part.advantage / compared.divisor.clamp_min(1e-12), 0.0)
     return {name: value.expand(mask.shape) for name, value in found.items()}
 
@@ -182,7 +180,7 @@ def _pool(
     parts = {name: getattr(credit.rewards, name) for name in PARTS}
     if settings["estimator"] == "gtpo":
         whole = credit.rewards.combined
-        _, compared = compare_turns(whole, credit.turn_mask, credit.group_ids, options, credit.solved)
+        _, compared = compare_turns(whole, credit.turn_mask, credit.group_ids, options, credit.solved, credit.states)
         return credit.turn_mask, parts, compared, options
     if settings["estimator"] not in ("grpo", "rloo"):
         return None
@@ -192,17 +190,6 @@ def _pool(
     totals = credit.trajectory_rewards[:, None]
     compared = compare_returns(totals, one, credit.group_ids, scale=options.scale, leave_one_out=options.leave_one_out)
     return one, {name: part.sum(dim=1, keepdim=True) for name, part in parts.items()}, compared, options
-
-
-def _count(mask: torch.Tensor, groups: Sequence[str], options: GTPOOptions) -> torch.Tensor:
-    """How many returns are in the pool of each."""
-    rows, turns = mask.nonzero(as_tuple=True)
-    _, pool, counts = torch.unique(
-        pool_of(options.baseline, group_index(groups)[rows], turns), return_inverse=True, return_counts=True
-    )
-    out = torch.zeros(mask.shape)
-    out[rows, turns] = counts[pool].float()
-    return out
 
 
 def _turn(parts: Mapping[str, Any], numbers: Mapping[str, Any], row: int, turn: int) -> dict[str, Any]:

@@ -24,6 +24,12 @@ OPTIONS = [
         ("group", "turn", "batch"), ("std", "batch_std", "none"), (False, True), ("zero", "group")
     )
 ]
+STATE_OPTIONS = [
+    {"baseline": "state", "scale": scale, "leave_one_out": loo, "state_prior": prior, "lone_state": lone}
+    for scale, loo, prior, lone in itertools.product(
+        ("std", "batch_std", "none"), (False, True), (0.0, 1.0), ("parent", "lone")
+    )
+]
 any_options = st.sampled_from(OPTIONS)
 
 
@@ -224,14 +230,26 @@ def test_law_9_leave_one_out_is_the_policy_gradient_and_centring_rewards_by_turn
 
 @settings(max_examples=200)
 @given(
-    ragged_batches(), any_options, st.sampled_from((0.0, 0.5, 0.9, 1.0)), st.integers(2, 4), st.booleans(), st.data()
+    ragged_batches(),
+    st.sampled_from(OPTIONS + STATE_OPTIONS),
+    st.sampled_from((0.0, 0.5, 0.9, 1.0)),
+    st.integers(2, 4),
+    st.booleans(),
+    st.data(),
 )
 def test_law_10_equals_a_float64_loop(batch, options, gamma, min_pool, silence, data):
     options = {**options, "gamma": gamma, "min_pool": min_pool, "unsolved_groups": "zero" if silence else "keep"}
+    options["bootstrap"] = data.draw(st.sampled_from((0.0, 0.4, 1.0)))
     solved = [data.draw(st.booleans()) for _ in batch.mask]
+    heard = [[data.draw(st.booleans()) for _ in range(int(ids.max()) + 1)] for ids in batch.turn_ids]
+    states = torch.full((len(heard), max(map(len, heard))), -1)
+    known: dict[tuple, int] = {}
+    for i, (uid, said) in enumerate(zip(batch.uids, heard, strict=True)):
+        for k in range(len(said)):
+            states[i, k] = known.setdefault((uid, *said[:k]), len(known))
     result = compute_gtpo_advantage(
-        *batch.args, config={"gtpo": options}, turn_ids=batch.turn_ids, solved=torch.tensor(solved)
+        *batch.args, config={"gtpo": options}, turn_ids=batch.turn_ids, solved=torch.tensor(solved), states=states
     )
-    for ours, loop in zip(result, reference(batch, **options, solved=solved), strict=True):
+    for ours, loop in zip(result, reference(batch, **options, solved=solved, states=states.numpy()), strict=True):
         assert ours.dtype == torch.float32
         np.testing.assert_allclose(ours.double().numpy(), loop, rtol=1e-5, atol=1e-5)

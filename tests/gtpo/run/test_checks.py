@@ -83,6 +83,10 @@ NAMED = {
 }
 RIVAL, REWARD = {"algorithm.adv_estimator", "algorithm.gtpo.shaping.enable"}, "algorithm.gtpo.trajectory_reward"
 #: Keys that make the method.
+UNBIASED = {
+    f"algorithm.gtpo.{key}"
+    for key in ("gamma", "trajectory_reward", "baseline", "leave_one_out", "scale", "shaping.enable")
+}
 METHOD_KEYS = {
     "gtpo": set(),
     "gtpo_batch": {"algorithm.gtpo.baseline"},
@@ -92,6 +96,10 @@ METHOD_KEYS = {
     "gtpo_no_shaping": {"algorithm.gtpo.shaping.enable"},
     "gtpo_turn": {"algorithm.gtpo.baseline"},
     "gtpo_turn_batch_std": {"algorithm.gtpo.baseline", "algorithm.gtpo.scale"},
+    "gtpo_state": UNBIASED,
+    "gtpo_bootstrap": {*UNBIASED, "algorithm.gtpo.bootstrap"},
+    "gtpo_within_state": {*UNBIASED, "algorithm.gtpo.bootstrap", "algorithm.gtpo.state_prior"}
+    - {"algorithm.gtpo.leave_one_out"},
     "grpo": {*RIVAL, REWARD},
     "grpo_outcome": {*RIVAL, REWARD},
     "grpo_sum": RIVAL,

@@ -10,7 +10,7 @@ imperfect because its data is.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from recipe.gtpo.conversation import Conversation, Rules
@@ -52,6 +52,19 @@ FAULT_MIX: FaultMix = {
     },
 }
 
+#: An expert whose first call decides: it errs there most often, and seldom afterwards. Nothing tells it that the result is
+#: wrong, so it goes on.
+FIRST_CALL_DECIDES: FaultMix = {
+    stage: {
+        operation: {"wrong_operator": 0.55, "early_answer": 0.30} if stage == "first" else {"early_answer": 0.03}
+        for operation in SYMBOLS
+    }
+    for stage in STAGES
+}
+FAULT_MIXES: Mapping[str, FaultMix] = {"everywhere": FAULT_MIX, "first_call": FIRST_CALL_DECIDES}
+#: What an expert that talks says before a call or an answer, each as often. It does not matter which.
+REMARKS = ("Start.", "Add.", "Subtract.", "Multiply.", "Now.", "Then.", "So.", "Points.")
+
 
 def is_modal(row: Mapping[str, float]) -> bool:
     """Whether the likeliest turn of a situation is a fault."""
@@ -61,7 +74,8 @@ def is_modal(row: Mapping[str, float]) -> bool:
 def problem_class(problem: Problem) -> str:
     """Where the expert's most likely turn is a fault, so that greedy decoding of its pupil fails: 4 classes.
 
-    The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`.
+    The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`. They
+    are those of `FAULT_MIX`, also for an expert with other faults.
     """
     first, *later = (step.operation for step in problem.steps)
     in_first = is_modal(FAULT_MIX["first"][first])
@@ -169,8 +183,14 @@ def write_turn(fault: str | None, value: int, steps: tuple[Step, ...]) -> str:
     return write_call(code)
 
 
-def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstration:
-    """Solve one problem with the faults of `mix` (as `scale_faults` returns it)."""
+def demonstrate(
+    problem: Problem, mix: FaultMix, rng: random.Random, remarks: Sequence[str] = ()
+) -> Demonstration:
+    """Solve one problem with the faults of `mix` (as `scale_faults` returns it), one of `remarks` before every turn."""
+
+    def say(text: str) -> str:
+        return f"{rng.choice(remarks)}\n{text}" if remarks else text
+
     conversation = Conversation(RULES)
     turns: list[str] = []
     replies: list[tuple[str, ...]] = []
@@ -179,7 +199,7 @@ def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstr
     while remaining:
         row = mix[stage][remaining[0].operation]
         fault = rng.choices([*row, None], [*row.values(), max(0.0, 1 - sum(row.values()))])[0]
-        turns.append(write_turn(fault, value, remaining))
+        turns.append(say(write_turn(fault, value, remaining)))
         faults.append(fault)
         calls = conversation.end_turn(len(turns) - 1, len(turns), turns[-1], cut=False)
         if conversation.finish is not None:
@@ -190,5 +210,5 @@ def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random) -> Demonstr
             value, remaining, stage = int(outcome.output), remaining[1:], "later"
         else:
             stage = "repair"
-    turns.append(write_answer(value))
+    turns.append(say(write_answer(value)))
     return Demonstration(problem, tuple(turns), (*replies, ()), (*faults, None))

@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -35,6 +35,8 @@ from recipe.gtpo import conversation, parsing
 from recipe.gtpo.tasks.arithmetic import calculator, experts, policy, problems
 from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
+    FAULT_MIXES,
+    REMARKS,
     Demonstration,
     FaultMix,
     demonstrate,
@@ -94,12 +96,16 @@ class WarmStartOptions:
 
     seed: int = 1  # of the habits; the base has none of its own
     success: float = 0.2  # of the expert (`experts.faults_for`): the knob of the success rate
+    faults_in: str = "everywhere"  # the expert's faults, by name (`experts.FAULT_MIXES`)
+    talks: bool = False  # the expert says one of `experts.REMARKS` before every call and answer
     steps: int = 400
     batch_size: int = 8
     learning_rate: float = 1.3e-3  # at the first step, falling to almost 0
     base: BaseOptions = BaseOptions()
 
     def __post_init__(self) -> None:
+        if self.faults_in not in FAULT_MIXES:
+            raise ValueError(f"faults_in={self.faults_in!r} is not one of {', '.join(FAULT_MIXES)}")
         _ = self.faults  # refused before any work
 
     @property
@@ -109,7 +115,7 @@ class WarmStartOptions:
     @cached_property
     def faults(self) -> FaultMix:
         """Raises ValueError where `success` is out of reach."""
-        return faults_for(self.success, step_mix(self.base.horizon))
+        return faults_for(self.success, step_mix(self.base.horizon), FAULT_MIXES[self.faults_in])
 
 
 def _key(options: dict) -> str:
@@ -123,11 +129,13 @@ def _key(options: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def demonstrations(horizon: int, faults: FaultMix, seed: int, split: str = "train") -> Iterator[Demonstration]:
-    """Endless demonstrations of an expert with the given faults."""
+def demonstrations(
+    horizon: int, faults: FaultMix, seed: int, split: str = "train", remarks: Sequence[str] = ()
+) -> Iterator[Demonstration]:
+    """Endless demonstrations of an expert with the given faults, who says one of `remarks` before every turn."""
     rng = random.Random(f"demonstrations/{seed}")
     for problem in sample_problems(split, seed, step_mix(horizon)):
-        yield demonstrate(problem, faults, rng)
+        yield demonstrate(problem, faults, rng, remarks)
 
 
 def encode(demonstration: Demonstration, stream: TokenStream) -> tuple[list[int], list[int]]:
@@ -212,7 +220,8 @@ def train_habits(options: WarmStartOptions, base: Path, directory: Path, *, prog
     """Train the base on the imperfect expert and save the policy into `directory`, which must exist."""
     torch.manual_seed(options.seed)
     model, stream = _load(base, directory)
-    source = demonstrations(options.base.horizon, options.faults, options.seed)
+    remarks = REMARKS if options.talks else ()
+    source = demonstrations(options.base.horizon, options.faults, options.seed, remarks=remarks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / options.steps, 0.02))
     with tqdm(range(options.steps), desc="warm start", unit="step", disable=not progress) as bar:

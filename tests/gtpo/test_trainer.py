@@ -255,7 +255,8 @@ def test_padding_rows_change_nothing_and_get_nothing(queue, tmp_path):
     assert metrics["gtpo/rows/valid_total"] == 3
 
 
-METHODS = ["gtpo", *(name for name in names("method") if not name.startswith("gtpo"))]
+BY_STATE = ["gtpo_state", "gtpo_bootstrap", "gtpo_within_state"]
+METHODS = ["gtpo", *BY_STATE, *(name for name in names("method") if not name.startswith("gtpo"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -446,6 +447,12 @@ def test_a_rival_of_ours_outside_our_trainer_is_told_what_it_needs(estimator):
         get_adv_estimator_fn(estimator)(torch.zeros(1, 2), torch.ones(1, 2), index=["p"], config={})
 
 
+@pytest.mark.parametrize("options", [{"baseline": "state"}, {"bootstrap": 1.0}])
+def test_credit_by_state_outside_our_trainer_is_told_what_it_needs(options):
+    with pytest.raises(ValueError, match="baseline=state and bootstrap need recorded tool outputs: run it with recipe"):
+        get_adv_estimator_fn("gtpo")(torch.zeros(1, 2), torch.ones(1, 2), index=["p"], config={"gtpo": options})
+
+
 def test_a_sampler_that_stores_no_log_probs_is_fine(queue, tmp_path):
     batch = put(queue, TWO_GROUPS)
     for key in batch.keys:
@@ -507,9 +514,11 @@ def test_a_record_says_where_its_row_comes_from(queue, tmp_path):
     assert (record.gold, record.data_source, record.index, record.weights, record.seed) == ("1", "mine", 7, [3, 4], 1)
 
 
-def test_the_numbers_of_a_record_can_be_computed_from_it(queue, tmp_path):
+@pytest.mark.parametrize("options", [("baseline=turn",), ("baseline=state", "bootstrap=0.5", "leave_one_out=true")])
+def test_the_numbers_of_a_record_can_be_computed_from_it(queue, tmp_path, options):
     """Rewards to returns, and returns to pool and advantage, by the method's own functions and the run's options."""
-    trainer = make_trainer(tmp_path, "algorithm.gtpo.baseline=turn", "algorithm.gtpo.scale=batch_std")
+    own = [f"algorithm.gtpo.{option}" for option in (*options, "scale=batch_std")]
+    trainer = make_trainer(tmp_path, *own)
     trainer._compute_advantage(put(queue, TWO_GROUPS), {})
     trainer._writer.wait()
     records = list(Reader(tmp_path).read(1))
@@ -522,10 +531,15 @@ def test_the_numbers_of_a_record_can_be_computed_from_it(queue, tmp_path):
         )
 
     groups, solved = [r.group for r in records], torch.tensor([r.acc == 1 for r in records])
-    returns, compared = compare_turns(column("reward"), mask, groups, trainer.options, solved)
+    states, known = torch.full(mask.shape, -1), {}
+    for i, record in enumerate(records):
+        said = [tuple((o.outcome, o.output.strip()) for o in turn.outcomes) for turn in record.turns]
+        for k in range(len(said)):
+            states[i, k] = known.setdefault((record.group, *said[:k]), len(known))
+    returns, compared = compare_turns(column("reward"), mask, groups, trainer.options, solved, states)
     assert torch.equal(returns, column("return_"))
-    for name, found in zip(("advantage", "pool_mean", "pool_std", "divisor"), compared, strict=True):
-        assert torch.equal(found, column(name)), name
+    for name, field in (("advantage",) * 2, ("pool_mean", "mean"), ("pool_std", "std"), ("divisor",) * 2):
+        assert torch.equal(getattr(compared, field), column(name)), name
 
 
 def test_a_validation_is_recorded_without_numbers(queue, tmp_path):

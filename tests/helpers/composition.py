@@ -65,7 +65,8 @@ def assert_can_start(method: str, task: str, hardware: str, rollout: str) -> Non
     assert omega_conf_to_dataclass(_as_the_worker_does(parts.ref)).strategy == "fsdp2"
     assert (config.trainer.device == "cpu") == (hardware == "cpu")
     assert config.method == method == choices["method"] and config.task.name == task
-    assert options.shaping.enable == (method.startswith("gtpo") and method != "gtpo_no_shaping")
+    unshaped = ("gtpo_no_shaping", "gtpo_state", "gtpo_bootstrap", "gtpo_within_state")
+    assert options.shaping.enable == (method.startswith("gtpo") and method not in unshaped)
 
 
 def _as_the_worker_does(ref: DictConfig) -> DictConfig:

@@ -102,6 +102,15 @@ def test_a_published_result_composes_to_what_its_page_says(name):
     assert config.actor_rollout_ref.actor.optim.lr == 5e-4
 
 
+def test_the_fifth_design_composes_to_what_it_says(tmp_path):
+    own, rest = parse(["experiment=first_call", f"out={tmp_path}"])
+    assert (own["engine"], own["seeds"]) == ("twin", "1001..1016") and len(matrix(own, rest)) == 64
+    config = compose("experiment=first_call")
+    assert (config.task.horizon, config.task.success, config.trainer.total_training_steps) == (6, 0.1, 10)
+    assert config.task.warm_start == {"faults_in": "first_call", "talks": True}
+    assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.n) == (16, 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,7 +132,7 @@ def test_a_published_result_composes_to_what_its_page_says(name):
         (["steps=abc"], "steps=abc: a whole number, at least 1"),
         (["steps=0"], "steps=0: a whole number, at least 1"),
         (["engine=twin", "trainer.save_freq=5"], "the plain-PyTorch engine does not read trainer.save_freq"),
-        (["experiment=horizon7"], "unknown experiment 'horizon7'; experiments: horizon4, horizon6"),
+        (["experiment=horizon7"], "unknown experiment 'horizon7'; experiments: first_call, horizon4, horizon6"),
     ],
 )
 def test_a_wrong_matrix_is_refused(arguments, message):

@@ -63,7 +63,7 @@ FIRST_CALL_DECIDES: FaultMix = {
 }
 FAULT_MIXES: Mapping[str, FaultMix] = {"everywhere": FAULT_MIX, "first_call": FIRST_CALL_DECIDES}
 #: What an expert that talks says before a call or an answer, each as often. It does not matter which.
-REMARKS = ("Start.", "Add.", "Subtract.", "Multiply.", "Now.", "Then.", "So.", "Points.")
+REMARKS = ("Start.", "Add.", "Multiply.", "Step.", "Now.", "Then.", "So.", "Points.")
 
 
 def is_modal(row: Mapping[str, float]) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[1]  # runs from any folder, installed or not
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from plain_decoder import PlainDecoder
 
@@ -43,7 +43,8 @@ def main() -> None:
     for name, (prompts, rollouts) in SIZES.items():
         problems = take(sample_problems("validation", 0, step_mix(horizon)), prompts)
         problems = [problem for problem in problems for _ in range(rollouts)]
-        seconds, said = {Decoder: [], PlainDecoder: []}, {}
+        seconds: dict[type, list[float]] = {Decoder: [], PlainDecoder: []}
+        said = {}
         for _ in range(ROUNDS):
             for decoder in (PlainDecoder, Decoder):
                 torch.manual_seed(0)

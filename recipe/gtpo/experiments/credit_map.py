@@ -1,15 +1,15 @@
-"""Where credit by turn can pay: how well one step's gradient points, method by method, on a toy whose gradient is exact.
+"""Where credit by turn can pay: how well a step's gradient points, method by method, on a toy whose own is known.
 
-    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some twenty minutes
+    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some five minutes
     python -m recipe.gtpo.experiments.credit_map --show     # the tables of RESULTS.md from that file, at once
 
 The toy is a chain of `horizon` calls, then an answer, under a tabular softmax policy with a row of logits a turn. In a
 turn the policy makes the right call (in one of `wordings` ways, which the tool answers alike), or it errs: a wrong call
 (one of four results that look like any other: nothing mends it, and the policy, which cannot tell, goes on), an answer
-too early, or, for the share `recoverable` of all errors, a malformed call, which is refused, charged as a broken format,
-and can be mended in the next turn. The outcome is 1 when the last number is right. `success` sets how often that is:
-all turns err equally often (`risk=even`), or all the risk is in the first call (`first`) or in the last (`last`) but for
-one error in fifty turns.
+too early, or, for the share `recoverable` of all errors, a malformed call, which is refused, charged as a broken
+format, and can be mended in the next turn. The outcome is 1 when the last number is right. `success` sets how often
+that is: all turns err equally often (`risk=even`), or all the risk is in the first call (`first`) or in the last
+(`last`), but for one error in fifty turns.
 
 The exact gradient is that of the success rate by the logits, by dynamic programming. A method's is the mean over
 `rollouts` trajectories of a prompt, advantage times score, with the recipe's own rewards, shaping and advantages. What
@@ -52,7 +52,7 @@ PROMPTS, BATCHES = 16, 120
 WRONG = 4  # results that a wrong call can have
 MALFORMED = REASONS.index(FormatReason.INVALID_JSON)
 
-#: Name -> (method of the config, further options of `algorithm.gtpo`). The first half of them is what GTPO's parts cost.
+#: Name -> (method of the config, further options of `algorithm.gtpo`). The first are what GTPO's parts cost.
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gtpo": ("gtpo", {}),
     "gtpo, no discount": ("gtpo", {"gamma": 1.0}),
@@ -121,7 +121,9 @@ class Chain:
         safe = 0.98
         risky = {"even": range(cell.horizon), "first": [0], "last": [cell.horizon - 1]}[cell.risk]
 
-        def rate(p: float) -> float:  # a turn of which a share p of the choices is right is passed with this probability
+        def rate(
+            p: float,
+        ) -> float:  # a turn of which a share p of the choices is right is passed with this probability
             return p + (1 - p) * cell.recoverable * p
 
         rest = rate(safe) ** (cell.horizon - len(risky))
@@ -369,7 +371,12 @@ def write(rows: list[Row], file: Path = FILE) -> None:
 def read(file: Path = FILE) -> list[Row]:
     with file.open(newline="") as f:
         return [
-            Row(**{field.name: {"int": int, "float": float, "str": str}[str(field.type)](line[field.name]) for field in fields(Row)})
+            Row(
+                **{
+                    field.name: {"int": int, "float": float, "str": str}[str(field.type)](line[field.name])
+                    for field in fields(Row)
+                }
+            )
             for line in csv.DictReader(f)
         ]
 

@@ -105,7 +105,9 @@ def compare_returns(
     if len(group_ids) != len(turn_mask):
         raise ValueError(f"{len(group_ids)} group ids for {len(turn_mask)} rows")
     group = group_index(group_ids)[rows]
-    stats = pool_statistics(values, pool_of("group" if baseline == "state" else baseline, group, turns), rows, leave_one_out)
+    stats = pool_statistics(
+        values, pool_of("group" if baseline == "state" else baseline, group, turns), rows, leave_one_out
+    )
     counted = stats.count
     usable = (stats.count >= min_pool) & (stats.others > 0)
     if baseline == "turn" and sparse_turn == "group":

@@ -62,7 +62,9 @@ class GTPOOptions:
     format_rule: FormatRule = "paper"  # what breaks it: invalid calls, a first turn without one; strict: no answer, too
     turn_rewards: bool = True  # false: a trajectory's reward parts are summed on its last turn (ablation)
     trajectory_reward: TrajectoryReward = "sum"  # what the turn rewards add up to: `rewards.trajectory_rewards`
-    baseline: Baseline = "group"  # pool a return is compared with: the prompt's, of it the same turn's or state's, the batch's
+    baseline: Baseline = (
+        "group"  # pool a return is compared with: all of the prompt's, its turn's, its state's, the batch's
+    )
     state_prior: float = 1.0  # baseline=state: returns that the mean of the state before counts as
     lone_state: LoneState = "parent"  # baseline=state, nobody else there: the state before, or the others' lone states
     bootstrap: float = 0.0  # share of a return that is the mean of all siblings in the state that the turn leads to

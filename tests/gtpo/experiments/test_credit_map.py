@@ -69,7 +69,9 @@ def test_states_are_a_tree_and_a_wrong_call_leads_elsewhere():
     for turn in range(1, sample.states.shape[1]):
         rows = sample.states[:, turn] >= 0
         parents: dict[int, set[int]] = {}
-        for state, parent in zip(sample.states[rows, turn].tolist(), sample.states[rows, turn - 1].tolist(), strict=True):
+        for state, parent in zip(
+            sample.states[rows, turn].tolist(), sample.states[rows, turn - 1].tolist(), strict=True
+        ):
             parents.setdefault(state, set()).add(parent)
         assert all(len(found) == 1 for found in parents.values())
         astray = sample.astray[:, turn]

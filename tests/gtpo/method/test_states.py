@@ -32,7 +32,11 @@ def test_the_tree_is_what_it_says():
 
 
 UNBIASED = [
-    *({"baseline": "state", "state_prior": p, "lone_state": lone} for p in (0.0, 1.0, 3.0) for lone in ("parent", "lone")),
+    *(
+        {"baseline": "state", "state_prior": p, "lone_state": lone}
+        for p in (0.0, 1.0, 3.0)
+        for lone in ("parent", "lone")
+    ),
     {"baseline": "group"},
 ]
 
@@ -90,8 +94,8 @@ def test_the_gradient_varies_less_the_more_of_a_return_is_the_states_mean(size):
 
 
 def test_where_the_answer_of_a_tool_tells_the_call_a_target_moves_no_gradient():
-    """All who are in a state did the same to get there, so the same score weighs their returns and their mean alike: of
-    a group in which nobody words a call otherwise the gradient is that of the sampled returns, whatever the baseline."""
+    """All who are in a state did the same to get there, so one score weighs their returns and their mean alike: of a
+    group in which nobody words a call otherwise the gradient is that of the sampled returns, whatever the baseline."""
     one_wording = [
         i for i, group in enumerate(groups(3).members) if not any(("root", "reworded") in steps for steps in group)
     ]
@@ -187,9 +191,7 @@ def test_strays_are_compared_with_strays():
     states = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3]])
     common = {"gamma": 1.0, "scale": "none", "leave_one_out": True, "baseline": "state", "bootstrap": 1.0}
     advantage = {
-        lone: compare_turns(
-            rewards, mask, ["a"] * 4, GTPOOptions(**common, lone_state=lone), None, states
-        )[1].advantage
+        lone: compare_turns(rewards, mask, ["a"] * 4, GTPOOptions(**common, lone_state=lone), None, states)[1].advantage
         for lone in ("parent", "lone")
     }
     torch.testing.assert_close(advantage["parent"][2], torch.tensor([-2 / 3, -2 / 3]))

@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recipe.gtpo.tasks.arithmetic.warm_start import pad
 
-
 #: Tokens that the response cache makes room for at a time. Rows must lie close together: without the gaps that room for
 #: all later tokens would leave between them, memory is read up to three times as fast.
 _GROWTH = 4

@@ -183,9 +183,7 @@ def write_turn(fault: str | None, value: int, steps: tuple[Step, ...]) -> str:
     return write_call(code)
 
 
-def demonstrate(
-    problem: Problem, mix: FaultMix, rng: random.Random, remarks: Sequence[str] = ()
-) -> Demonstration:
+def demonstrate(problem: Problem, mix: FaultMix, rng: random.Random, remarks: Sequence[str] = ()) -> Demonstration:
     """Solve one problem with the faults of `mix` (as `scale_faults` returns it), one of `remarks` before every turn."""
 
     def say(text: str) -> str:

@@ -11,8 +11,8 @@ from recipe.gtpo.method.advantage import compare_turns
 from recipe.gtpo.method.options import GTPOOptions
 
 #: node -> action -> (reward, the node that the tool's answer leads to, None: the end). `x` is the way, which two
-#: wordings of one call lead to; `y` is a fault that can be mended; `z` and `w` look the same to the policy, and share their
-#: probabilities.
+#: wordings of one call lead to; `y` is a fault that can be mended; `z` and `w` look the same to the policy, and share
+#: their probabilities.
 TREE = {
     "root": {"call": (0.0, "x"), "reworded": (0.0, "x"), "malformed": (-0.1, "y"), "stop": (0.3, None)},
     "x": {"answer": (1.0, None), "guess": (0.0, None), "call": (0.0, "z")},

@@ -3,8 +3,8 @@
     (4)  R[i,j] = sum over m >= j of gamma^(m-j) * r[i,m]       `discounted_returns`
     (5)  A[i,j] = (R[i,j] - mean) / (std + 1e-6)                `compare_returns`: mean, std over a pool of returns
 
-`turn_advantages` is the two in a row, from the options. With `bootstrap` above 0 the return of (4) becomes the target of
-(9), and with `baseline=state` the mean of (5) becomes the value of (8): `states.py`.
+`turn_advantages` is the two in a row, from the options. With `bootstrap` above 0 the return of (4) becomes the target
+of (9), and with `baseline=state` the mean of (5) becomes the value of (8): `states.py`.
 
 Shapes: B rows (trajectories), T turns (the longest row's). `turn_mask` is (B, T) bool, true for the turns that exist; a
 row without turns (padding, a dropped trajectory) takes part in nothing. All tensors are on the CPU.

@@ -1,7 +1,8 @@
 """The pools of returns that an advantage is taken over, and their statistics.
 
 A pool is the returns of a prompt, of one turn index or one state of a prompt, or of the whole batch
-(`options.Baseline`). N returns, B rows (trajectories), T turns; `turn_mask` is (B, T) bool, true for the turns that exist.
+(`options.Baseline`). N returns, B rows (trajectories), T turns; `turn_mask` is (B, T) bool, true for the turns that
+exist.
 
 Statistics use the same float32 torch operations in the same order as verl's GRPO, so that with one turn and gamma = 1
 the advantages of the two agree bit for bit.

@@ -1,8 +1,8 @@
 """Credit by state: what siblings that stood in the same place got from there on. (8) and (9) of recipe/gtpo/README.md.
 
-A state is a prompt and all that the tools have said so far (`turns.Trajectory.states`, `Credit.states`). A trajectory is
-in a state at most once, and whoever is in a state has come through the same states before: the states of a prompt are a
-tree. GiGPO (`rivals.gigpo`) compares within the same states.
+A state is a prompt and all that the tools have said so far (`turns.Trajectory.states`, `Credit.states`). A trajectory
+is in a state at most once, and whoever is in a state has come through the same states before: the states of a prompt
+are a tree. GiGPO (`rivals.gigpo`) compares within the same states.
 
     (8)  V[i,j] = (sum of R over the others in the state + prior * V[i,j-1]) / (others + prior)     `state_values`
     (9)  T[i,j] = r[i,j] + gamma * ((1 - b) * T[i,j+1] + b * mean of R in the state j led to)       `bootstrap_returns`
@@ -30,8 +30,8 @@ def bootstrap_returns(
 ) -> torch.Tensor:
     """(B, T) float64: the target of each turn, (9). `returns` are the sampled ones, (4).
 
-    A state that nobody else reached has its row's own return as mean, so the target is the sampled return there, exactly;
-    so it is with `bootstrap=0`. Over the rows in any one state the targets add up to the returns.
+    A state that nobody else reached has its row's own return as mean, so the target is the sampled return there,
+    exactly; so it is with `bootstrap=0`. Over the rows in any one state the targets add up to the returns.
     """
     wide = torch.where(turn_mask, returns.double(), 0.0)
     correction = torch.zeros(len(wide), dtype=torch.float64)  # T - R of the turn after

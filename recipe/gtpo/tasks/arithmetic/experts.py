@@ -52,8 +52,8 @@ FAULT_MIX: FaultMix = {
     },
 }
 
-#: An expert whose first call decides: it errs there most often, and seldom afterwards. Nothing tells it that the result is
-#: wrong, so it goes on.
+#: An expert whose first call decides: it errs there most often, and seldom afterwards. Nothing tells it that the result
+#: is wrong, so it goes on.
 FIRST_CALL_DECIDES: FaultMix = {
     stage: {
         operation: {"wrong_operator": 0.55, "early_answer": 0.30} if stage == "first" else {"early_answer": 0.03}
@@ -74,8 +74,8 @@ def is_modal(row: Mapping[str, float]) -> bool:
 def problem_class(problem: Problem) -> str:
     """Where the expert's most likely turn is a fault, so that greedy decoding of its pupil fails: 4 classes.
 
-    The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`. They
-    are those of `FAULT_MIX`, also for an expert with other faults.
+    The classes are the same at every horizon: `no modal fault`, `first turn`, `later turn`, `first and later turn`.
+    They are those of `FAULT_MIX`, also for an expert with other faults.
     """
     first, *later = (step.operation for step in problem.steps)
     in_first = is_modal(FAULT_MIX["first"][first])

@@ -13,7 +13,9 @@ from recipe.gtpo.tasks.arithmetic.calculator import run_call
 from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
     FAULTS,
+    FIRST_CALL_DECIDES,
     MODE,
+    REMARKS,
     RULES,
     STAGES,
     demonstrate,
@@ -176,6 +178,27 @@ def test_minor_faults_get_rarer_until_the_expert_succeeds_as_often_as_asked(hori
                 else:
                     factors.add(round(mix[stage][operation][fault] / p, 9))
     assert len(factors) == 1 and factors.pop() < 1
+
+
+def test_where_the_first_call_decides_an_expert_that_talks_says_what_does_not_matter():
+    """Remarks before every turn, each as often; faults in the first call mostly, and about 13% of the attempts right."""
+    rng = random.Random(3)
+    mix = scale_faults(FIRST_CALL_DECIDES, 1.0)
+    shown = [
+        demonstrate(problem, mix, rng, REMARKS) for problem in take(sample_problems("train", 7, step_mix(6)), 1000)
+    ]
+    assert faults_for(0.1, step_mix(6), FIRST_CALL_DECIDES) == FIRST_CALL_DECIDES
+    said = Counter(turn.split("\n")[0] for d in shown for turn in d.turns)
+    assert set(said) == set(REMARKS) and max(said.values()) < 1.3 * min(said.values())
+    right = [d.turns[-1].endswith("\n" + write_answer(d.problem.answer)) for d in shown]
+    assert sum(right) / len(right) == pytest.approx(0.13, abs=0.03)
+    firsts = Counter(d.faults[0] for d in shown)
+    assert firsts["wrong_operator"] / len(shown) == pytest.approx(0.55, abs=0.05)
+    later = [fault for d in shown for fault in d.faults[1:]]
+    assert set(later) == {None, "early_answer"} and later.count("early_answer") / len(later) < 0.05
+    # what follows a wrong call is as well-formed as what follows a right one
+    gone_on = [d for d in shown if d.faults[0] == "wrong_operator" and set(d.faults[1:]) == {None}]
+    assert all(len(d.turns) == len(d.problem.steps) + 1 for d in gone_on) and len(gone_on) > 300
 
 
 def test_faults_never_get_more_frequent_than_the_table_and_modal_ones_bound_the_success():

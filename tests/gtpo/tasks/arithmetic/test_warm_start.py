@@ -15,7 +15,7 @@ from toy import TOY, TOY_BASE
 from transformers import AutoModelForCausalLM
 
 from recipe.gtpo.tasks.arithmetic import warm_start
-from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, faults_for
+from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, FIRST_CALL_DECIDES, faults_for
 from recipe.gtpo.tasks.arithmetic.problems import step_mix
 from recipe.gtpo.tasks.arithmetic.task import Arithmetic
 from recipe.gtpo.tasks.arithmetic.warm_start import (
@@ -105,6 +105,12 @@ def test_the_base_learns_from_an_expert_without_faults_and_the_habits_from_one_w
     assert all(set(c.faults) == {None} for c in islice(demonstrations(2, _FAULTLESS, seed=1), 50))
     assert TOY.faults == faults_for(TOY.success, step_mix(TOY.base.horizon))
     assert any(set(c.faults) != {None} for c in islice(demonstrations(2, TOY.faults, seed=1), 50))
+
+
+def test_faults_go_by_a_name_and_an_unknown_one_is_refused():
+    assert WarmStartOptions(faults_in="first_call", success=0.1).faults == FIRST_CALL_DECIDES
+    with pytest.raises(ValueError, match="faults_in='last_call' is not one of everywhere, first_call"):
+        WarmStartOptions(faults_in="last_call")
 
 
 def test_drill_trains_on_the_second_saying_only(stream):

@@ -28,7 +28,8 @@ from recipe.gtpo.run.environment import settle
 from recipe.gtpo.tasks.arithmetic.problems import sample_problems, step_mix
 
 METHODS = ("gtpo", "grpo", "grpo_sum", "gtpo_no_shaping", "gtpo_undiscounted", "gtpo_no_turn_reward", "gtpo_turn",
-           "gtpo_batch", "gtpo_batch_std", "gtpo_turn_batch_std")  # fmt: skip
+           "gtpo_batch", "gtpo_batch_std", "gtpo_turn_batch_std", "gtpo_state", "gtpo_bootstrap",
+           "gtpo_within_state", "grpo_outcome", "rloo", "gigpo", "mt_grpo")  # fmt: skip
 #: The success rate's own gradient, in overrides.
 OUTCOME = ("method=dr_grpo",)
 
@@ -50,10 +51,10 @@ def gradient(
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
 
 
-def load(seed: int, overrides: Sequence[str]) -> dict[str, Settings]:
+def load(seed: int, methods: Sequence[str], overrides: Sequence[str]) -> dict[str, Settings]:
     """The settings of every method and of the outcome, on one seed. Raises ConfigError."""
     settings = {}
-    for name, own in [("outcome", OUTCOME), *((name, (f"method={name}",)) for name in METHODS)]:
+    for name, own in [("outcome", OUTCOME), *((name, (f"method={name}",)) for name in methods)]:
         config, _ = compose(f"seed={seed}", *overrides, *own)
         settings[name] = Settings.of(config, prepare(config))
     return settings
@@ -63,21 +64,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="501,502", help="of the warm starts and the problems")
     parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of grpo_sum, ascending")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of the config, comma-separated")
     parser.add_argument("--batches", type=int, default=6, help="measured, one cosine each")
     parser.add_argument("--reference", type=int, default=24, help="batches behind the outcome's gradient")
     args, overrides = parser.parse_known_args()
+    named = args.methods.split(",")
     settle(overrides)
     torch.set_num_threads(1)
     cosines: dict[tuple[str, int], list[float]] = defaultdict(list)
     for seed in map(int, args.seeds.split(",")):
         try:
             refuse_unread(overrides)
-            methods = load(seed, overrides)
+            methods = load(seed, named, overrides)
         except ConfigError as e:
             print(f"alignment: error: {e}", file=sys.stderr)
             return 1
         torch.manual_seed(seed)
-        grpo = methods["grpo_sum"]
+        grpo = load(seed, ["grpo_sum"], overrides)["grpo_sum"]
         model, stream = training.load_policy(grpo)
         still = torch.optim.SGD(model.parameters(), lr=0.0)
         adam = training.make_optimizer(model, grpo)
@@ -103,7 +106,7 @@ def main() -> int:
             print(f"seed {seed}, after {after} steps: done", file=sys.stderr, flush=True)
     print("| method | " + " | ".join(f"cosine after {n} steps" for n in args.after) + " |")
     print("| --- |" + " --- |" * len(args.after))
-    for name in ("outcome", *METHODS):
+    for name in ("outcome", *named):
         shown = [f"{statistics.fmean(cosines[name, n]):.2f}" for n in args.after]
         print(f"| {name} | " + " | ".join(shown) + " |")
     return 0

@@ -181,7 +181,7 @@ def test_minor_faults_get_rarer_until_the_expert_succeeds_as_often_as_asked(hori
 
 
 def test_where_the_first_call_decides_an_expert_that_talks_says_what_does_not_matter():
-    """Remarks before every turn, each as often; faults in the first call mostly, and about 13% of the attempts right."""
+    """Remarks before every turn, each as often; faults mostly in the first call; about 13% of the attempts right."""
     rng = random.Random(3)
     mix = scale_faults(FIRST_CALL_DECIDES, 1.0)
     shown = [

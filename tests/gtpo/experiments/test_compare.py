@@ -106,7 +106,7 @@ def test_the_fifth_design_composes_to_what_it_says(tmp_path):
     own, rest = parse(["experiment=first_call", f"out={tmp_path}"])
     assert (own["engine"], own["seeds"]) == ("twin", "1001..1016") and len(matrix(own, rest)) == 64
     config = compose("experiment=first_call")
-    assert (config.task.horizon, config.task.success, config.trainer.total_training_steps) == (6, 0.1, 10)
+    assert (config.task.horizon, config.task.success, config.trainer.total_training_steps) == (6, 0.1, 12)
     assert config.task.warm_start == {"faults_in": "first_call", "talks": True}
     assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.n) == (16, 8)
 

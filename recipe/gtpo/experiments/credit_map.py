@@ -2,6 +2,7 @@
 
     python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some five minutes
     python -m recipe.gtpo.experiments.credit_map --show     # the tables of RESULTS.md from that file, at once
+    python -m recipe.gtpo.experiments.credit_map --learn    # trains on three cells, a minute
 
 The toy is a chain of `horizon` calls, then an answer, under a tabular softmax policy with a row of logits a turn. In a
 turn the policy makes the right call (in one of `wordings` ways, which the tool answers alike), or it errs: a wrong call
@@ -33,7 +34,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -173,8 +174,8 @@ class Chain:
             after = value[2 * turn]
         return value, quality
 
-    def sample(self, prompts: int, generator: torch.Generator) -> Sample:
-        """`prompts` groups of trajectories."""
+    def sample(self, prompts: int, generator: torch.Generator, *, programs: bool = True) -> Sample:
+        """`prompts` groups of trajectories; `programs`: with what their calls execute, which only shaping reads."""
         cell, count = self.cell, prompts * self.cell.rollouts
         turns = 2 * cell.horizon + 1
         row = torch.full((count, turns), -1)
@@ -203,9 +204,10 @@ class Chain:
             good = calls & (chosen < self.right)
             wrong, malformed = calls & (chosen == self.right), calls & (chosen == self.right + 2)
             result = 3 + torch.randint(WRONG, (count,), generator=generator)
-            for i in (good | wrong).nonzero().squeeze(1).tolist():
-                step = int(at[i]) // 2
-                codes[i] += f"v{step} {'+' if good[i] else '*'} o{step}\n"
+            if programs:
+                for i in (good | wrong).nonzero().squeeze(1).tolist():
+                    step = int(at[i]) // 2
+                    codes[i] += f"v{step} {'+' if good[i] else '*'} o{step}\n"
             right &= ~wrong
             # Whoever has gone astray hears other numbers, also after a right call; the tree of states sees to it.
             said = torch.where(malformed, 1, torch.where(good, 2, result))
@@ -361,6 +363,63 @@ def measure(cell: Cell, seed: int = 0) -> list[Row]:
     return rows
 
 
+#: Where the map has a difference, and where it has none.
+LEARNT = (
+    Cell(6, 8, 0.1, 0.0, 4, "first"),
+    Cell(6, 8, 0.1, 0.0, 4, "last"),
+    Cell(6, 8, 0.1, 0.0, 1, "even"),
+)
+LEARNERS = ("grpo_outcome", "dr_grpo", "gigpo", "state", "bootstrap", "within state")
+
+
+Stepping = Literal["one length", "adam"]
+
+
+def learn(cell: Cell, name: str, seed: int, stepping: Stepping, steps: int = 10) -> float:
+    """The exact success rate after `steps` steps on a method's gradients, of 16 prompts each.
+
+    `one length`: a step goes 0.3 along the gradient, whatever its size, so what points elsewhere is lost. `adam`: rate
+    0.1, and every logit has its own step, so what moves one takes nothing from another.
+    """
+    chain = Chain(cell)
+    generator = torch.Generator().manual_seed(seed)
+    estimator, divide, options = method(name)
+    logits = chain.logits.flatten().clone().requires_grad_()
+    adam = torch.optim.Adam([logits], lr=0.1, maximize=True)
+    for _ in range(steps):
+        chain.logits = logits.detach().view(chain.rows, chain.actions)
+        sample = chain.sample(PROMPTS, generator, programs=options.shaping.enable)
+        _, advantages = turn_values(estimator, sample.credit(options), options, divide=divide)
+        found = gradients(chain, sample, advantages).mean(dim=0)
+        if stepping == "adam":
+            logits.grad = found
+            adam.step()
+        elif found.any():
+            logits.data += 0.3 * found / found.norm()
+    return float(chain.success(logits.detach().view(chain.rows, chain.actions)))
+
+
+def learnt(cell: Cell, stepping: Stepping, seeds: int = 16) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([learn(cell, name, seed, stepping) for seed in range(seeds)]) for name in LEARNERS}
+
+
+def show_learning() -> str:
+    """A table: the success rate at the end, mean over 16 seeds, and its difference from the best rival's, paired."""
+    text = ["| risk, wordings | steps | " + " | ".join(LEARNERS) + " |", "| --- |" + " --- |" * (len(LEARNERS) + 1)]
+    for stepping in get_args(Stepping):
+        for cell in LEARNT:
+            found = learnt(cell, stepping)
+            best = max((name for name in LEARNERS if name in RIVALS), key=lambda name: float(found[name].mean()))
+            shown = []
+            for name, values in found.items():
+                difference = 100 * (values - found[best])
+                half = 2.131 * float(difference.std()) / len(values) ** 0.5  # Student's t, 15 degrees of freedom
+                over = "" if name in RIVALS else f" ({float(difference.mean()):+.1f} ± {half:.1f})"
+                shown.append(f"{float(values.mean()):.3f}{over}")
+            text.append(f"| {cell.risk}, {cell.wordings} | {stepping} | " + " | ".join(shown) + " |")
+    return "\n".join(text)
+
+
 def write(rows: list[Row], file: Path = FILE) -> None:
     with file.open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
@@ -427,10 +486,14 @@ def show(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print the tables of the file, measure nothing")
+    parser.add_argument("--learn", action="store_true", help="train on three cells, 16 seeds each, and print the table")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.learn:
+        print(show_learning())
+        return 0
     if not args.show:
-        torch.set_num_threads(1)
         rows: list[Row] = []
         everything = list(cells())
         for done, cell in enumerate(everything, 1):

@@ -96,6 +96,17 @@ def test_the_file_has_every_method_in_every_cell():
     assert all(list(rows) == [*credit_map.METHODS, *credit_map.ORACLES] for rows in found.values())
 
 
+@pytest.mark.parametrize("stepping", ["one length", "adam"])
+def test_the_page_says_what_is_learnt(stepping):
+    """One row of its table again, to a hundredth: another machine may round a choice otherwise."""
+    cell = credit_map.LEARNT[0]
+    (row,) = re.findall(rf"^\| {cell.risk}, {cell.wordings} \| {stepping} \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    shown = [float(one.split()[0]) for one in row.split(" | ")]
+    for name in ("gigpo", "within state"):
+        values = [credit_map.learn(cell, name, seed, stepping) for seed in range(16)]
+        assert sum(values) / 16 == pytest.approx(shown[credit_map.LEARNERS.index(name)], abs=0.01)
+
+
 def test_the_pages_tables_are_the_files():
     for table in credit_map.show(credit_map.read()).split("\n\n"):
         assert table.strip() in re.sub(r"\*\*", "", PAGE.read_text())

@@ -110,7 +110,7 @@ class GTPOAgentLoop(AgentLoopBase):
         mask: list[int] = []
         log_probs: list[float] | None = [] if self.rollout_config.calculate_log_probs else None
         seconds = {"generate": 0.0, "tools": 0.0}
-        versions: list[int] = []  # of the weights each turn was sampled with
+        versions: list[int] = []  # of the weights that sampled, first and last of each turn
         request_id = self._request_id(kwargs)
         conversation.check_room(0, len(ids))
         after_turn = (ids, mask, log_probs)  # without the tool messages that follow it
@@ -124,9 +124,8 @@ class GTPOAgentLoop(AgentLoopBase):
                 sampling_params=self._sampling(sampling_params, room, kwargs, turn=len(conversation.turns)),
             )
             seconds["generate"] += time.perf_counter() - began
-            for key in ("min_global_steps", "max_global_steps"):
-                if output.extra_fields.get(key) is not None:
-                    versions.append(output.extra_fields[key])
+            weights = sampled_with(output.extra_fields)
+            versions += weights or ()
             if not output.token_ids:
                 if output.stop_reason != "length" or room > 1:  # SGLang's drops what it cannot pair with log-probs
                     raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
@@ -157,6 +156,7 @@ class GTPOAgentLoop(AgentLoopBase):
                 ),
                 ended_by=said.ended_by,
                 overrun=len(output.token_ids) - said.kept,
+                weights=weights,
             )
             if conversation.finish is not None:
                 break
@@ -263,6 +263,16 @@ class GTPOAgentLoop(AgentLoopBase):
             ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
             extra_info=row.get("extra_info"),
         )
+
+
+def sampled_with(told: Mapping[str, Any]) -> tuple[int, int] | None:
+    """First and last step whose weights sampled an answer of verl's client; None where its server has not said.
+
+    They differ where verl's async trainers interrupted it and went on with newer weights. verl's client keeps the first
+    server's word for the first: of vLLM and SGLang also where it was interrupted before its first token.
+    """
+    first, last = (told.get(f"{end}_global_steps") for end in ("min", "max"))
+    return None if first is None or last is None else (first, last)
 
 
 def _name(row: Mapping[str, Any]) -> str:

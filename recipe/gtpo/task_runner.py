@@ -9,6 +9,7 @@ import ray
 from omegaconf import DictConfig
 from transfer_queue import interface
 from verl.trainer.main_ppo import TaskRunnerV1
+from verl.workers.rollout.replica import RolloutMode
 
 from recipe.gtpo.run.errors import one_line
 from recipe.gtpo.run.record import RunRecord
@@ -52,14 +53,20 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         trainer = self.trainer
         for worker in trainer.actor_rollout_wg.workers:
             yield "training worker", worker
-        for replica in trainer.llm_server_manager.get_replicas():
+        # verl has no public name for all of them. tests/gtpo/test_plugin.py breaks when it moves.
+        managers = trainer._rollout_server_managers()
+        for replica in (replica for manager in managers for replica in manager.get_replicas()):
             for server in replica.servers:
                 yield "rollout server", server
+            if replica.rollout_mode is RolloutMode.STANDALONE:  # otherwise they are the training workers
+                for worker in replica.workers:
+                    yield "receiver of new weights", worker
         for worker in self.agent_loop_manager.agent_loop_workers:
             yield "agent loop worker", worker
         for worker in trainer.get_reward_handles() or ():
             yield "reward worker", worker
-        yield "balancer of the rollout servers", trainer.llm_server_manager.global_load_balancer
+        for manager in managers:
+            yield "balancer of the rollout servers", manager.global_load_balancer
         yield "controller of TransferQueue", ray.get_actor("TransferQueueController", namespace="transfer_queue")
         # TransferQueue has no public name for its storage units. Without one that it lost, it waits for ever.
         # tests/gtpo/test_plugin.py breaks when it moves.

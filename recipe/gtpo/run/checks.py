@@ -16,7 +16,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
 from recipe.gtpo.run.errors import ConfigError
-from recipe.gtpo.run.gpu import Check, attention, check_disk, fit_memory, machine_checks, machines_of, shape_of
+from recipe.gtpo.run.gpu import (
+    Check,
+    attention,
+    check_disk,
+    fill_logical_gpus,
+    fit_memory,
+    machine_checks,
+    machines_of,
+    shape_of,
+)
 from recipe.gtpo.run.identity import variant
 from recipe.gtpo.run.inputs import (
     Prompt,
@@ -59,6 +68,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
     OmegaConf.register_new_resolver("gtpo_variant", lambda: variant(), replace=True)
     OmegaConf.register_new_resolver("gtpo_attention", lambda: attention()[0], replace=True)
+    OmegaConf.register_new_resolver("gtpo_weight_sync", lambda device: "gloo" if device == "cpu" else "nccl", replace=True)
     OmegaConf.register_new_resolver("gtpo_gpus", lambda otherwise: len(gpus()) or otherwise, replace=True)
 
 
@@ -94,10 +104,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(str(e)) from e  # names the key
     if not config.trainer.use_v1:
         raise ConfigError("trainer.use_v1=false: GTPO runs on verl's V1 trainer only")
-    mode = config.trainer.v1.trainer_mode
-    modes = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
-    if mode not in modes:
-        raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(modes)}")
+    check_mode(config)
     check_estimator(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
@@ -113,6 +120,38 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
     check_choices(config)
     return options
+
+
+MODES = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
+
+
+def check_mode(config: DictConfig) -> None:
+    """Raise ConfigError for a trainer that there is not, or that could not start: verl says so after Ray has."""
+    mode, rollout, actor = config.trainer.v1.trainer_mode, config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    if mode not in MODES:
+        raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(MODES)}")
+    if mode == "gtpo_sync":
+        return
+    word = mode.removeprefix("gtpo_")
+    if rollout.full_determinism:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode} with actor_rollout_ref.rollout.full_determinism=true: which weights a turn "
+            "meets depends on the clock, and a turn that is interrupted would draw its seed's numbers twice; set it to "
+            f"false, or take mode={word}, which does"
+        )
+    if mode == "gtpo_colocate_async":
+        return
+    if rollout.nnodes < 1 or rollout.n_gpus_per_node < 1 or rollout.checkpoint_engine.backend == "naive":
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode} samples on devices of its own: take mode={word}, or set "
+            "actor_rollout_ref.rollout.nnodes, .n_gpus_per_node and .checkpoint_engine.backend (nccl; on the CPU gloo)"
+        )
+    steps, mini = config.trainer.v1.separate_async.parameter_sync_step, actor.ppo_mini_batch_size
+    if config.data.train_batch_size != steps * mini:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode}: data.train_batch_size={config.data.train_batch_size} is not "
+            f"trainer.v1.separate_async.parameter_sync_step={steps} x actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        )
 
 
 #: Estimators of verl 0.9.1 that its V1 trainers do not hand what they read: estimator -> what that is.
@@ -167,6 +206,7 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
             OmegaConf.update(config, key, value)
     for look in given_checks(config).values():
         look(say)
+    fill_logical_gpus(config)
     config.run_dir = str(Path(config.run_dir).resolve())
     config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")

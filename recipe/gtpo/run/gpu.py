@@ -98,15 +98,25 @@ def check_batch(config: DictConfig) -> None:
     )
 
 
+def gpus_of_a_node(config: DictConfig) -> int:
+    """That the run asks Ray for; on the CPU, one stands for a training process."""
+    apart = config.trainer.v1.trainer_mode == "gtpo_separate_async"  # samples on devices of its own
+    return config.trainer.n_gpus_per_node + (config.actor_rollout_ref.rollout.n_gpus_per_node if apart else 0)
+
+
+def fill_logical_gpus(config: DictConfig) -> None:
+    """What Ray is told of GPUs on a machine without: as many as the run asks for. Another's Ray has its own number."""
+    if config.trainer.device == "cpu" and ray_starts_here(config):
+        _fill(config, {"ray_kwargs.ray_init.num_gpus": gpus_of_a_node(config)})
+
+
 # -- GPUs, driver, packages -------------------------------------------------------------------------------------------
 
 _IN_USE = 2 * GB  # of a GPU, by others; a desktop takes less
 
 
 def check_gpus(config: DictConfig, gpus: Sequence[Gpu], say: Say) -> None:
-    wanted = config.trainer.n_gpus_per_node
-    if config.trainer.v1.trainer_mode == "gtpo_separate_async":
-        wanted += config.actor_rollout_ref.rollout.n_gpus_per_node
+    wanted = gpus_of_a_node(config)
     if len(gpus) < wanted:
         raise ConfigError(
             f"this run asks for {wanted} GPUs of a machine, and nvidia-smi shows {len(gpus)} here: install or repair "

@@ -99,7 +99,7 @@ class GTPOAgentLoop(AgentLoopBase):
             fault = f"row {_name(kwargs)}: {e if isinstance(e, ScoreError) else f'{type(e).__name__}: {e}'}"
             # verl needs a token; nothing of the row is trained on.
             ids = [self.tokenizer.pad_token_id or 0]
-            return self._output(conversation.lost(fault), ids, ids, [0], None, {}, [])
+            return self._output(conversation.lost(fault), ids, ids, [0], None, {}, self._present(kwargs))
 
     async def _roll_out(
         self, conversation: Conversation, sampling_params: dict[str, Any], kwargs: Mapping[str, Any]
@@ -183,7 +183,7 @@ class GTPOAgentLoop(AgentLoopBase):
             conversation.end_turn(0, 1, "", cut=True)
             ids, mask = [*ids, self.tokenizer.pad_token_id], [0]
             log_probs = None if log_probs is None else [0.0]
-            versions = versions or [kwargs["global_steps"] - 1]  # verl counts with it; these weights would have spoken
+            versions = versions or self._present(kwargs)
         scored = None if conversation.finish is Finish.INFRA else await self._score(conversation.final_words, kwargs)
         trajectory = conversation.trajectory(scored)
         start = len(ids) - len(mask)
@@ -224,6 +224,11 @@ class GTPOAgentLoop(AgentLoopBase):
         if not self.rollout_config.full_determinism:
             return uuid4().hex
         return f"{row['global_steps']}-{row['index']}-{row['session_id']}"
+
+    @staticmethod
+    def _present(row: Mapping[str, Any]) -> list[int]:
+        """The weights that would have spoken where none did: verl counts with a number in every row."""
+        return [row["global_steps"] - 1]
 
     def _thinks(self, ids: list[int]) -> bool:
         """Whether the turn after these tokens begins inside a thought: the template's generation prompt opened one."""

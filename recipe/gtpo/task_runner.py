@@ -13,7 +13,10 @@ from verl.workers.rollout.replica import RolloutMode
 
 from recipe.gtpo.run.errors import one_line
 from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.tools import start_executors
 from recipe.gtpo.run.watchdog import ActorWatch
+from verl_ext.tool_server import ToolClient
+from verl_ext.tool_server.client import is_ray
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
 # tests/gtpo/test_plugin.py breaks when it moves.
@@ -26,7 +29,12 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
 
     _watch: ActorWatch | None = None  # from the moment that all parts have started
 
+    _executors: ToolClient | None = None  # where the tool server is an executor on every node
+
     def init_agent_loop_manager(self) -> None:
+        if is_ray(self.config.tool_server.url):
+            self._executors, line = start_executors(self.config.tool_server.url)
+            print(f"gtpo: {line}", flush=True)
         super().init_agent_loop_manager()
         watchdog = self.config.watchdog
         self._watch = ActorWatch(

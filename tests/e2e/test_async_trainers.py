@@ -1,5 +1,5 @@
-"""verl's two asynchronous trainers with our credit, whole: they train and validate, a stopped one goes on, and the record
-says whose words each turn is."""
+"""verl's two asynchronous trainers with our credit, whole: they train and validate, a stopped one goes on, and the
+record says which weights each turn was sampled with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def test_rollouts_ahead_on_the_same_devices_and_a_second_start_goes_on_with_them
 
 def test_rollouts_on_devices_of_their_own(tmp_path):
     """Two updates between two weight syncs: the old log-probs of the second need the weights from before the first."""
-    batch = ("data.train_batch_size=4", "trainer.v1.separate_async.parameter_sync_step=2")  # of 2 each: TOY's mini-batch
+    batch = (
+        "data.train_batch_size=4",
+        "trainer.v1.separate_async.parameter_sync_step=2",
+    )  # of 2 each: TOY's mini-batch
     with start(tmp_path, "mode=separate_async", "trainer.total_training_steps=3", *batch) as run:
         assert run.wait(300) == 0, run.text()[-3000:]
         assert run.left_behind() == []
@@ -32,8 +35,10 @@ def test_rollouts_on_devices_of_their_own(tmp_path):
 def check(run: Run, steps: int, prompts: int) -> None:
     lines = run.record.read_metrics()
     assert [line["step"] for line in lines] == list(range(steps + 1))
-    assert validation_accuracy(lines[0]["metrics"]) is not None and validation_accuracy(lines[-1]["metrics"]) is not None
-    # Turns of step 1 are by the first weights, and so is its policy, in both of its updates: the servers have its weights.
+    assert (
+        validation_accuracy(lines[0]["metrics"]) is not None and validation_accuracy(lines[-1]["metrics"]) is not None
+    )
+    # Turns of step 1 are by the first weights, and so are the old log-probs of all its updates.
     assert lines[1]["metrics"]["gtpo/log_prob_gap/mean"] < 1e-4
     ahead = 0
     for step in range(1, steps + 1):

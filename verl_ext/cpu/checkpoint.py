@@ -56,9 +56,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         host = ray.util.get_node_ip_address().strip("[]")
         listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         port = listening.getsockname()[1]
-        self._store = create_tcp_store(
-            host, port, listening, is_master=True, wait_for_workers=False, timeout=_SECONDS
-        )
+        self._store = create_tcp_store(host, port, listening, is_master=True, wait_for_workers=False, timeout=_SECONDS)
         return Meeting(host, port)
 
     @classmethod

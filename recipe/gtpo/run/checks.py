@@ -35,10 +35,12 @@ from recipe.gtpo.run.inputs import (
     check_machine,
     check_reward,
     expand_paths,
+    ray_starts_here,
 )
 from recipe.gtpo.run.machine import gpus, host_memory
 from recipe.gtpo.run.model import check_model, read_config
 from recipe.gtpo.tasks.task import Task, load_task
+from verl_ext.tool_server.client import is_ray
 
 #: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
@@ -68,7 +70,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
     OmegaConf.register_new_resolver("gtpo_variant", lambda: variant(), replace=True)
     OmegaConf.register_new_resolver("gtpo_attention", lambda: attention()[0], replace=True)
-    OmegaConf.register_new_resolver("gtpo_weight_sync", lambda device: "gloo" if device == "cpu" else "nccl", replace=True)
+    OmegaConf.register_new_resolver(
+        "gtpo_weight_sync", lambda device: "gloo" if device == "cpu" else "nccl", replace=True
+    )
     OmegaConf.register_new_resolver("gtpo_gpus", lambda otherwise: len(gpus()) or otherwise, replace=True)
 
 
@@ -111,8 +115,13 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
     if (hardware == "multi_node" or config.trainer.nnodes > 1) and config.tool_server.url is None:
         raise ConfigError(
-            "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
-            "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"
+            "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; set it to ray "
+            "(an executor on every node), or to the address of a `python -m verl_ext.tool_server` that all nodes reach"
+        )
+    if is_ray(config.tool_server.url) and ray_starts_here(config):
+        raise ConfigError(
+            f"tool_server.url={config.tool_server.url} is for a Ray cluster that runs (ray_kwargs.ray_init.address); "
+            "leave it out, and the run starts a tool server on this machine"
         )
     check_call_format(config)
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
@@ -127,7 +136,8 @@ MODES = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
 
 def check_mode(config: DictConfig) -> None:
     """Raise ConfigError for a trainer that there is not, or that could not start: verl says so after Ray has."""
-    mode, rollout, actor = config.trainer.v1.trainer_mode, config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    mode, parts = config.trainer.v1.trainer_mode, config.actor_rollout_ref
+    rollout = parts.rollout
     if mode not in MODES:
         raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(MODES)}")
     if mode == "gtpo_sync":
@@ -135,9 +145,9 @@ def check_mode(config: DictConfig) -> None:
     word = mode.removeprefix("gtpo_")
     if rollout.full_determinism:
         raise ConfigError(
-            f"trainer.v1.trainer_mode={mode} with actor_rollout_ref.rollout.full_determinism=true: which weights a turn "
-            "meets depends on the clock, and a turn that is interrupted would draw its seed's numbers twice; set it to "
-            f"false, or take mode={word}, which does"
+            f"trainer.v1.trainer_mode={mode} with actor_rollout_ref.rollout.full_determinism=true: which weights a "
+            "turn meets depends on the clock, and a turn that is interrupted would draw its seed's numbers twice; set "
+            f"it to false, or take mode={word}, which does"
         )
     if mode == "gtpo_colocate_async":
         return
@@ -146,11 +156,12 @@ def check_mode(config: DictConfig) -> None:
             f"trainer.v1.trainer_mode={mode} samples on devices of its own: take mode={word}, or set "
             "actor_rollout_ref.rollout.nnodes, .n_gpus_per_node and .checkpoint_engine.backend (nccl; on the CPU gloo)"
         )
-    steps, mini = config.trainer.v1.separate_async.parameter_sync_step, actor.ppo_mini_batch_size
+    steps, mini = config.trainer.v1.separate_async.parameter_sync_step, parts.actor.ppo_mini_batch_size
     if config.data.train_batch_size != steps * mini:
         raise ConfigError(
             f"trainer.v1.trainer_mode={mode}: data.train_batch_size={config.data.train_batch_size} is not "
-            f"trainer.v1.separate_async.parameter_sync_step={steps} x actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+            f"trainer.v1.separate_async.parameter_sync_step={steps} x "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Protects the way of new weights to rollout workers of their own: every tensor arrives as it was sent, to each of them."""
+"""Protects the way of new weights to rollout workers of their own: every tensor arrives at each, as it was sent."""
 
 from __future__ import annotations
 

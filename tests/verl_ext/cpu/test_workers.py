@@ -1,4 +1,4 @@
-"""Protects what separate_async asks of the training worker on the CPU: weights that were kept are those of their time."""
+"""Protects what separate_async asks of the training worker on the CPU: weights that it kept are of their time."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from verl.trainer.main_ppo import TaskRunnerV1
 from verl.workers.rollout.replica import RolloutMode
 
 from recipe.gtpo.run.errors import one_line
+from recipe.gtpo.run.gpu import check_cluster
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.tools import start_executors
 from recipe.gtpo.run.watchdog import ActorWatch
@@ -47,6 +48,7 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
 
         try:
+            check_cluster(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             super().run(config)
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer. verl has closed TransferQueue.

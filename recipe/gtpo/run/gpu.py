@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,6 +79,27 @@ def check_processors(config: DictConfig, here: int) -> None:
     raise ConfigError(
         f"Ray has {has} CPUs and this run asks it for {total} ({parts}): it would wait for ever. Set "
         f"{_CPUS_KEY}={total} (a number in Ray's books, nothing is reserved){fewer}"
+    )
+
+
+def check_cluster(config: DictConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """The same of a Ray that runs: each of `nodes` is what one living node has in its books, by Ray's words.
+
+    verl takes a node's GPUs from one node, with the CPUs that its bundles ask for beside them.
+    """
+    from verl.single_controller.ray.base import ResourcePoolManager
+
+    gpus = config.trainer.n_gpus_per_node
+    cpus = ResourcePoolManager.max_colocate_count * gpus
+    fit = sum(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
+    total, has = sum(needed_processors(config).values()), sum(node.get("CPU", 0) for node in nodes)
+    if fit >= config.trainer.nnodes and has >= total:
+        return
+    books = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes)
+    raise ConfigError(
+        f"this run asks Ray for {config.trainer.nnodes} nodes of {gpus} GPUs and {cpus} CPUs, and {total} CPUs in all; "
+        f"it would wait for ever. The cluster's books say: {books}. Set trainer.nnodes and trainer.n_gpus_per_node, or "
+        "give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
     )
 
 

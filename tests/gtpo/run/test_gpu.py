@@ -18,6 +18,7 @@ from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import (
     attention,
     check_batch,
+    check_cluster,
     check_cuda,
     check_disk,
     check_gpus,
@@ -116,6 +117,19 @@ def test_too_few_processors_are_refused_where_ray_would_wait_for_ever(monkeypatc
     check_processors(config, 2)
     check_processors(compose(), 1)  # the CPU's file has a number of its own
     check_processors(on("multi_node"), 1)  # of a cluster that runs, only Ray knows
+
+
+def test_a_cluster_is_asked_for_what_ray_would_wait_for():
+    config, node = on("multi_node"), {"GPU": 8.0, "CPU": 64.0}  # two nodes; 48 CPUs for bundles and 10 more
+    check_cluster(config, [node, node])
+    check_cluster(config, [{"CPU": 10.0}, {"GPU": 8.0, "CPU": 24.0}, {"GPU": 8.0, "CPU": 24.0}])
+    assert refusal(check_cluster, config, [node, {"GPU": 4.0, "CPU": 64.0}]) == (
+        "this run asks Ray for 2 nodes of 8 GPUs and 24 CPUs, and 58 CPUs in all; it would wait for ever. The "
+        "cluster's books say: 8 GPUs and 64 CPUs, 4 GPUs and 64 CPUs. Set trainer.nnodes and trainer.n_gpus_per_node, or give "
+        "more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
+    )
+    for nodes in ([node], [node, {}], [node, {"GPU": 8.0, "CPU": 23.0}], 2 * [{"GPU": 8.0, "CPU": 24.0}]):
+        refusal(check_cluster, config, nodes)
 
 
 def test_the_remedies_of_the_refusal_help(monkeypatch):

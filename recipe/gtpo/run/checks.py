@@ -20,7 +20,9 @@ from recipe.gtpo.run.gpu import (
     Check,
     attention,
     check_disk,
+    check_ulysses,
     fill_logical_gpus,
+    fill_model,
     fit_memory,
     machine_checks,
     machines_of,
@@ -39,6 +41,7 @@ from recipe.gtpo.run.inputs import (
 )
 from recipe.gtpo.run.machine import gpus, host_memory
 from recipe.gtpo.run.model import check_model, read_config
+from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
 from verl_ext.tool_server.client import is_ray
 
@@ -215,6 +218,7 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     for key, value in made.items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, value)
+    choose_model(config, task, say)
     for look in given_checks(config).values():
         look(say)
     fill_logical_gpus(config)
@@ -223,6 +227,12 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
     OmegaConf.resolve(config)
     return task
+
+
+def choose_model(config: DictConfig, task: Task, say: Say) -> None:
+    """A task on published problems brings data and no model: on GPUs there is a default."""
+    if isinstance(task, PreparedTask):
+        fill_model(config, machines_of(config, gpus(), host_memory()), say)
 
 
 def first_checks(config: DictConfig, choices: dict[str, Any]) -> dict[str, Check]:
@@ -242,10 +252,14 @@ def given_checks(config: DictConfig) -> dict[str, Check]:
         if (warning := short_context(config)) is not None:
             say(f"warning: {warning}")
 
+    def memory(say: Say) -> None:
+        check_ulysses(config, shape_of(config))
+        fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say)
+
     return {
         "data": lambda say: prompts.extend(check_data(config, say)),
         "model and tokenizer": lambda say: check_model(config, prompts, say),
-        "memory": lambda say: fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say),
+        "memory": memory,
         "disk": lambda say: check_disk(config, shape_of(config)),
         "context": context,
     }

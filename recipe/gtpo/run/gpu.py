@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -267,6 +268,66 @@ def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> 
     return Machines(trainer.n_gpus_per_node, size, trainer.nnodes, host if sizes else None)
 
 
+def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
+    """What the config has of a training's settings; and what it may leave to `memory.choose`, None where it does."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    parts = config.actor_rollout_ref
+    model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
+    settings = Settings(
+        tokens=longest,
+        longest=longest,
+        cpu_adam=bool(fsdp.offload_policy),
+        lora_rank=model.lora_rank,
+        tensor_parallel=rollout.tensor_model_parallel_size,
+        ulysses=fsdp.ulysses_sequence_parallel_size,
+        fused=bool(model.use_fused_kernels),
+        flash=_attention_of(config) == "flash_attention_2",
+    )
+    tokens = parts.actor.ppo_max_token_len_per_gpu
+    if not parts.actor.use_dynamic_bsz:
+        tokens = longest * (parts.actor.ppo_micro_batch_size_per_gpu or 1)
+    both = [value for value in (fsdp.param_offload, fsdp.optimizer_offload) if value is not None]
+    return settings, {
+        "tokens": tokens,
+        "offload": all(both) if both else None,
+        "share": rollout.gpu_memory_utilization,
+    }
+
+
+def _attention_of(config: DictConfig) -> str:
+    return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+
+
+def fill_model(config: DictConfig, machines: Machines, say: Say) -> None:
+    """On GPUs, where nobody says which model: the largest Qwen2.5 that they train, up to 7B."""
+    if config.trainer.device == "cpu" or config.actor_rollout_ref.model.path is not None:
+        return
+    settings, given = asked_for(config)
+    size = memory.default_size(machines, settings, **given)
+    config.actor_rollout_ref.model.path = f"Qwen/Qwen2.5-{size}-Instruct"
+    say(
+        f"model: {config.actor_rollout_ref.model.path}, the largest of Qwen2.5 up to 7B for {machines}, trained "
+        f"{'by LoRA' if settings.lora_rank else 'in full'}; another: actor_rollout_ref.model.path=..."
+    )
+
+
+def check_ulysses(config: DictConfig, shape: Shape | None) -> None:
+    """Under sdpa, GPUs that share a trajectory would each attend to their own part of it alone, without a word."""
+    together = config.actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size
+    if together == 1:
+        return
+    key = f"{_FSDP}.ulysses_sequence_parallel_size={together}"
+    if _attention_of(config) == "sdpa":
+        raise ConfigError(
+            f"{key}: verl exchanges the tokens of a trajectory around flash-attn's kernel only, and with sdpa each GPU "
+            f"would attend to its own part alone ({attention()[1]}): install requirements/flash_attn.txt, or set it to "
+            "1"
+        )
+    if shape is not None and shape.heads % together:
+        fitting = " or ".join(str(n) for n in range(2, shape.heads + 1) if shape.heads % n == 0)
+        raise ConfigError(f"{key} does not divide the {shape.heads} attention heads of the model: set it to {fitting}")
+
+
 def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say: Say) -> None:
     """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU.
 
@@ -277,27 +338,12 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
     if config.trainer.device == "cpu":
         _fill(config, {_TOKENS: 2 * longest})
         return
-    parts = config.actor_rollout_ref
-    model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
-    settings = Settings(
-        tokens=longest,
-        longest=longest,
-        cpu_adam=bool(fsdp.offload_policy),
-        lora_rank=model.lora_rank,
-        tensor_parallel=rollout.tensor_model_parallel_size,
-        fused=bool(model.use_fused_kernels),
-        flash=model.override_config.get("attn_implementation", "flash_attention_2") == "flash_attention_2",
-    )
-    tokens = parts.actor.ppo_max_token_len_per_gpu
-    if not parts.actor.use_dynamic_bsz:
-        tokens = longest * (parts.actor.ppo_micro_batch_size_per_gpu or 1)
-    both = [value for value in (fsdp.param_offload, fsdp.optimizer_offload) if value is not None]
+    settings, given = asked_for(config)
     taken = shape or memory.QWEN25["7B"]
-    given = {"tokens": tokens, "offload": all(both) if both else None, "share": rollout.gpu_memory_utilization}
     found = memory.choose(taken, machines, settings, **given)
     if found is None:
         tried = {
-            "tokens": given["tokens"] or longest,
+            "tokens": given["tokens"] or settings.tokens_of_one,
             "offload": given["offload"] is not False,
             "share": given["share"],
         }

@@ -5,7 +5,8 @@
 #     actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct
 #
 # Repository, environment, data and outputs are paths that all nodes share. Arguments are Hydra overrides. A cluster:
-# cluster.yaml beside this, or by hand, on every node (one `ray get-auth-token --generate`, its token on all of them):
+# cluster.yaml beside this, or by hand, on every node, with one token (`ray get-auth-token --generate`) on all of them:
+#   export RAY_AUTH_MODE=token                                 # also where this script runs
 #   ray start --head --port=6379 --dashboard-host=0.0.0.0      # on the first
 #   ray start --address=HEAD:6379                              # on the others
 #

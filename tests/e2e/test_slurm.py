@@ -13,7 +13,7 @@ import pytest
 from cluster import free_port
 from runs import ROOT, start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 PROGRAMS = {
     # What follows its options is run here; the node that was named is noted.
@@ -58,6 +58,7 @@ def submit(tmp_path, job, *overrides):
     return start(tmp_path, *on_cpu, "tool_server.url=ray", *overrides, script="slurm/train.sbatch", environment=job)
 
 
+@pytest.mark.e2e
 def test_a_job_starts_ray_on_its_nodes_trains_over_them_and_leaves_nothing(tmp_path, job):
     with submit(tmp_path, job, "trainer.total_training_steps=1") as run:
         assert run.wait(300) == 0, run.text()[-3000:]
@@ -72,6 +73,7 @@ def test_a_job_starts_ray_on_its_nodes_trains_over_them_and_leaves_nothing(tmp_p
     assert (tmp_path / ".ray" / "auth_token").stat().st_size  # nobody else on the network runs code there
 
 
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_leaves_nothing(tmp_path, job):
     with submit(tmp_path, job) as run:
         run.wait_until(lambda: "ray: 2 nodes at" in run.text(), 120)
@@ -81,6 +83,7 @@ def test_a_job_that_is_cancelled_leaves_nothing(tmp_path, job):
         assert run.left_behind() == []
 
 
+@pytest.mark.e2e
 def test_a_job_without_an_environment_says_how_to_make_it(tmp_path, job):
     with submit(tmp_path, job | {"VENV": str(tmp_path / "none")}) as run:
         assert run.wait(20) == 1

@@ -7,7 +7,7 @@
 #   bash examples/compare_baselines.sh engine=twin seeds=1..16 parallel=2       # plain PyTorch, no verl: minutes a cell
 #   bash examples/compare_baselines.sh engine=twin seeds=1..16 horizons=1..6    # also by the length of the chain of calls
 #   bash examples/compare_baselines.sh ray=http://HEAD:8265 parallel=4 hardware=multi_node trainer.nnodes=1 \
-#     tool_server.url=http://HEAD:PORT task=verl_data ...    # Ray jobs, four at once: 4 nodes of 8 GPUs, a node a cell
+#     task=verl_data ...                                   # Ray jobs, four at once: 4 nodes of 8 GPUs, a node a cell
 #
 # All keys and their defaults: recipe/gtpo/experiments/compare.py. Other arguments go to every run, as on
 # run_gtpo_qwen.sh's command line. The same command goes on where it was stopped.

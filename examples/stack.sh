@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # ARGS is for whoever sources this
 # Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout).
 #
 # ROLLOUT   vllm | sglang, with a GPU (default: vllm)

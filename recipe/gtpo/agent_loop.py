@@ -99,7 +99,7 @@ class GTPOAgentLoop(AgentLoopBase):
             fault = f"row {_name(kwargs)}: {e if isinstance(e, ScoreError) else f'{type(e).__name__}: {e}'}"
             # verl needs a token; nothing of the row is trained on.
             ids = [self.tokenizer.pad_token_id or 0]
-            return self._output(conversation.lost(fault), ids, ids, [0], None, {}, [])
+            return self._output(conversation.lost(fault), ids, ids, [0], None, {}, self._present(kwargs))
 
     async def _roll_out(
         self, conversation: Conversation, sampling_params: dict[str, Any], kwargs: Mapping[str, Any]
@@ -110,7 +110,7 @@ class GTPOAgentLoop(AgentLoopBase):
         mask: list[int] = []
         log_probs: list[float] | None = [] if self.rollout_config.calculate_log_probs else None
         seconds = {"generate": 0.0, "tools": 0.0}
-        versions: list[int] = []  # of the weights each turn was sampled with
+        versions: list[int] = []  # of the weights that sampled, first and last of each turn
         request_id = self._request_id(kwargs)
         conversation.check_room(0, len(ids))
         after_turn = (ids, mask, log_probs)  # without the tool messages that follow it
@@ -124,9 +124,8 @@ class GTPOAgentLoop(AgentLoopBase):
                 sampling_params=self._sampling(sampling_params, room, kwargs, turn=len(conversation.turns)),
             )
             seconds["generate"] += time.perf_counter() - began
-            for key in ("min_global_steps", "max_global_steps"):
-                if output.extra_fields.get(key) is not None:
-                    versions.append(output.extra_fields[key])
+            weights = sampled_with(output.extra_fields)
+            versions += weights or ()
             if not output.token_ids:
                 if output.stop_reason != "length" or room > 1:  # SGLang's drops what it cannot pair with log-probs
                     raise RuntimeError(f"the rollout server generated no token (stop_reason={output.stop_reason})")
@@ -157,6 +156,7 @@ class GTPOAgentLoop(AgentLoopBase):
                 ),
                 ended_by=said.ended_by,
                 overrun=len(output.token_ids) - said.kept,
+                weights=weights,
             )
             if conversation.finish is not None:
                 break
@@ -183,7 +183,7 @@ class GTPOAgentLoop(AgentLoopBase):
             conversation.end_turn(0, 1, "", cut=True)
             ids, mask = [*ids, self.tokenizer.pad_token_id], [0]
             log_probs = None if log_probs is None else [0.0]
-            versions = versions or [kwargs["global_steps"] - 1]  # verl counts with it; these weights would have spoken
+            versions = versions or self._present(kwargs)
         scored = None if conversation.finish is Finish.INFRA else await self._score(conversation.final_words, kwargs)
         trajectory = conversation.trajectory(scored)
         start = len(ids) - len(mask)
@@ -225,6 +225,11 @@ class GTPOAgentLoop(AgentLoopBase):
             return uuid4().hex
         return f"{row['global_steps']}-{row['index']}-{row['session_id']}"
 
+    @staticmethod
+    def _present(row: Mapping[str, Any]) -> list[int]:
+        """The weights that would have spoken where none did: verl counts with a number in every row."""
+        return [row["global_steps"] - 1]
+
     def _thinks(self, ids: list[int]) -> bool:
         """Whether the turn after these tokens begins inside a thought: the template's generation prompt opened one."""
         return opens_thought(self.tokenizer.decode(ids[-16:]))
@@ -263,6 +268,16 @@ class GTPOAgentLoop(AgentLoopBase):
             ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
             extra_info=row.get("extra_info"),
         )
+
+
+def sampled_with(told: Mapping[str, Any]) -> tuple[int, int] | None:
+    """First and last step whose weights sampled an answer of verl's client; None where its server has not said.
+
+    They differ where verl's async trainers interrupted it and went on with newer weights. verl's client keeps the first
+    server's word for the first: of vLLM and SGLang also where it was interrupted before its first token.
+    """
+    first, last = (told.get(f"{end}_global_steps") for end in ("min", "max"))
+    return None if first is None or last is None else (first, last)
 
 
 def _name(row: Mapping[str, Any]) -> str:

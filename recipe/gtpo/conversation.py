@@ -84,7 +84,15 @@ class Conversation:
         self._refused: tuple[ToolOutcome | None, ...] = ()  # of the last turn, one a call
 
     def end_turn(
-        self, start: int, end: int, text: str, *, cut: bool, ended_by: str = "", overrun: int = 0
+        self,
+        start: int,
+        end: int,
+        text: str,
+        *,
+        cut: bool,
+        ended_by: str = "",
+        overrun: int = 0,
+        weights: tuple[int, int] | None = None,
     ) -> tuple[ToolCall, ...]:
         """Record an assistant turn.
 
@@ -92,14 +100,14 @@ class Conversation:
             start, end: the response tokens `[start, end)` that the policy generated in it.
             text: what these tokens say, thoughts included (`parsing.read_tokens`).
             cut: the turn ran out of tokens, it did not end by itself (`was_cut`).
-            ended_by, overrun: as in the record (`method.turns.Turn`).
+            ended_by, overrun, weights: as in the record (`method.turns.Turn`).
 
         Returns:
             The calls to run, in order; `hear` wants one outcome for each. Also empty when all calls are refused, so ask
             `finish` whether the conversation goes on.
         """
         calls = parse_calls(spoken(text), self.rules.argument_schemas, cut=cut)
-        self.turns.append(Turn(start, end, text, calls, ended_by=ended_by, overrun=overrun))
+        self.turns.append(Turn(start, end, text, calls, ended_by=ended_by, overrun=overrun, weights=weights))
         if cut:
             self.finish = Finish.LENGTH
         elif not calls:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from recipe.gtpo.run.environment import settle
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from recipe.gtpo.main import tool_server, validate  # noqa: E402
 from recipe.gtpo.run import checks, memory  # noqa: E402
-from recipe.gtpo.run.checks import compose, first_checks, given_checks  # noqa: E402
+from recipe.gtpo.run.checks import choose_model, compose, first_checks, given_checks  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, one_line  # noqa: E402
 from recipe.gtpo.run.gpu import Check, machines_of  # noqa: E402
 from recipe.gtpo.run.inputs import Say, check_reward, expand_paths  # noqa: E402
@@ -39,6 +40,10 @@ def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[
     """(what is looked at, the check): the run's, in its order."""
     yield from first_checks(config, choices).items()
     yield "reward function", lambda say: check_reward(config, load_task(config))
+    chosen: list[str] = []  # what is said of a model that nobody named
+    with suppress(Exception):  # its own check names what is wrong with the task
+        choose_model(config, load_task(config), chosen.append)
+    yield from (("default model", lambda say, line=line: say(line)) for line in chosen)
     given = given_checks(config)
     files, path = config.data.train_files, config.actor_rollout_ref.model.path
     for name, look in given.items():

@@ -32,6 +32,7 @@ from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
+from verl_ext.tool_server.client import is_ray  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError, start_server  # noqa: E402
 
 _PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
@@ -43,7 +44,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def tool_server(config: DictConfig) -> Iterator[ServerHandle | None]:
-    """The run's tool server: started here and stopped at the end, or the one at `tool_server.url`.
+    """The run's tool server: started here and stopped at the end, the one at `tool_server.url`, or one on every node.
 
     Raises ServerStartError / ConfigError when there is none: no worker has been started by then.
     """
@@ -55,7 +56,12 @@ def tool_server(config: DictConfig) -> Iterator[ServerHandle | None]:
                 f"tool_server.limits and tool_server.packages are for a server that the run starts; the one at "
                 f"tool_server.url={options.url} has its own: give them on its command line"
             )
-        _check_health(options.url, options.token)
+        if is_ray(options.url):
+            with open_dict(config):
+                options.url = ray_executors(config)
+            say("the tool server is an executor on every node of the Ray cluster, which starts with the workers")
+        else:
+            _check_health(options.url, options.token)
         yield None
         return
     say("starting the tool server")
@@ -74,6 +80,19 @@ def tool_server(config: DictConfig) -> Iterator[ServerHandle | None]:
         yield handle
     finally:
         handle.stop()
+
+
+def ray_executors(config: DictConfig) -> str:
+    """`tool_server.url=ray` with the isolation that the config asks for, in the form that the tool's client reads."""
+    options = config.tool_server
+    if options.unsafe_no_isolation or options.workers is not None:
+        raise ConfigError(
+            f"tool_server.unsafe_no_isolation and tool_server.workers are for a server that the run starts; with "
+            f"tool_server.url={options.url} every node isolates programs, and runs one for each of its CPUs"
+        )
+    if "://" in options.url or options.isolation == "auto":
+        return options.url
+    return f"{options.url}://{options.isolation}"
 
 
 def _check_health(url: str, token: str | None) -> None:

@@ -9,10 +9,15 @@ import ray
 from omegaconf import DictConfig
 from transfer_queue import interface
 from verl.trainer.main_ppo import TaskRunnerV1
+from verl.workers.rollout.replica import RolloutMode
 
 from recipe.gtpo.run.errors import one_line
+from recipe.gtpo.run.gpu import check_cluster
 from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.tools import start_executors
 from recipe.gtpo.run.watchdog import ActorWatch
+from verl_ext.tool_server import ToolClient
+from verl_ext.tool_server.client import is_ray
 
 # verl hands its TaskRunner out as a Ray actor class, which cannot be subclassed; this is the class inside it.
 # tests/gtpo/test_plugin.py breaks when it moves.
@@ -25,7 +30,12 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
 
     _watch: ActorWatch | None = None  # from the moment that all parts have started
 
+    _executors: ToolClient | None = None  # where the tool server is an executor on every node
+
     def init_agent_loop_manager(self) -> None:
+        if is_ray(self.config.tool_server.url):
+            self._executors, line = start_executors(self.config.tool_server.url)
+            print(f"gtpo: {line}", flush=True)
         super().init_agent_loop_manager()
         watchdog = self.config.watchdog
         self._watch = ActorWatch(
@@ -38,6 +48,7 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         import recipe.gtpo.trainer  # noqa: F401  registers gtpo_sync, gtpo_colocate_async, gtpo_separate_async
 
         try:
+            check_cluster(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             super().run(config)
         except BaseException as e:
             # The error may be a consequence: an actor found dead is the better answer. verl has closed TransferQueue.
@@ -52,14 +63,20 @@ class GTPOTaskRunner(_TaskRunner):  # type: ignore[valid-type, misc]
         trainer = self.trainer
         for worker in trainer.actor_rollout_wg.workers:
             yield "training worker", worker
-        for replica in trainer.llm_server_manager.get_replicas():
+        # verl has no public name for all of them. tests/gtpo/test_plugin.py breaks when it moves.
+        managers = trainer._rollout_server_managers()
+        for replica in (replica for manager in managers for replica in manager.get_replicas()):
             for server in replica.servers:
                 yield "rollout server", server
+            if replica.rollout_mode is RolloutMode.STANDALONE:  # otherwise they are the training workers
+                for worker in replica.workers:
+                    yield "receiver of new weights", worker
         for worker in self.agent_loop_manager.agent_loop_workers:
             yield "agent loop worker", worker
         for worker in trainer.get_reward_handles() or ():
             yield "reward worker", worker
-        yield "balancer of the rollout servers", trainer.llm_server_manager.global_load_balancer
+        for manager in managers:
+            yield "balancer of the rollout servers", manager.global_load_balancer
         yield "controller of TransferQueue", ray.get_actor("TransferQueueController", namespace="transfer_queue")
         # TransferQueue has no public name for its storage units. Without one that it lost, it waits for ever.
         # tests/gtpo/test_plugin.py breaks when it moves.

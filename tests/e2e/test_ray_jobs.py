@@ -98,6 +98,17 @@ def test_stopping_a_job_ends_its_process(job_server, tmp_path):
     assert job.poll() == 1
 
 
+@pytest.mark.timeout(300)
+def test_the_script_submits_a_training_as_a_job(job_server):
+    """What it would train is printed instead (`--cfg job`): the cluster has no GPU."""
+    script = Path(__file__).parents[2] / "examples/ray/submit.sh"
+    environment = {**os.environ, "RAY": job_server, "VENV": sys.prefix, "RAY_AUTH_MODE": "disabled"}
+    command = ["bash", script, "trainer.nnodes=3", "task=math", "--cfg", "job"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout and "\n  nnodes: 3\n" in done.stdout and "\n  url: ray\n" in done.stdout
+
+
 def wait_until(condition, seconds=60):
     until = time.monotonic() + seconds
     while not condition():

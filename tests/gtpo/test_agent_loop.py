@@ -20,6 +20,7 @@ from scripted import (
     WRONG,
     FakePython,
     Rollout,
+    ScriptedServer,
     assert_leaves_the_loop,
     make_loop,
 )
@@ -105,6 +106,36 @@ def test_weight_versions_span_the_trajectory(two_turns):
     """verl's staleness control drops rows by these; turn k was sampled with version k + 3."""
     fields = two_turns.output.extra_fields
     assert (fields["min_global_steps"], fields["max_global_steps"]) == (3, 4)
+    assert [turn.weights for turn in two_turns.trajectory.turns] == [(3, 3), (4, 4)]
+
+
+class Interrupted(ScriptedServer):
+    """verl's client where an answer was begun with the weights of one step and ended with those of the next."""
+
+    async def generate(self, **kwargs):
+        output = await super().generate(**kwargs)
+        output.extra_fields["max_global_steps"] += 1
+        return output
+
+
+class Silent(ScriptedServer):
+    """A server that says nothing of its weights."""
+
+    async def generate(self, **kwargs):
+        output = await super().generate(**kwargs)
+        output.extra_fields = dict.fromkeys(output.extra_fields)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("server", "turns", "whole"),
+    [(Interrupted, [(3, 4), (4, 5)], (3, 5)), (Silent, [None, None], (None, None))],
+)
+def test_every_turn_says_which_weights_sampled_it_as_far_as_its_server_does(tokenizer, server, turns, whole):
+    rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), server=server)
+    assert [turn.weights for turn in rollout.trajectory.turns] == turns
+    fields = rollout.output.extra_fields
+    assert (fields["min_global_steps"], fields["max_global_steps"]) == whole
 
 
 def test_without_log_probs_none_are_asked_for_and_none_come_back(tokenizer):
@@ -437,6 +468,7 @@ def test_a_reward_function_that_fails_loses_the_trajectory_and_is_named_with_the
     assert rollout.trajectory.finish is Finish.FAULT and rollout.trajectory.fault.startswith("row 4 of arithmetic: ")
     assert cause in rollout.trajectory.fault
     assert rollout.info["lost"] == 1.0 and len(rollout.trajectory.turns) == 2  # what it said is on record
+    assert rollout.output.extra_fields["min_global_steps"] == 8  # verl's metrics of a step count with it
 
 
 def test_a_reward_function_runs_in_the_main_thread_of_a_process_of_its_own(tokenizer, tmp_path):

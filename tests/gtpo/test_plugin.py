@@ -19,7 +19,9 @@ import verl  # noqa: F401  loads the plugin
 from ray import cloudpickle
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.v1 import get_trainer_cls
 
+import recipe.gtpo.trainer  # noqa: F401  registers ours
 from recipe.gtpo import plugin
 from recipe.gtpo.estimator import compute_gtpo_advantage
 from recipe.gtpo.main import lost_part
@@ -170,6 +172,17 @@ def test_ray_says_which_of_its_processes_are_dead(monkeypatch):
     assert lost_part(None) == "Ray's raylet died: pid 7"
     monkeypatch.setattr(ray._private.worker, "_global_node", None)  # before Ray has started
     assert lost_part(None) is None
+
+
+@pytest.mark.parametrize("mode", ["gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async"])
+def test_the_trainer_names_every_manager_of_rollout_servers(mode):
+    """The watch looks after the servers of all of them."""
+    trainer = object.__new__(get_trainer_cls(mode))
+    trainer.llm_server_manager = "beside the trainer"
+    assert trainer._rollout_server_managers() == ["beside the trainer"]
+    if mode == "gtpo_separate_async":
+        trainer.standalone_server_manager = "apart"
+        assert trainer._rollout_server_managers() == ["beside the trainer", "apart"]
 
 
 def test_transfer_queue_keeps_its_actors_where_the_watch_looks_for_them():

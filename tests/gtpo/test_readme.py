@@ -24,14 +24,15 @@ from recipe.gtpo.experiments.compare import matrix, parse
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import ROLLOUTS, check, prepare
-from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, choose
+from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, choose, default_size, generation, update
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 METHOD_PAGE = "recipe/gtpo/README.md"
-PAGES = ("README.md", METHOD_PAGE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+NODE_PAGE = "docs/first_node.md"
+PAGES = ("README.md", METHOD_PAGE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", NODE_PAGE)
 RUN, COMPARE = "examples/run_gtpo_qwen.sh", "examples/compare_baselines.sh"
 
 
@@ -195,7 +196,7 @@ def test_the_first_commands_name_scripts_that_exist(folder):
 def test_the_table_of_groups_is_the_config_folder():
     table = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section("Run it your way"), re.MULTILINE)
     assert {group: sorted(choices.split(", ")) for group, choices in table} == {
-        group: names(group) for group in ("method", "task", "hardware", "rollout", "experiment")
+        group: names(group) for group in ("method", "task", "hardware", "mode", "rollout", "experiment")
     }
 
 
@@ -217,6 +218,46 @@ def test_what_the_page_says_fits_is_what_the_arithmetic_says():
 def test_the_doctor_s_command_composes():
     (command,) = re.findall(r"^python -m recipe\.gtpo\.doctor (.*?)  +#", README, re.MULTILINE)
     check(*compose_with_choices(*command.split()))
+
+
+def test_the_commands_of_the_page_for_a_first_node_compose():
+    page = (ROOT / NODE_PAGE).read_text()
+    found = re.findall(
+        r"^(python -m recipe\.gtpo\.(?:doctor|main)|.*train\.sbatch|.*submit\.sh) (.*?)(?: --cfg job)? +#",
+        page,
+        re.MULTILINE,
+    )
+    assert len(found) == 4
+    for program, arguments in found:
+        apart = ["hardware=multi_node", "rollout=vllm"] if "examples" in program else []
+        check(*compose_with_choices(*apart, *arguments.split()))
+
+
+def test_the_presets_of_that_page_are_what_a_run_chooses():
+    page = (ROOT / NODE_PAGE).read_text()
+    rows = re.findall(
+        r"^\| (\d+ x .*? GB) \| ([\d.]+B) \| (\d+) \| ([\d.]+) \| (yes|no) \| (\d+) \| (\d+) \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 5
+    longest = sum(compose("task=math").data[f"max_{part}_length"] for part in ("prompt", "response"))
+    asked = Settings(tokens=longest, longest=longest)
+    for machines, size, tokens, share, offload, in_update, in_generation in rows:
+        *nodes, gpus, memory = re.findall(r"\d+", machines)
+        there = Machines(int(gpus), float(memory) * GB, int(nodes[0]) if nodes else 1)
+        assert default_size(there, asked) == size
+        found = choose(QWEN25[size], there, asked)
+        assert (found.tokens, found.share, found.offload) == (int(tokens), float(share), offload == "yes")
+        sums = [round(sum(f(QWEN25[size], there, found).values()) / GB) for f in (update, generation)]
+        assert sums == [int(in_update), int(in_generation)]
+
+
+def test_the_options_of_that_page_are_keys_of_the_config():
+    page = (ROOT / NODE_PAGE).read_text()
+    config = compose("hardware=single_node", "rollout=vllm", "task=math")
+    named = re.findall(r"`((?:actor_rollout_ref|trainer|data)\.[\w.]+)", page)
+    assert len(named) >= 8
+    for key in named:
+        assert OmegaConf.select(config, key, default="absent") != "absent", key
 
 
 def test_the_results_are_those_of_the_results_page():

@@ -45,8 +45,6 @@ def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
 def composed(method: str, task: str, hardware: str, rollout: str) -> tuple[DictConfig, dict[str, str]]:
     """One of `EVERYTHING`, with hydra's choices."""
     overrides = [f"method={method}", f"task={task}", f"hardware={hardware}", f"rollout={rollout}"]
-    if hardware == "multi_node":
-        overrides.append("tool_server.url=http://tools:8000")
     return compose_with_choices(*overrides)
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,20 +105,22 @@ class Run:
 
 
 @contextmanager
-def start(tmp_path: Path, *overrides: str) -> Iterator[Run]:
+def start(
+    tmp_path: Path, *overrides: str, script: str = "run_gtpo_qwen.sh", environment: Mapping[str, str] | None = None
+) -> Iterator[Run]:
     """Run the example script with TOY and `overrides`, outputs under `tmp_path`; all of it is gone after the block."""
     run_dir = tmp_path / "run"
     output = tmp_path / f"{time.monotonic_ns()}.log"
     paths = [f"run_dir={run_dir}", f"task.cache={tmp_path.parent}"]  # the toy policy serves all tests
-    command = ["bash", str(ROOT / "examples" / "run_gtpo_qwen.sh"), *TOY, *paths, *overrides]
-    environment = {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HARDWARE": "cpu"}
+    command = ["bash", str(ROOT / "examples" / script), *TOY, *paths, *overrides]
+    variables = {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HARDWARE": "cpu", **(environment or {})}
     with output.open("wb") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=variables,
             start_new_session=True,
             # As a script's `&` starts a run; what holds here holds in a terminal.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
@@ -61,6 +62,7 @@ class TransformersServer:
         self._wake = asyncio.Event()
         self._admit = asyncio.Event()  # clear: an abort holds new requests back
         self._admit.set()
+        self._rejecting = False  # they are sent away instead: verl has taken this server out of its balancer
         self._drained = asyncio.Event()  # no row is running
         self._drained.set()
         self._loading = 0  # buckets of weights that wait for the batch to end
@@ -88,12 +90,17 @@ class TransformersServer:
         """Continue `prompt_ids`. `sampling_params` takes vLLM's names; unknown ones raise instead of being ignored."""
         if image_data is not None or video_data is not None:
             raise ValueError("the transformers rollout is text-only; use rollout=vllm or rollout=sglang for images")
-        await self._admit.wait()
+        while not self._admit.is_set():
+            if self._rejecting:
+                return _unserved()
+            await self._admit.wait()
         request = self._request(list(prompt_ids), dict(sampling_params))
         future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         self._wake.set()
         sample = await future
+        if not sample.token_ids:
+            return _unserved()
         return TokenOutput(
             token_ids=sample.token_ids,
             log_probs=sample.log_probs,
@@ -192,7 +199,12 @@ class TransformersServer:
     # -- life-cycle calls of verl's RolloutReplica ----------------------------------------------------------------
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
-        """Running rows end with what they have ("aborted"); new requests wait for `resume_generation`."""
+        """Running rows end with what they have ("aborted"); new requests wait for `resume_generation`.
+
+        Args:
+            reject_request: new requests end at once, "aborted", and verl's client takes them to another server.
+        """
+        self._rejecting = reject_request
         self._admit.clear()
         for _, future in self._waiting:
             if not future.done():
@@ -200,6 +212,7 @@ class TransformersServer:
         self._waiting.clear()
 
     async def resume_generation(self) -> None:
+        self._rejecting = False
         self._admit.set()
 
     # Weights and cache are in ordinary memory and stay there: nothing to release, nothing to restore.
@@ -214,6 +227,11 @@ class TransformersServer:
     async def resume_kv_cache(self) -> None: ...
 
 
+def _unserved() -> TokenOutput:
+    """To a request that got no token. No weights have sampled it, so it has no `global_steps`."""
+    return TokenOutput(token_ids=[], log_probs=[], stop_reason="aborted", extra_fields={"global_steps": None})
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -224,9 +242,16 @@ class TransformersReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         if self.world_size != 1:
             raise ValueError("the transformers rollout does not shard a model: set tensor_model_parallel_size=1")
+        # It asks Ray for nothing, and would come to lie on any node: beside its worker the weights need no network.
+        node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
         server = (
             ray.remote(TransformersServer)
-            .options(name=server_actor_name(self.replica_rank), num_cpus=0, max_concurrency=self.max_concurrency)
+            .options(
+                name=server_actor_name(self.replica_rank),
+                num_cpus=0,
+                max_concurrency=self.max_concurrency,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
             .remote(config=self.config, model_config=self.model_config, replica_rank=self.replica_rank)
         )
         self.servers = [server]

@@ -9,13 +9,17 @@ order, because verl asks for the platform while it imports its trainers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import ray
 import torch
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.distributed import initialize_global_process_group_ray
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.engine_workers import TrainingWorker
 
 import verl_ext.cpu.engine  # noqa: F401  registers the engine in the process that needs it
 
@@ -27,9 +31,22 @@ class CPUTrainingWorker(TrainingWorker):
         super().__init__(config)
 
 
-class CPUActorRolloutRefWorker(ActorRolloutRefWorker):
+class CPUActorRolloutRefWorker(DetachActorWorker):
+    """verl's worker of policy and reference, with what separate_async asks of it: to keep older weights at hand."""
+
     actor_worker_cls = CPUTrainingWorker
     ref_worker_cls = CPUTrainingWorker
+
+    @property
+    def copy_handler(self) -> Callable[[torch.nn.Module], tuple[dict, Any]]:
+        """verl keeps `tensor.cpu()`, which is no copy where the tensor is on the CPU: the weights themselves."""
+        save = super().copy_handler
+
+        def copy(module: torch.nn.Module) -> tuple[dict, Any]:
+            kept, spec = save(module)
+            return {name: (tensor.clone(), its_spec) for name, (tensor, its_spec) in kept.items()}, spec
+
+        return copy
 
 
 class CPUWorkersMixin(PPOTrainer):

@@ -46,6 +46,7 @@ COLUMNS: dict[str, pyarrow.DataType] = {
     "advantage": pyarrow.float64(),
     "log_prob": pyarrow.float64(),
     "log_prob_gap": pyarrow.float64(),
+    "weights": pyarrow.list_(pyarrow.int64()),  # first and last step whose weights sampled it
 }
 _BATCH = 4096  # rows
 _DID_NOT_RUN = ("malformed", "over_limit")

@@ -60,6 +60,9 @@ class Turn(_Part):
     overrun: int = Field(
         0, description="tokens that the server sampled behind that token; they are no part of the turn"
     )
+    weights: list[int] | None = Field(
+        None, description="the first and last step whose weights sampled it; null: the server did not say"
+    )
     token_ids: list[int] | None = Field(None, description="end - start tokens, control tokens among them")
     rewards: dict[str, float] | None = Field(
         None, description="by part: outcome, shaping, format; they add up to reward"

@@ -22,6 +22,11 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
 
+def is_ray(url: str | None) -> bool:
+    """Whether this names no server, but an executor on every node of the Ray cluster that a process is connected to."""
+    return url is not None and url.partition("://")[0] == "ray"
+
+
 class ToolClient:
     """Runs code on a backend. Use as an async context manager, in the event loop that created it.
 
@@ -40,7 +45,9 @@ class ToolClient:
 
     @classmethod
     def from_url(cls, url: str, token: str | None = None, **options: Any) -> ToolClient:
-        """A tool server at ``url``."""
+        """A tool server at ``url``; ``ray``, or ``ray://strong``, stands for :meth:`from_ray` with that isolation."""
+        if is_ray(url):
+            return cls.from_ray(isolation=url.partition("://")[2] or "auto", **options)
         from verl_ext.tool_server.backends.http import HttpBackend
 
         return cls(HttpBackend(url, token), **options)

@@ -33,7 +33,7 @@ class PythonTool(BaseTool):
         type: verl's tool type, "native".
         backend: "http" (default): a tool server at `url`; "sandbox_fusion": any SandboxFusion service at `url`;
             "ray": one executor on every node of the training run's own cluster, no URL.
-        url: the tool server, e.g. http://127.0.0.1:8000.
+        url: the tool server, e.g. http://127.0.0.1:8000; "ray" or "ray://strong" is backend "ray" with that isolation.
         token: bearer token, where the server asks for one.
         timeout: wall seconds for one execution; default: the server's limit.
         max_code_chars: longest `code` the schema allows; default: the server's limit only.

@@ -27,8 +27,8 @@ Keys of this command; everything else goes to each run as it is, and both engine
 On a cluster `parallel` cells are submitted at a time, the next one when one ends. Set it to the cells that the GPUs
 hold at once: free GPUs / (trainer.nnodes x trainer.n_gpus_per_node), so 4 on 4 idle nodes of 8 GPUs for cells of one
 node. With more, a cell does not wait for GPUs: verl ends it at its start ("Total available GPUs ... is less than
-..."), and after a second attempt it counts as failed. With less, GPUs stay idle. Cells take hardware=multi_node and a
-tool_server.url that all nodes reach, also with trainer.nnodes=1: Ray chooses the node of their workers. The folder that
+..."), and after a second attempt it counts as failed. With less, GPUs stay idle. Cells take hardware=multi_node,
+also with trainer.nnodes=1: Ray chooses the node of their workers. The folder that
 this command is given in, its Python environment and OUT are paths that all nodes share; the drivers of the cells run
 where Ray runs jobs, on the head node by default.
 """

@@ -84,6 +84,8 @@ class Turn:
     broken: FormatReason | None = None
     ended_by: str = ""  # the control token that ended it, as text; "" where it was cut, and in older records
     overrun: int = 0  # tokens that the server generated past that token: left out of the response
+    #: First and last step whose weights sampled it; None: the server did not say, and older records.
+    weights: tuple[int, int] | None = None
 
     @property
     def code(self) -> str:
@@ -176,4 +178,5 @@ def _turn(data: dict) -> Turn:
         broken=FormatReason(data["broken"]) if data["broken"] else None,
         ended_by=data.get("ended_by", ""),
         overrun=data.get("overrun", 0),
+        weights=(weights[0], weights[1]) if (weights := data.get("weights")) else None,
     )

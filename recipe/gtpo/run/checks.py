@@ -16,7 +16,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
 from recipe.gtpo.run.errors import ConfigError
-from recipe.gtpo.run.gpu import Check, attention, check_disk, fit_memory, machine_checks, machines_of, shape_of
+from recipe.gtpo.run.gpu import (
+    Check,
+    attention,
+    check_disk,
+    check_ulysses,
+    fill_logical_gpus,
+    fill_model,
+    fit_memory,
+    machine_checks,
+    machines_of,
+    shape_of,
+)
 from recipe.gtpo.run.identity import variant
 from recipe.gtpo.run.inputs import (
     Prompt,
@@ -26,10 +37,13 @@ from recipe.gtpo.run.inputs import (
     check_machine,
     check_reward,
     expand_paths,
+    ray_starts_here,
 )
 from recipe.gtpo.run.machine import gpus, host_memory
 from recipe.gtpo.run.model import check_model, read_config
+from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
+from verl_ext.tool_server.client import is_ray
 
 #: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
@@ -59,6 +73,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("gtpo_config", lambda name: str(CONFIG_DIR / name), replace=True)
     OmegaConf.register_new_resolver("gtpo_variant", lambda: variant(), replace=True)
     OmegaConf.register_new_resolver("gtpo_attention", lambda: attention()[0], replace=True)
+    OmegaConf.register_new_resolver(
+        "gtpo_weight_sync", lambda device: "gloo" if device == "cpu" else "nccl", replace=True
+    )
     OmegaConf.register_new_resolver("gtpo_gpus", lambda otherwise: len(gpus()) or otherwise, replace=True)
 
 
@@ -94,18 +111,20 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(str(e)) from e  # names the key
     if not config.trainer.use_v1:
         raise ConfigError("trainer.use_v1=false: GTPO runs on verl's V1 trainer only")
-    mode = config.trainer.v1.trainer_mode
-    modes = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
-    if mode not in modes:
-        raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(modes)}")
+    check_mode(config)
     check_estimator(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
     if (hardware == "multi_node" or config.trainer.nnodes > 1) and config.tool_server.url is None:
         raise ConfigError(
-            "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; start one with "
-            "`python -m verl_ext.tool_server` where all nodes reach it, and give its address"
+            "tool_server.url is not set: other nodes cannot reach a server on this machine's loopback; set it to ray "
+            "(an executor on every node), or to the address of a `python -m verl_ext.tool_server` that all nodes reach"
+        )
+    if is_ray(config.tool_server.url) and ray_starts_here(config):
+        raise ConfigError(
+            f"tool_server.url={config.tool_server.url} is for a Ray cluster that runs (ray_kwargs.ray_init.address); "
+            "leave it out, and the run starts a tool server on this machine"
         )
     check_call_format(config)
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
@@ -113,6 +132,40 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
     check_choices(config)
     return options
+
+
+MODES = ("gtpo_sync", "gtpo_colocate_async", "gtpo_separate_async")
+
+
+def check_mode(config: DictConfig) -> None:
+    """Raise ConfigError for a trainer that there is not, or that could not start: verl says so after Ray has."""
+    mode, parts = config.trainer.v1.trainer_mode, config.actor_rollout_ref
+    rollout = parts.rollout
+    if mode not in MODES:
+        raise ConfigError(f"trainer.v1.trainer_mode={mode}: this recipe has {', '.join(MODES)}")
+    if mode == "gtpo_sync":
+        return
+    word = mode.removeprefix("gtpo_")
+    if rollout.full_determinism:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode} with actor_rollout_ref.rollout.full_determinism=true: which weights a "
+            "turn meets depends on the clock, and a turn that is interrupted would draw its seed's numbers twice; set "
+            f"it to false, or take mode={word}, which does"
+        )
+    if mode == "gtpo_colocate_async":
+        return
+    if rollout.nnodes < 1 or rollout.n_gpus_per_node < 1 or rollout.checkpoint_engine.backend == "naive":
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode} samples on devices of its own: take mode={word}, or set "
+            "actor_rollout_ref.rollout.nnodes, .n_gpus_per_node and .checkpoint_engine.backend (nccl; on the CPU gloo)"
+        )
+    steps, mini = config.trainer.v1.separate_async.parameter_sync_step, parts.actor.ppo_mini_batch_size
+    if config.data.train_batch_size != steps * mini:
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode}: data.train_batch_size={config.data.train_batch_size} is not "
+            f"trainer.v1.separate_async.parameter_sync_step={steps} x "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        )
 
 
 #: Estimators of verl 0.9.1 that its V1 trainers do not hand what they read: estimator -> what that is.
@@ -165,13 +218,21 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     for key, value in made.items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, value)
+    choose_model(config, task, say)
     for look in given_checks(config).values():
         look(say)
+    fill_logical_gpus(config)
     config.run_dir = str(Path(config.run_dir).resolve())
     config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
     os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
     OmegaConf.resolve(config)
     return task
+
+
+def choose_model(config: DictConfig, task: Task, say: Say) -> None:
+    """A task on published problems brings data and no model: on GPUs there is a default."""
+    if isinstance(task, PreparedTask):
+        fill_model(config, machines_of(config, gpus(), host_memory()), say)
 
 
 def first_checks(config: DictConfig, choices: dict[str, Any]) -> dict[str, Check]:
@@ -191,10 +252,14 @@ def given_checks(config: DictConfig) -> dict[str, Check]:
         if (warning := short_context(config)) is not None:
             say(f"warning: {warning}")
 
+    def memory(say: Say) -> None:
+        check_ulysses(config, shape_of(config))
+        fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say)
+
     return {
         "data": lambda say: prompts.extend(check_data(config, say)),
         "model and tokenizer": lambda say: check_model(config, prompts, say),
-        "memory": lambda say: fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say),
+        "memory": memory,
         "disk": lambda say: check_disk(config, shape_of(config)),
         "context": context,
     }

@@ -8,8 +8,9 @@ import functools
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -82,6 +83,27 @@ def check_processors(config: DictConfig, here: int) -> None:
     )
 
 
+def check_cluster(config: DictConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """The same of a Ray that runs: each of `nodes` is what one living node has in its books, by Ray's words.
+
+    verl takes a node's GPUs from one node, with the CPUs that its bundles ask for beside them.
+    """
+    from verl.single_controller.ray.base import ResourcePoolManager
+
+    gpus = config.trainer.n_gpus_per_node
+    cpus = ResourcePoolManager.max_colocate_count * gpus
+    fit = sum(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
+    total, has = sum(needed_processors(config).values()), sum(node.get("CPU", 0) for node in nodes)
+    if fit >= config.trainer.nnodes and has >= total:
+        return
+    books = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes)
+    raise ConfigError(
+        f"this run asks Ray for {config.trainer.nnodes} nodes of {gpus} GPUs and {cpus} CPUs, and {total} CPUs in all; "
+        f"it would wait for ever. The cluster's books say: {books}. Set trainer.nnodes and trainer.n_gpus_per_node, or "
+        "give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
+    )
+
+
 def check_batch(config: DictConfig) -> None:
     """verl divides an update's trajectories among the GPUs, and fails after the first rollouts if a rest is left."""
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
@@ -98,15 +120,25 @@ def check_batch(config: DictConfig) -> None:
     )
 
 
+def gpus_of_a_node(config: DictConfig) -> int:
+    """That the run asks Ray for; on the CPU, one stands for a training process."""
+    apart = config.trainer.v1.trainer_mode == "gtpo_separate_async"  # samples on devices of its own
+    return config.trainer.n_gpus_per_node + (config.actor_rollout_ref.rollout.n_gpus_per_node if apart else 0)
+
+
+def fill_logical_gpus(config: DictConfig) -> None:
+    """What Ray is told of GPUs on a machine without: as many as the run asks for. Another's Ray has its own number."""
+    if config.trainer.device == "cpu" and ray_starts_here(config):
+        _fill(config, {"ray_kwargs.ray_init.num_gpus": gpus_of_a_node(config)})
+
+
 # -- GPUs, driver, packages -------------------------------------------------------------------------------------------
 
 _IN_USE = 2 * GB  # of a GPU, by others; a desktop takes less
 
 
 def check_gpus(config: DictConfig, gpus: Sequence[Gpu], say: Say) -> None:
-    wanted = config.trainer.n_gpus_per_node
-    if config.trainer.v1.trainer_mode == "gtpo_separate_async":
-        wanted += config.actor_rollout_ref.rollout.n_gpus_per_node
+    wanted = gpus_of_a_node(config)
     if len(gpus) < wanted:
         raise ConfigError(
             f"this run asks for {wanted} GPUs of a machine, and nvidia-smi shows {len(gpus)} here: install or repair "
@@ -236,6 +268,66 @@ def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> 
     return Machines(trainer.n_gpus_per_node, size, trainer.nnodes, host if sizes else None)
 
 
+def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
+    """What the config has of a training's settings; and what it may leave to `memory.choose`, None where it does."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    parts = config.actor_rollout_ref
+    model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
+    settings = Settings(
+        tokens=longest,
+        longest=longest,
+        cpu_adam=bool(fsdp.offload_policy),
+        lora_rank=model.lora_rank,
+        tensor_parallel=rollout.tensor_model_parallel_size,
+        ulysses=fsdp.ulysses_sequence_parallel_size,
+        fused=bool(model.use_fused_kernels),
+        flash=_attention_of(config) == "flash_attention_2",
+    )
+    tokens = parts.actor.ppo_max_token_len_per_gpu
+    if not parts.actor.use_dynamic_bsz:
+        tokens = longest * (parts.actor.ppo_micro_batch_size_per_gpu or 1)
+    both = [value for value in (fsdp.param_offload, fsdp.optimizer_offload) if value is not None]
+    return settings, {
+        "tokens": tokens,
+        "offload": all(both) if both else None,
+        "share": rollout.gpu_memory_utilization,
+    }
+
+
+def _attention_of(config: DictConfig) -> str:
+    return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
+
+
+def fill_model(config: DictConfig, machines: Machines, say: Say) -> None:
+    """On GPUs, where nobody says which model: the largest Qwen2.5 that they train, up to 7B."""
+    if config.trainer.device == "cpu" or config.actor_rollout_ref.model.path is not None:
+        return
+    settings, given = asked_for(config)
+    size = memory.default_size(machines, settings, **given)
+    config.actor_rollout_ref.model.path = f"Qwen/Qwen2.5-{size}-Instruct"
+    say(
+        f"model: {config.actor_rollout_ref.model.path}, the largest of Qwen2.5 up to 7B for {machines}, trained "
+        f"{'by LoRA' if settings.lora_rank else 'in full'}; another: actor_rollout_ref.model.path=..."
+    )
+
+
+def check_ulysses(config: DictConfig, shape: Shape | None) -> None:
+    """Under sdpa, GPUs that share a trajectory would each attend to their own part of it alone, without a word."""
+    together = config.actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size
+    if together == 1:
+        return
+    key = f"{_FSDP}.ulysses_sequence_parallel_size={together}"
+    if _attention_of(config) == "sdpa":
+        raise ConfigError(
+            f"{key}: verl exchanges the tokens of a trajectory around flash-attn's kernel only, and with sdpa each GPU "
+            f"would attend to its own part alone ({attention()[1]}): install requirements/flash_attn.txt, or set it to "
+            "1"
+        )
+    if shape is not None and shape.heads % together:
+        fitting = " or ".join(str(n) for n in range(2, shape.heads + 1) if shape.heads % n == 0)
+        raise ConfigError(f"{key} does not divide the {shape.heads} attention heads of the model: set it to {fitting}")
+
+
 def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say: Say) -> None:
     """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU.
 
@@ -246,27 +338,12 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
     if config.trainer.device == "cpu":
         _fill(config, {_TOKENS: 2 * longest})
         return
-    parts = config.actor_rollout_ref
-    model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
-    settings = Settings(
-        tokens=longest,
-        longest=longest,
-        cpu_adam=bool(fsdp.offload_policy),
-        lora_rank=model.lora_rank,
-        tensor_parallel=rollout.tensor_model_parallel_size,
-        fused=bool(model.use_fused_kernels),
-        flash=model.override_config.get("attn_implementation", "flash_attention_2") == "flash_attention_2",
-    )
-    tokens = parts.actor.ppo_max_token_len_per_gpu
-    if not parts.actor.use_dynamic_bsz:
-        tokens = longest * (parts.actor.ppo_micro_batch_size_per_gpu or 1)
-    both = [value for value in (fsdp.param_offload, fsdp.optimizer_offload) if value is not None]
+    settings, given = asked_for(config)
     taken = shape or memory.QWEN25["7B"]
-    given = {"tokens": tokens, "offload": all(both) if both else None, "share": rollout.gpu_memory_utilization}
     found = memory.choose(taken, machines, settings, **given)
     if found is None:
         tried = {
-            "tokens": given["tokens"] or longest,
+            "tokens": given["tokens"] or settings.tokens_of_one,
             "offload": given["offload"] is not False,
             "share": given["share"],
         }

@@ -33,6 +33,8 @@ CHUNK, FUSED_BYTES = 512, 24
 COPIES = 4
 #: Longest trajectories that vLLM's cache has to hold at once, for the rollouts not to crawl.
 AT_ONCE = 8
+#: What is trained where nobody says: the largest of these that fits in full, and the first where none does.
+DEFAULTS = ("0.5B", "1.5B", "3B", "7B")
 #: vLLM's share of a GPU is looked for in these steps.
 SHARES = tuple(share / 100 for share in range(70, 5, -5))
 
@@ -152,8 +154,14 @@ class Settings:
     share: float = 0.6  # of a GPU, for vLLM: rollout.gpu_memory_utilization
     lora_rank: int = 0
     tensor_parallel: int = 1  # GPUs that share one copy of vLLM's weights
+    ulysses: int = 1  # GPUs that share the tokens of one trajectory in the update
     fused: bool = True  # no logits of a whole micro-batch: model.use_fused_kernels
     flash: bool = False  # flash-attn's kernels; without them attention reads a mask of tokens x tokens
+
+    @property
+    def tokens_of_one(self) -> int:
+        """Of the longest trajectory, on one GPU."""
+        return -(-self.longest // self.ulysses)
 
 
 def trainable(shape: Shape, settings: Settings) -> int:
@@ -252,13 +260,20 @@ def choose(
         tokens, offload, share: given ones; None: to be chosen. Less offloading comes first, then larger micro-batches,
             then a larger share for vLLM.
     """
-    for try_tokens in (tokens,) if tokens is not None else (2 * settings.longest, settings.longest):
+    one = settings.tokens_of_one
+    for try_tokens in (tokens,) if tokens is not None else (2 * one, one):
         for try_offload in (offload,) if offload is not None else (False, True):
             for try_share in (share,) if share is not None else SHARES:
                 tried = replace(settings, tokens=try_tokens, offload=try_offload, share=try_share)
                 if lacking(shape, machines, tried) is None:
                     return tried
     return None
+
+
+def default_size(machines: Machines, settings: Settings, **given: Any) -> str:
+    """Of Qwen2.5, by its name. `given`: as `choose` takes it."""
+    fitting = [size for size in DEFAULTS if choose(QWEN25[size], machines, settings, **given)]
+    return (fitting or list(DEFAULTS[:1]))[-1]
 
 
 def best(settings: Settings, *, tokens: int, offload: bool, share: float | None) -> Settings:

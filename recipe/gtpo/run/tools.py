@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.inputs import Say
+from verl_ext.tool_server.client import ToolClient, is_ray
 
 _SECONDS = 60.0  # for the first calls; a server answers in milliseconds, on a busy machine in seconds
 _MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
@@ -69,6 +70,22 @@ def check_tools(config: DictConfig, variables: Mapping[str, Any], say: Say) -> N
     say("tools: " + ", ".join(f"{name} (answers)" if called and name == "python" else name for name in tools))
 
 
+def start_executors(url: str) -> tuple[ToolClient, str]:
+    """Start an executor on every node of the Ray cluster that this process is in, and have each run a program.
+
+    Returns the client, which has to be kept: with its last handle an executor ends; and a line on what there is.
+    Raises what a node says that cannot run code safely, and BackendUnavailable where no node answers.
+    """
+
+    async def ask() -> tuple[ToolClient, dict[str, Any]]:
+        client = ToolClient.from_url(url)
+        return client, await client.health()
+
+    client, found = asyncio.run(ask())
+    tiers = sorted({node["isolation"] for node in found["nodes"].values()})
+    return client, f"tool server: an executor on each of {len(found['nodes'])} nodes, isolation: {', '.join(tiers)}"
+
+
 def _load(config: DictConfig) -> list[Any]:
     from verl.tools.tool_registry import load_all_tools
     from verl.utils.import_utils import resolve_config_path
@@ -85,7 +102,8 @@ def _load(config: DictConfig) -> list[Any]:
 
 def _takes_code(tool: Any) -> bool:
     """Whether it can be called with a program alone. A tool that starts with Ray's workers has to wait for them."""
-    if (getattr(tool, "config", None) or {}).get("backend") == "ray":
+    about = getattr(tool, "config", None) or {}
+    if about.get("backend") == "ray" or is_ray(about.get("url")):
         return False
     parameters = tool.tool_schema.function.parameters
     return "code" in parameters.properties and set(parameters.required or ()) <= {"code"}

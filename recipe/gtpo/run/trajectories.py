@@ -34,7 +34,9 @@ class Row:
 
     def line(self, trajectory: Trajectory) -> dict[str, Any]:
         line = trajectory.to_dict()
+        alike = list(self.weights) if len(set(self.weights)) == 1 else None  # then every turn was sampled with them
         for turn in line["turns"]:
+            turn["weights"] = turn["weights"] or alike
             turn["token_ids"] = None if self.token_ids is None else list(self.token_ids[turn["start"] : turn["end"]])
         known = {name: value for name, value in vars(self).items() if name != "token_ids"}
         if self.prompt is not None:

@@ -119,7 +119,7 @@ def test_one_script_gives_one_trajectory_through_both_engines(stream, settings, 
         raw_prompt=PROBLEM.messages,
         reward_model={"ground_truth": str(PROBLEM.answer)},
     ).trajectory
-    assert without_seconds(theirs) == without_seconds(ours)
+    assert without_clock_and_weights(theirs) == without_clock_and_weights(ours)
 
 
 def test_control_tokens_in_a_tools_text_are_text_in_both_engines(stream, settings, monkeypatch):
@@ -136,7 +136,7 @@ def test_control_tokens_in_a_tools_text_are_text_in_both_engines(stream, setting
         reward_model={"ground_truth": str(PROBLEM.answer)},
     )
     assert ours.ids == theirs.output.prompt_ids + theirs.output.response_ids
-    assert without_seconds(ours.trajectory()) == without_seconds(theirs.trajectory)
+    assert without_clock_and_weights(ours.trajectory()) == without_clock_and_weights(theirs.trajectory)
     first, second = ours.trajectory().turns
     context = ours.ids[ours.prompt_length + first.end : ours.prompt_length + second.start]
     control = set(stream.tokenizer.get_added_vocab().values())
@@ -150,9 +150,9 @@ def runnable(settings, text):
     return Conversation(replace(settings.rules, max_turns=2)).end_turn(0, 1, text, cut=False)
 
 
-def without_seconds(trajectory):
+def without_clock_and_weights(trajectory):
     turns = (
-        replace(turn, outcomes=tuple(replace(outcome, seconds=0.0) for outcome in turn.outcomes))
+        replace(turn, outcomes=tuple(replace(outcome, seconds=0.0) for outcome in turn.outcomes), weights=None)
         for turn in trajectory.turns
     )
     return replace(trajectory, turns=tuple(turns))

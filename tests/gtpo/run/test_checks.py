@@ -26,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.tools.tool_registry import load_all_tools
 
 from recipe.gtpo.agent_loop import GTPOAgentLoop
-from recipe.gtpo.main import validate
+from recipe.gtpo.main import ray_executors, validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare, short_context
+from recipe.gtpo.run.gpu import fill_logical_gpus
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
 
 pytestmark = pytest.mark.unit
@@ -254,6 +255,63 @@ def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, mess
     assert refusal(config, choices).startswith(message)
 
 
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", names("mode"))
+def test_every_mode_can_start_on_the_cpu(mode):
+    config, choices = compose_with_choices(f"mode={mode}")
+    check(config, choices)
+    assert config.trainer.v1.trainer_mode == f"gtpo_{mode}"
+    assert config.actor_rollout_ref.rollout.full_determinism == (mode == "sync")  # the others go by the clock
+    fill_logical_gpus(config)
+    assert config.ray_kwargs.ray_init.num_gpus == (2 if mode == "separate_async" else 1)
+
+
+def test_rollouts_apart_get_their_weights_by_what_the_device_has():
+    for hardware, backend in (("cpu", "gloo"), ("single_node", "nccl")):
+        rollout = "transformers" if hardware == "cpu" else "vllm"
+        config, choices = compose_with_choices("mode=separate_async", f"hardware={hardware}", f"rollout={rollout}")
+        check(config, choices)
+        engine = config.actor_rollout_ref.rollout.checkpoint_engine
+        assert (engine.backend, engine.custom_backend_module) == (
+            backend,
+            "verl_ext.cpu.checkpoint" if hardware == "cpu" else None,
+        )
+
+
+def test_a_ray_of_somebody_else_s_is_told_no_number_of_gpus():
+    config = compose("ray_kwargs.ray_init.address=127.0.0.1:6379")
+    fill_logical_gpus(config)
+    assert config.ray_kwargs.ray_init.num_gpus is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.v1.trainer_mode=gtpo_colocate_async"], "full_determinism=true: which weights a turn meets depends"),
+        (["mode=colocate_async", "actor_rollout_ref.rollout.full_determinism=true"], "or take mode=colocate_async"),
+        (
+            ["trainer.v1.trainer_mode=gtpo_separate_async", "actor_rollout_ref.rollout.full_determinism=false"],
+            "samples on devices of its own: take mode=separate_async",
+        ),
+        (
+            ["mode=separate_async", "actor_rollout_ref.rollout.checkpoint_engine.backend=naive"],
+            "samples on devices of its own",
+        ),
+        (
+            ["mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=2"],
+            "data.train_batch_size=16 is not trainer.v1.separate_async.parameter_sync_step=2 x "
+            "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        ),
+    ],
+)
+def test_a_mode_that_could_not_start_is_refused(overrides, message):
+    config, choices = compose_with_choices(*overrides)
+    refused = refusal(config, choices)
+    assert refused.startswith("trainer.v1.trainer_mode=gtpo_") and message in refused
+
+
 @pytest.mark.parametrize("key", ["use_kl_in_reward", "gdpo_reward_weights"])
 def test_what_gdpo_would_ignore_is_refused(default, key):
     config, choices = default
@@ -273,7 +331,31 @@ def test_group_filtering_is_refused_unless_it_filters_on_the_raw_outcome(default
 
 def test_several_nodes_need_a_tool_server_that_all_can_reach():
     config, choices = compose_with_choices("hardware=multi_node", "rollout=vllm")
+    assert config.tool_server.url == "ray"  # an executor on each
+    check(config, choices)
+    config.tool_server.url = None
     assert refusal(config, choices).startswith("tool_server.url is not set: other nodes cannot reach")
+
+
+def test_executors_on_the_nodes_of_a_cluster_need_a_cluster():
+    config, choices = compose_with_choices("tool_server.url=ray")
+    assert refusal(config, choices).startswith("tool_server.url=ray is for a Ray cluster that runs")
+    config.ray_kwargs.ray_init.address = "127.0.0.1:6379"
+    check(config, choices)
+
+
+def test_executors_isolate_as_the_config_asks():
+    config = compose("tool_server.url=ray")
+    assert ray_executors(config) == "ray"
+    config.tool_server.isolation = "strong"
+    assert ray_executors(config) == "ray://strong"
+    config.tool_server.url = "ray://standard"
+    assert ray_executors(config) == "ray://standard"
+    for key, value in (("unsafe_no_isolation", True), ("workers", 2)):
+        refused = compose("tool_server.url=ray")
+        refused.tool_server[key] = value
+        with pytest.raises(ConfigError, match="every node isolates programs"):
+            ray_executors(refused)
 
 
 def test_what_verl_refuses_is_refused_before_anything_starts(default):

@@ -18,12 +18,15 @@ from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import (
     attention,
     check_batch,
+    check_cluster,
     check_cuda,
     check_disk,
     check_gpus,
     check_packages,
     check_processors,
     check_shared_memory,
+    check_ulysses,
+    fill_model,
     fit_memory,
     machine_checks,
     machines_of,
@@ -116,6 +119,19 @@ def test_too_few_processors_are_refused_where_ray_would_wait_for_ever(monkeypatc
     check_processors(config, 2)
     check_processors(compose(), 1)  # the CPU's file has a number of its own
     check_processors(on("multi_node"), 1)  # of a cluster that runs, only Ray knows
+
+
+def test_a_cluster_is_asked_for_what_ray_would_wait_for():
+    config, node = on("multi_node"), {"GPU": 8.0, "CPU": 64.0}  # two nodes; 48 CPUs for bundles and 10 more
+    check_cluster(config, [node, node])
+    check_cluster(config, [{"CPU": 10.0}, {"GPU": 8.0, "CPU": 24.0}, {"GPU": 8.0, "CPU": 24.0}])
+    assert refusal(check_cluster, config, [node, {"GPU": 4.0, "CPU": 64.0}]) == (
+        "this run asks Ray for 2 nodes of 8 GPUs and 24 CPUs, and 58 CPUs in all; it would wait for ever. The "
+        "cluster's books say: 8 GPUs and 64 CPUs, 4 GPUs and 64 CPUs. Set trainer.nnodes and trainer.n_gpus_per_node, "
+        "or give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
+    )
+    for nodes in ([node], [node, {}], [node, {"GPU": 8.0, "CPU": 23.0}], 2 * [{"GPU": 8.0, "CPU": 24.0}]):
+        refusal(check_cluster, config, nodes)
 
 
 def test_the_remedies_of_the_refusal_help(monkeypatch):
@@ -367,6 +383,75 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     )
     fit(on("single_gpu", "actor_rollout_ref.model.lora_rank=32"), "7B", 1)
     fit(on("single_gpu", "actor_rollout_ref.actor.fsdp_config.offload_policy=true"), "7B", 1)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "count", "gigabytes", "size"),
+    [
+        ("single_gpu", 1, 24, "0.5B"),
+        ("single_gpu", 1, 80, "3B"),
+        ("single_node", 2, 80, "7B"),
+        ("single_node", 8, 80, "7B"),
+        ("single_gpu", 1, 6, "0.5B"),  # nothing fits: the check of the memory then says what would
+    ],
+)
+def test_where_nobody_names_a_model_the_largest_of_qwen_that_fits_is_taken_and_told(hardware, count, gigabytes, size):
+    config, said = compose(f"hardware={hardware}", "rollout=vllm", "task=math"), []
+    config.trainer.n_gpus_per_node = count
+    machines = Machines(count, gigabytes * GB)
+    fill_model(config, machines, said.append)
+    assert said == [
+        f"model: Qwen/Qwen2.5-{size}-Instruct, the largest of Qwen2.5 up to 7B for {machines}, trained in full; "
+        "another: actor_rollout_ref.model.path=..."
+    ]
+    if gigabytes >= 24:
+        fit_memory(config, machines, shape_of(config), said.append)  # it does fit
+
+
+def test_a_model_that_somebody_names_stays_and_the_cpu_has_none_by_default():
+    config = on("single_gpu", "actor_rollout_ref.model.path=mine")
+    fill_model(config, Machines(1, 80 * GB), silent)
+    fill_model(compose(), Machines(1, 80 * GB), silent)
+    assert config.actor_rollout_ref.model.path == "mine"
+
+
+def test_lora_has_a_larger_default():
+    config, said = on("single_gpu", "actor_rollout_ref.model.lora_rank=32"), []
+    fill_model(config, Machines(1, 80 * GB), said.append)
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B-Instruct" and "by LoRA" in said[0]
+
+
+ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
+
+
+def test_gpus_share_a_trajectory_under_flash_attention_only():
+    """verl patches that kernel's call; sdpa would be right on each part and wrong on the whole."""
+    import inspect
+
+    from verl.models.transformers import monkey_patch
+
+    patched = inspect.getsource(monkey_patch)
+    assert "flash_attention._flash_attention_forward = _ulysses_flash_attention_forward" in patched
+    assert "sdpa_attention_forward" not in patched
+    two, seven = f"{ULYSSES}=2", QWEN25["7B"]
+    sdpa, flash = (f"{ATTENTION}={kernel}" for kernel in ("sdpa", "flash_attention_2"))
+    assert refusal(check_ulysses, on("single_node", sdpa, two), seven).startswith(f"{two}: verl exchanges the tokens")
+    check_ulysses(on("single_node", flash, two), seven)
+    check_ulysses(on("single_node", sdpa), seven)
+    three = on("single_node", flash, f"{ULYSSES}=3")
+    assert refusal(check_ulysses, three, seven).endswith(
+        "28 attention heads of the model: set it to 2 or 4 or 7 or 14 or 28"
+    )
+    check_ulysses(three, None)
+
+
+def test_gpus_that_share_a_trajectory_need_a_part_of_its_tokens_each():
+    flash = f"{ATTENTION}=flash_attention_2"
+    alone = on("single_node", flash, "trainer.n_gpus_per_node=4")
+    shared = on("single_node", flash, "trainer.n_gpus_per_node=4", f"{ULYSSES}=4")
+    assert "micro-batches of 18432 tokens" in fit(alone, "7B", 4)  # two of the longest trajectories
+    assert "micro-batches of 4608 tokens" in fit(shared, "7B", 4)  # on each, of two of them together
 
 
 def test_a_model_of_unknown_size_is_not_refused_and_that_is_told():

@@ -385,12 +385,27 @@ async def test_an_abort_hands_back_what_was_generated_and_holds_new_requests(ser
     cut, unserved = await asyncio.gather(running, waiting)
     assert (cut.stop_reason, cut.token_ids) == ("aborted", whole.token_ids[:1]) and len(cut.log_probs) == 1
     assert (unserved.stop_reason, unserved.token_ids) == ("aborted", [])
+    assert unserved.extra_fields == {"global_steps": None}  # no weights have sampled it
 
     held = asyncio.create_task(server.ask(PROMPTS[2]))
     await asyncio.sleep(0.05)
     assert not held.done() and len(server.batches) == 1
     await server.resume_generation()
     assert (await held).token_ids == reference(server, PROMPTS[2]).token_ids
+
+
+@served
+async def test_a_server_that_verl_takes_out_of_its_balancer_sends_late_requests_away(server, path):
+    """One that waited here would wait until verl takes the server back: for ever, at the end of a run."""
+    await server.abort_all_requests(reject_request=True)
+    sent_away = await asyncio.wait_for(server.ask(PROMPTS[0]), 5)
+    assert (sent_away.stop_reason, sent_away.token_ids) == ("aborted", [])
+    await server.abort_all_requests()  # a plain one, as of a weight sync, makes them wait again
+    held = asyncio.create_task(server.ask(PROMPTS[0]))
+    await asyncio.sleep(0.05)
+    assert not held.done()
+    await server.resume_generation()
+    assert (await held).token_ids == reference(server, PROMPTS[0]).token_ids
 
 
 @served

@@ -50,6 +50,7 @@ NEW = {
             **OLD["turns"][0],
             "ended_by": "<|im_end|>",
             "overrun": 0,
+            "weights": [1, 2],
             "token_ids": [5, 6, 7, 2],
             "rewards": {"outcome": 0.0, "shaping": 0.25, "format": -0.1},
             "reward": 0.15,

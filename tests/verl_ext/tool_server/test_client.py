@@ -11,6 +11,7 @@ import pytest
 
 from verl_ext.tool_server import ExecutionRequest, ExecutionResult, Isolation, Outcome, ToolClient
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
+from verl_ext.tool_server.client import is_ray
 
 pytestmark = pytest.mark.unit
 
@@ -169,3 +170,19 @@ def test_a_sessions_infra_answer_is_final() -> None:
 def test_an_empty_batch_asks_nobody() -> None:
     backend = FakeBackend(all_ok)
     assert run(backend, []) == [] and backend.asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "ray"),
+    [("ray", True), ("ray://strong", True), ("http://ray:8000", False), ("https://rays", False), ("rays", False)],
+)
+def test_a_url_that_stands_for_the_nodes_of_a_ray_cluster(url: str, ray: bool) -> None:
+    assert is_ray(url) == ray and not is_ray(None)
+
+
+def test_isolation_is_part_of_such_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(ToolClient, "from_ray", lambda **options: asked.append(options))
+    ToolClient.from_url("ray")
+    ToolClient.from_url("ray://strong", deadline=5.0)
+    assert asked == [{"isolation": "auto"}, {"isolation": "strong", "deadline": 5.0}]

@@ -11,6 +11,7 @@ pytest.importorskip("verl", reason="a run needs verl")
 from composition import compose
 
 from recipe.gtpo.main import ConfigError, ServerStartError, tool_server
+from recipe.gtpo.run.tools import check_tools
 from verl_ext.tool_server import ToolClient
 from verl_ext.tool_server.launch import LIMITS
 
@@ -58,3 +59,21 @@ def test_settings_for_a_server_that_is_there_already_are_refused(override: str) 
     with pytest.raises(ConfigError, match=r"its own: give them on its command line"):
         with tool_server(compose("tool_server.url=http://127.0.0.1:9", override)):
             pass
+
+
+@pytest.mark.unit
+def test_executors_on_the_nodes_are_no_server_to_start_or_to_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose("tool_server.url=ray", "tool_server.isolation=strong")
+    with tool_server(config) as handle:
+        assert handle is None and config.tool_server.url == "ray://strong"  # what the tool's client gets
+    assert "gtpo: the tool server is an executor on every node of the Ray cluster" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give them on its command line"):
+        with tool_server(compose("tool_server.url=ray", "tool_server.limits.threads=5")):
+            pass
+
+
+@pytest.mark.unit
+def test_executors_are_not_called_before_there_is_a_ray() -> None:
+    said: list[str] = []
+    check_tools(compose(), {"GTPO_TOOL_SERVER_URL": "ray"}, said.append)
+    assert said == ["tools: python"]  # and no "(answers)"

@@ -7,4 +7,5 @@ patches nothing. It is imported only where `VERL_PLATFORM=cpu` (see `verl_ext.pl
 - `engine`: FSDP2 over gloo, float32.
 - `workers`: verl's training workers with a process group that verl's own helper cannot build for the CPU.
 - `rollout`: a batched transformers server behind verl's `RolloutReplica`.
+- `vllm_rollout`, `vllm_worker`: verl's own vLLM server, where the CPU build of vLLM is installed.
 """

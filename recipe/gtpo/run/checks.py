@@ -33,7 +33,7 @@ from recipe.gtpo.tasks.task import Task, load_task
 
 #: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
-    "cpu": ("transformers",),
+    "cpu": ("transformers", "vllm_cpu"),
     "single_gpu": ("vllm", "sglang"),
     "single_node": ("vllm", "sglang"),
     "multi_node": ("vllm", "sglang"),

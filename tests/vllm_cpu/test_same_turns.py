@@ -1,8 +1,8 @@
 """verl's vLLM server and the transformers server say the same, turn by turn, in the recipe's agent loop.
 
-Greedily both take the likeliest token: tokens, turns, finishes and log-probs can be compared one by one. Samples cannot,
-for each engine draws its own random numbers: there the log-probs that an engine reports are compared with those that
-the model itself gives the same tokens.
+Greedily both take the likeliest token: tokens, turns, finishes and log-probs can be compared one by one. Samples
+cannot, for each engine draws its own random numbers: there the log-probs that an engine reports are compared with those
+that the model itself gives the same tokens.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def servers(policy):
         replica.workers = [Neighbour.remote()] if rollout == "vllm_cpu" else []
         asyncio.run(asyncio.wait_for(replica.launch_servers(), timeout=600))
         handles[rollout] = replica.server_handle
+        if rollout == "vllm_cpu":
+            assert replica.server_address.startswith("127.0.0.1:")  # its HTTP server is this machine's only
     yield handles
     ray.shutdown()
 
@@ -201,7 +203,7 @@ def test_a_turn_that_ended_has_its_end_token_once_and_a_turn_that_was_cut_has_no
     servers, policy, tokenizer, sampling
 ):
     end = tokenizer.convert_tokens_to_ids(TURN_END)
-    outputs = roll_out(servers, "vllm_cpu", policy, tokenizer, sampling, response_length=90)
+    outputs = roll_out(servers, "vllm_cpu", policy, tokenizer, sampling, response_length=60)
     counts = Counter()
     for output, trajectory in zip(outputs, trajectories(outputs), strict=True):
         for turn in trajectory.turns:

@@ -4,7 +4,8 @@ killed, and the start that goes on. The two tests tell one story, in order.
 
 from __future__ import annotations
 
-import psutil
+import time
+
 import pytest
 from runs import start
 
@@ -27,28 +28,13 @@ def run_of(folder, steps):
     return start(folder, "rollout=vllm_cpu", f"trainer.total_training_steps={steps}", "watchdog.poll_seconds=2")
 
 
-def listening(run):
-    """host -> titles, of what waits for connections and is vLLM's."""
-    found = {}
-    for process in run.seen.values():
-        try:
-            title = " ".join(process.cmdline())
-            hosts = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        except psutil.Error:
-            continue
-        if title.startswith(("VLLM::", "ray::CPUvLLMHttpServer")):
-            for host in hosts:
-                found.setdefault(host, []).append(title)
-    return found
-
-
 def test_a_run_that_loses_its_engine_ends_within_a_minute_with_the_cause(folder):
     with run_of(folder, 100000) as run:
         run.wait_for_step(1, START)
-        print("listening:", listening(run))
         run.find(ENGINE).kill()
-        status = run.wait(60)
-        assert status != 0
+        began = time.monotonic()
+        assert run.wait(60) != 0
+        print(f"ended {time.monotonic() - began:.0f} s after its engine")
         line = run.last_line()
         assert line.startswith("gtpo: error: the rollout server lost its engine: "), run.text()[-2000:]
         assert run.left_behind() == []

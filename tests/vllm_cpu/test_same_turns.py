@@ -42,6 +42,7 @@ pytestmark = pytest.mark.vllm
 
 ROLLOUTS = ("transformers", "vllm_cpu")
 GAP = 1e-5  # of log-probs, both engines in float32
+UNLIKELY = 5e-5  # of a single token that is sampled against the odds: rounding counts for more there
 HORIZON = 2
 LIMITS = Limits.of(HORIZON)
 PROBLEMS = [to_row(problem, i) for i, problem in enumerate(take(sample_problems("train", 1, step_mix(HORIZON)), 24))]
@@ -187,7 +188,7 @@ def test_a_sample_has_the_log_probs_that_the_model_gives_it(servers, policy, tok
             if sampled:
                 gaps.append(abs(log_probs[first + t - 1, token].item() - output.response_logprobs[t]))
     print(rollout, len(gaps), "tokens, gap: mean", sum(gaps) / len(gaps), "largest", max(gaps))
-    assert len(gaps) > 500 and max(gaps) < GAP
+    assert len(gaps) > 500 and sum(gaps) / len(gaps) < GAP / 10 and max(gaps) < UNLIKELY
 
 
 def test_a_request_has_its_own_seed(servers, policy, tokenizer):

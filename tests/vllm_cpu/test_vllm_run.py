@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
 
 
 def run_of(folder, steps):
-    return start(folder, "rollout=vllm_cpu", f"trainer.total_training_steps={steps}", "watchdog.poll_seconds=2")
+    # The toy policy's trajectories all earn the same: without a term for entropy, no weight would ever change.
+    overrides = ("actor_rollout_ref.actor.entropy_coeff=0.1", f"trainer.total_training_steps={steps}")
+    return start(folder, "rollout=vllm_cpu", "watchdog.poll_seconds=2", *overrides)
 
 
 def test_a_run_that_loses_its_engine_ends_within_a_minute_with_the_cause(folder):
@@ -55,11 +57,12 @@ def test_the_next_start_goes_on_and_trains_with_the_weights_that_it_samples_with
     for line in lines:
         assert validation_accuracy(line["metrics"]) is not None or (line["step"] % 2 and line["step"] < total)
         if line["step"]:
+            assert line["metrics"]["actor/grad_norm"] > 0
             assert line["metrics"]["gtpo/log_prob_gap/mean"] < GAP
-            assert line["metrics"]["training/rollout_probs_diff_max"] < 10 * GAP
+            assert line["metrics"]["training/rollout_probs_diff_max"] < GAP
     for step in range(1, total + 1):
         rows = record.read_trajectories(step)
         assert len(rows) == 4  # two prompts x two rollouts
         for row in rows:
-            assert all(abs(gap) < GAP for turn in row["turns"] for gap in turn["log_prob_gaps"])
+            assert all(turn["log_prob_gap"] < GAP for turn in row["turns"])
     assert "cpu" in record.read_starts()[-1]["packages"]["vllm"]

@@ -70,6 +70,8 @@ def config_of(rollout, policy, **changes):
         f"data.max_prompt_length={LIMITS.prompt}",
         f"data.max_response_length={LIMITS.response}",
         f"actor_rollout_ref.rollout.multi_turn.max_assistant_turns={LIMITS.turns}",
+        # fewer tokens than the prompts of PROBLEMS have, so that vLLM needs several steps to read them
+        *("actor_rollout_ref.rollout.max_model_len=320", "actor_rollout_ref.rollout.max_num_batched_tokens=320"),
     )
     for key, value in changes.items():
         OmegaConf.update(config, f"actor_rollout_ref.rollout.{key}", value)

@@ -57,13 +57,23 @@ ENGINE = """
 import sys
 if __name__ == "__main__":  # vLLM's processes import this file
     from vllm import LLM, SamplingParams
-    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
-    llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2))
+    limits = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, **limits)
+    prompts = [{"prompt_token_ids": [5 + i] * 40} for i in range(4)]
+    llm.generate(prompts, SamplingParams(max_tokens=2, seed=1))
 """
 
 
-def test_an_engine_dies_of_the_batch_invariant_kernels(tmp_path):
-    """`CPUvLLMHttpServer._post_init`."""
+@pytest.mark.parametrize(
+    ("invariant", "cause"),
+    [
+        # `CPUvLLMHttpServer._post_init`
+        pytest.param("1", "'function' object is not subscriptable", id="batch-invariant-kernels"),
+        # `enable_chunked_prefill`
+        pytest.param("0", "CPU Generator does not use offset", id="a-prompt-in-parts"),
+    ],
+)
+def test_an_engine_dies_of(tmp_path, invariant, cause):
     tokenizer = train_tokenizer(["1 + 1"], vocab_size=270, directory=tmp_path / "policy")
     shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "layers": 1, "heads": 2, "intermediate_size": 64}
     model = build_model(**shape, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
@@ -71,9 +81,9 @@ def test_an_engine_dies_of_the_batch_invariant_kernels(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
     environment = compose("rollout=vllm_cpu").ray_kwargs.ray_init.runtime_env.env_vars
-    variables = OmegaConf.to_container(environment, resolve=True) | {"VLLM_BATCH_INVARIANT": "1"}
+    variables = OmegaConf.to_container(environment, resolve=True) | {"VLLM_BATCH_INVARIANT": invariant}
     done = python(str(script), str(tmp_path / "policy"), **variables)
-    assert done.returncode != 0 and "'function' object is not subscriptable" in done.stdout + done.stderr
+    assert done.returncode != 0 and cause in done.stdout + done.stderr
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """What verl_ext/cpu/vllm_rollout.py, vllm_worker.py, config/rollout/vllm_cpu.yaml and setup_env.sh work around, each
-shown to be still there. A test that fails here says that its work-around can go.
+shown to be still there. A test that fails here says that its work-around can go: to be asked when a pin of
+requirements/vllm_cpu.txt changes, `bash tests/vllm_cpu.sh -m vllm`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 from recipe.gtpo.tasks.arithmetic.policy import build_model, train_tokenizer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def test_the_package_is_not_named_vllm():

@@ -5,6 +5,7 @@
 #                                                                        # with: Qwen2.5, as large as fits, on task=math
 #   bash examples/run_gtpo_qwen.sh method=grpo seed=2                    # a baseline, another seed
 #   bash examples/run_gtpo_qwen.sh algorithm.gtpo.baseline=turn          # any option of GTPO or of verl
+#   bash examples/run_gtpo_qwen.sh rollout=vllm_cpu run_dir=outputs/vllm # no GPU: verl's own vLLM server
 #   ROLLOUT=sglang bash examples/run_gtpo_qwen.sh hardware=single_node   # GPU, SGLang instead of vLLM
 #
 # ROLLOUT, HARDWARE  see stack.sh

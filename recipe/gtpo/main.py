@@ -236,7 +236,8 @@ def run(config: DictConfig) -> int:
         prepare(config, say)
         validate(config)
         claim(record, config)
-        gc.freeze()  # all is imported; the process ends a second sooner when it does not look for cycles in verl
+        if "triton" not in sys.modules:  # which comes with vLLM, and ends with a page on all that was not collected
+            gc.freeze()  # all is imported; the process ends a second sooner when it does not look for cycles in verl
         gc.enable()
         resumes = config.trainer.resume_mode == "auto"
         checkpoint = latest_checkpoint(config.trainer.default_local_dir) if resumes else None

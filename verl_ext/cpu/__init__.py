@@ -8,4 +8,5 @@ patches nothing. It is imported only where `VERL_PLATFORM=cpu` (see `verl_ext.pl
 - `workers`: verl's training workers with a process group that verl's own helper cannot build for the CPU.
 - `rollout`: a batched transformers server behind verl's `RolloutReplica`.
 - `checkpoint`: new weights for such servers that have no training process beside them, over gloo.
+- `vllm_rollout`, `vllm_worker`: verl's own vLLM server, where the CPU build of vLLM is installed.
 """

@@ -47,7 +47,7 @@ from verl_ext.tool_server.client import is_ray
 
 #: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
-    "cpu": ("transformers",),
+    "cpu": ("transformers", "vllm_cpu"),
     "single_gpu": ("vllm", "sglang"),
     "single_node": ("vllm", "sglang"),
     "multi_node": ("vllm", "sglang"),

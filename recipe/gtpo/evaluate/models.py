@@ -188,9 +188,9 @@ def merge_shards(shards: Path, target: Path) -> None:
                 state = super()._load_and_merge_state_dicts(*args, **kwargs)
             if adapters := [name for name in state if "lora_" in name]:
                 raise ConfigError(
-                    f"{shards} is a LoRA checkpoint ({len(adapters)} adapter weights): merge it with `python -m "
-                    f"verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`, put DIR/lora_adapter "
-                    "into the model with peft (merge_and_unload), and give that folder as model="
+                    f"{shards} is a LoRA checkpoint ({len(adapters)} adapter weights), which is not merged here: run "
+                    f"`python -m verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`, put "
+                    "DIR/lora_adapter into the model with peft (merge_and_unload), and give that folder as model="
                 )
             self.types = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
             return state

@@ -124,8 +124,10 @@ def results_table(results: Mapping[str, Result]) -> list[str]:
         turns = f"{result.means['turns']:.2f}" if result.means else "-"
         measures = (show(estimates.get(measure)) for measure in result.main)
         rows.append(
-            (name, str(counts["problems"]), str(result.samples), *measures, turns)
-            + tuple(str(counts[key]) for key in ("truncated", "infra", "lost"))
+            (
+                *(name, str(counts["problems"]), str(result.samples), *measures, turns),
+                *(str(counts[key]) for key in ("truncated", "infra", "lost")),
+            )
         )
     return _columns([head, *rows]) + _notes(results)
 

@@ -64,9 +64,8 @@ class Roller:
 
     def __init__(self, config: DictConfig, model: HFModelConfig, server: Any, tools: Sequence[Any]) -> None:
         config = copy.deepcopy(config)
-        # Every turn has a seed of its own, made of the run's seed, problem, number of the sample and turn: a second start
-        # repeats no draw of the first, and two models are asked with the same ones. Only the loop hears of it: servers
-        # and kernels are those of training.
+        # Every turn has a seed of its own, made of the run's seed, step, problem, number of the sample and turn: a second
+        # start repeats no draw of the first. Only the loop hears of it: servers and kernels are those of training.
         config.actor_rollout_ref.rollout.full_determinism = True
         config.actor_rollout_ref.rollout.calculate_log_probs = False  # nobody trains on them
         values = config.actor_rollout_ref.rollout.val_kwargs
@@ -89,9 +88,14 @@ class Roller:
             tools=ToolListWrap(list(tools)),
         )
 
-    async def roll_out(self, row: dict[str, Any], session: int) -> Rollout:
-        """One trajectory. Never raises for what model, tool, server or reward function did: the record says it."""
-        output = await self._loop.run(dict(self._sampling), **row, session_id=session, global_steps=0)
+    async def roll_out(self, row: dict[str, Any], session: int, step: int) -> Rollout:
+        """One trajectory. Never raises for what model, tool, server or reward function did: the record says it.
+
+        Args:
+            step: of training. With the seeds of `rollout.full_determinism`, which the CPU has, the first samples are
+                those of the run's own validation at that step.
+        """
+        output = await self._loop.run(dict(self._sampling), **row, session_id=session, global_steps=step)
         return Rollout(Trajectory.from_dict(output.extra_fields[TRAJECTORY]), output.response_ids)
 
 

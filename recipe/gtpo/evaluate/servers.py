@@ -67,7 +67,7 @@ async def watch(manager: Any, record: RunRecord, config: DictConfig) -> None:
 _SECONDS = 1800.0  # of one turn
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another try, of what is busy or was cut off
 _BUSY = (429, 502, 503, 504)
-#: What is no part of OpenAI's completions; vLLM has all of it, and a server that does not know a word mostly ignores it.
+#: What is no part of OpenAI's completions. vLLM has all of it; most servers pass over a word that they do not know.
 _EXTRAS = {"return_token_ids": True, "skip_special_tokens": False, "add_special_tokens": False}
 
 

@@ -1,4 +1,4 @@
-"""Protects the numbers of an evaluation: exact values, and what holds for any attempts, against loops over all draws."""
+"""Protects the numbers of an evaluation: exact values, and for any attempts what loops over all draws give."""
 
 from __future__ import annotations
 

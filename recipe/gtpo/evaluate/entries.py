@@ -109,6 +109,9 @@ def _find_problems(entry: Entry, record: RunRecord, request: Request) -> dict[st
         return task.prepare_evaluation()
     if one.file is not None:
         return {}
+    names = [source.name for source in task.evaluation]
+    if one.chosen not in names:
+        raise ConfigError(f"benchmarks={one.name} is no set of task={one.task}: {', '.join(names)}")
     file = record.dir / "data" / f"{one.name}.parquet"
     prepared = Path(task.folder).resolve()
     if file.is_file():
@@ -116,9 +119,6 @@ def _find_problems(entry: Entry, record: RunRecord, request: Request) -> dict[st
     elif request.local is None and _is_prepared(task, prepared, one.chosen):
         file = prepared / f"{one.chosen}.parquet"
     else:
-        names = [source.name for source in task.evaluation]
-        if one.chosen not in names:
-            raise ConfigError(f"benchmarks={one.chosen} is no set of task={one.task}: {', '.join(names)}")
         prepare_evaluation(task, one.chosen, file, local=request.local, say=lambda text: say(f"data: {text}"))
     entry.config.data.val_files = str(file)
     return {}

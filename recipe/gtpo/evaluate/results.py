@@ -84,7 +84,7 @@ class Result:
 
     @property
     def main(self) -> tuple[str, str, str]:
-        """The measures that the table shows."""
+        """The measures that the table shows; of one sample a problem they are all the same."""
         return f"mean@{self.samples}", f"pass@{self.samples}", f"maj@{self.samples}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def difference_table(before: Mapping[str, Result], after: Mapping[str, Result], 
     for benchmark, result in after.items():
         other = before[benchmark]
         differences, ours, theirs = result.minus(other), result.estimates, other.estimates
-        for measure in dict.fromkeys(result.main):
+        for measure in result.main[: None if result.samples > 1 else 1]:
             found = (show(theirs.get(measure)), show(ours.get(measure)), show(differences.get(measure), signed=True))
             rows.append((benchmark, measure, *found))
     return _columns(rows)

@@ -64,8 +64,8 @@ class Roller:
 
     def __init__(self, config: DictConfig, model: HFModelConfig, server: Any, tools: Sequence[Any]) -> None:
         config = copy.deepcopy(config)
-        # Every turn has a seed of its own, made of the run's seed, step, problem, number of the sample and turn: a second
-        # start repeats no draw of the first. Only the loop hears of it: servers and kernels are those of training.
+        # Every turn has a seed of its own, made of the run's seed, step, problem, number of the sample and turn: a
+        # second start repeats no draw of the first. Only the loop hears of it: servers and kernels are as in training.
         config.actor_rollout_ref.rollout.full_determinism = True
         config.actor_rollout_ref.rollout.calculate_log_probs = False  # nobody trains on them
         values = config.actor_rollout_ref.rollout.val_kwargs

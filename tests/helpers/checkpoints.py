@@ -24,7 +24,8 @@ dist.init_process_group("gloo", init_method=f"file://{target}/rendezvous", rank=
 made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 made.load_state_dict(torch.load(weights), strict=False)
 fully_shard(made, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
-state = {name: tensor for name, tensor in made.state_dict().items() if name != "lm_head.weight"}  # tied, as verl drops it
+state = made.state_dict()
+state.pop("lm_head.weight", None)  # tied: verl leaves it out
 torch.save(state, f"{target}/model_world_size_2_rank_{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()

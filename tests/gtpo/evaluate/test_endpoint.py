@@ -88,7 +88,7 @@ def test_sampling_reaches_the_endpoint_with_a_seed_a_turn(tokenizer):
 
 def test_texts_are_made_into_tokens_and_what_that_loses_is_said(tokenizer, with_verls_server):
     """Here the tokens happen to be the same."""
-    output, trajectory, client = talk(FakeEndpoint(tokenizer, say, ids=False), tokenizer)
+    _, trajectory, client = talk(FakeEndpoint(tokenizer, say, ids=False), tokenizer)
     assert spoken(trajectory) == spoken(with_verls_server.trajectory)
     assert len(client.lost) == 1 and client.lost[0].startswith("it answers in text, which is made into tokens again")
 

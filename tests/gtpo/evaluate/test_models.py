@@ -89,7 +89,7 @@ def _copy(run, tmp_path):
 def test_a_merge_that_fails_leaves_nothing(run, tmp_path):
     model = _copy(run, tmp_path)
     (model.checkpoint / "actor/model_world_size_2_rank_1.pt").write_bytes(b"half of a shar")
-    with pytest.raises(Exception, match=".+"):
+    with pytest.raises(Exception, match=r"PytorchStreamReader|pickle|load key"):
         merge(model)
     assert sorted(path.name for path in model.checkpoint.iterdir()) == ["actor"]
 

@@ -19,7 +19,12 @@ def test_a_command_line_is_read():
     request = Request.parse(
         [*NAMED, "samples=8", "compare=base", "temperature=0.6", "top_p=0.9", "rollout=vllm", "local=data", "seed=2"]
     )
-    assert (request.model, request.benchmarks, request.samples, request.compare) == ("m", ("aime24", "gsm8k"), 8, "base")
+    assert (request.model, request.benchmarks, request.samples, request.compare) == (
+        "m",
+        ("aime24", "gsm8k"),
+        8,
+        "base",
+    )
     assert str(request.local) == "data"
     assert request.overrides == (
         "actor_rollout_ref.rollout.val_kwargs.temperature=0.6",
@@ -117,7 +122,7 @@ def composed(benchmark, *given, run=RUN, run_task="gsm8k"):
 
 
 def test_the_runs_own_task_keeps_the_runs_settings():
-    config, choices = composed("gsm8k")
+    config, _ = composed("gsm8k")
     assert (config.task.system, config.data.max_response_length, config.seed) == ("Think.", 999, 7)
     assert config.actor_rollout_ref.rollout.multi_turn.max_assistant_turns == 3
     assert (config.method, list(config.tool_server.packages)) == ("grpo", ["numpy"])

@@ -108,7 +108,7 @@ def test_before_and_after_are_paired_by_problem():
     results = [asyncio.run(Result.of(done, 4, 1, 0, same)) for done in (before, after)]
     difference = results[1].minus(results[0])["mean@1"]
     assert difference.value == 0.5 and difference.low >= 0.0
-    head, *rows = difference_table({"x": results[0]}, {"x": results[1]}, ("before", "after"))
+    _, *rows = difference_table({"x": results[0]}, {"x": results[1]}, ("before", "after"))
     assert len(rows) == 1  # of one sample, all measures are the same
     assert rows[0].split()[:3] == ["x", "mean@1", "0.000"] and "+0.500 [" in rows[0]
 

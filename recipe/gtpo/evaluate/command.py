@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
@@ -72,7 +72,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         endpoint = None if request.endpoint is None else {"url": request.endpoint}
         to_do = [each for each in evaluations if not each.complete]
         if to_do:
-            endpoint = run(to_do, entries) or endpoint
+            if request.endpoint is not None:
+                endpoint = asyncio.run(to_do[0].ask_endpoint())
+            run(to_do, entries)
         report(evaluations, endpoint)
         return 0
     except (ConfigError, RecordError) as e:
@@ -94,9 +96,9 @@ def evaluate(arguments: Sequence[str]) -> int:
         return _end(f"{record.read_cause()} (whole report: {record.logs}); {_GOES_ON}")
 
 
-def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> dict[str, Any] | None:
+def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> None:
     """Tool server, then the models, one after the other."""
-    first, said = entries[0].config, None
+    first = entries[0].config
     with tool_server(first) as server:
         variables = {"GTPO_TOOL_SERVER_URL": first.tool_server.url, "GTPO_TOOL_SERVER_TOKEN": first.tool_server.token}
         with environment(variables):
@@ -105,8 +107,7 @@ def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> dict[str
                     entry.config.tool_server.url = first.tool_server.url
                 check_tools(entry.config, variables, functools.partial(_say_of, entry.name))
             for one in evaluations:
-                said = roll_out(one, server)
-    return said
+                roll_out(one, server)
 
 
 def _say_of(name: str, text: str) -> None:

@@ -70,18 +70,24 @@ class Evaluation:
         most = self.request.concurrency or rollout.max_num_seqs * len(manager.get_replicas())
         await self._beside(self._all(manager.get_client(), most), watch(manager, self.record, self.server_config))
 
-    async def with_endpoint(self) -> dict[str, Any]:
-        """Returns what is said of the endpoint in the output."""
+    def _endpoint(self) -> Endpoint:
         tokenizer, request = self.model_config.tokenizer, self.request
         end = turn_end(tokenizer)
         if end is None:
             end = next(iter(ids_of(tokenizer.eos_token_id)), None)
         assert request.endpoint is not None
-        async with Endpoint(request.endpoint, request.served_model, tokenizer, end, request.api_key_env) as endpoint:
+        return Endpoint(request.endpoint, request.served_model, tokenizer, end, request.api_key_env)
+
+    async def ask_endpoint(self) -> dict[str, Any]:
+        """What is said of the endpoint in the output. Raises ConfigError for one that cannot be used."""
+        async with self._endpoint() as endpoint:
             for lost in endpoint.lost:
                 say(f"warning: endpoint {endpoint.url}: {lost}")
-            await self._all(endpoint, request.concurrency or _AT_ONCE)
             return {"url": endpoint.url, "model": endpoint.model, "lost": endpoint.lost}
+
+    async def with_endpoint(self) -> None:
+        async with self._endpoint() as endpoint:
+            await self._all(endpoint, self.request.concurrency or _AT_ONCE)
 
     async def _beside(self, work: Coroutine, guard: Coroutine) -> None:
         """Until the work is done, or the guard raises."""
@@ -170,13 +176,14 @@ def _server_config(entries: Sequence[Entry], model: Model) -> DictConfig:
     return config
 
 
-def roll_out(evaluation: Evaluation, server: ServerHandle | None) -> dict[str, Any] | None:
-    """All samples that are missing. Returns what is said of an endpoint."""
+def roll_out(evaluation: Evaluation, server: ServerHandle | None) -> None:
+    """All samples that are missing."""
     request, record, config = evaluation.request, evaluation.record, evaluation.server_config
     with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
         try:
             if request.endpoint is not None:
-                return asyncio.run(evaluation.with_endpoint())
+                asyncio.run(evaluation.with_endpoint())
+                return
             say(f"starting the rollout servers of {evaluation.model}")
             with own_ray(config):
                 try:
@@ -184,7 +191,6 @@ def roll_out(evaluation: Evaluation, server: ServerHandle | None) -> dict[str, A
                 finally:
                     ending.set()
                     keep_logs(record)
-            return None
         except Exception:
             lost = lost_part(server)
             if lost is not None:  # what was raised is a consequence

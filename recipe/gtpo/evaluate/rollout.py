@@ -43,6 +43,9 @@ def load_model_config(config: DictConfig) -> HFModelConfig:
 
 def load_rows(config: DictConfig, model: HFModelConfig) -> Any:
     """The data set of `data.val_files`, as the trainer makes it: rows by number; `too_long` of them are left out."""
+    import datasets
+
+    datasets.disable_progress_bars()
     # It makes the tools, for what they add to a prompt, and calls none: any address will do. It prints how many rows.
     with environment({"GTPO_TOOL_SERVER_URL": "http://127.0.0.1"}), contextlib.redirect_stdout(io.StringIO()):
         return create_rl_dataset(

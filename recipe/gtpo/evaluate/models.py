@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
-from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.record import RunRecord, latest_checkpoint
 
 #: Folder of a checkpoint that holds the merged model, and the file in it that says of which shards.
@@ -147,7 +148,7 @@ def _step(checkpoint: Path) -> int:
 def merge(model: Model) -> bool:
     """Make the merged model of a checkpoint, whole or not at all; False where it is there already.
 
-    Raises ConfigError for a LoRA checkpoint, and where a rank's shard is missing.
+    Raises ConfigError for half of a LoRA checkpoint, and for a shard that is missing or torn.
     """
     assert model.checkpoint is not None
     shards, target = model.checkpoint / "actor", Path(model.path)
@@ -167,31 +168,36 @@ def merge(model: Model) -> bool:
         shutil.rmtree(target, ignore_errors=True)
         os.chmod(partial, 0o755)  # mkdtemp makes it private
         os.replace(partial, target)
+    except (ConfigError, OSError):
+        raise
+    except Exception as e:  # of torch, of pickle, of the model's class
+        raise ConfigError(f"{shards} cannot be merged: {one_line(e)}; was its saving cut off?") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
 def merge_shards(shards: Path, target: Path) -> None:
-    """verl's merger (`python -m verl.model_merger merge --backend fsdp`), without its rounding to bfloat16."""
+    """verl's merger (`python -m verl.model_merger merge --backend fsdp`), without its rounding to bfloat16.
+
+    verl puts a LoRA adapter beside the model; here it is added to the weights, in their own type.
+    """
     import torch
     from verl.model_merger.base_model_merger import ModelMergerConfig
     from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
     class Merger(FSDPModelMerger):
         types: set[torch.dtype]
+        adapted: bool
 
         def _load_and_merge_state_dicts(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             # verl has no switch: it calls bfloat16() of every shard, in this thread. Which types there are is noted
             # for config.json; tests/gtpo/evaluate/test_models.py breaks when the merger works otherwise.
             with mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor):
                 state = super()._load_and_merge_state_dicts(*args, **kwargs)
-            if adapters := [name for name in state if "lora_" in name]:
-                raise ConfigError(
-                    f"{shards} is a LoRA checkpoint ({len(adapters)} adapter weights), which is not merged here: run "
-                    f"`python -m verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`, put "
-                    "DIR/lora_adapter into the model with peft (merge_and_unload), and give that folder as model="
-                )
+            self.adapted = any("lora_" in name for name in state)
+            if self.adapted and (why := _no_adapter(shards, state)):
+                raise ConfigError(f"{shards} is a LoRA checkpoint {why}")
             self.types = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
             return state
 
@@ -207,7 +213,33 @@ def merge_shards(shards: Path, target: Path) -> None:
             )
         )
         merger.merge_and_save()
-    if len(merger.types) == 1:  # the merger writes bfloat16 there too
-        file = target / "config.json"
-        config = json.loads(file.read_text()) | {"dtype": str(merger.types.pop()).removeprefix("torch.")}
+        file, widest = target / "config.json", max(merger.types, key=lambda one: one.itemsize)
+        config = json.loads(file.read_text()) | {"dtype": str(widest).removeprefix("torch.")}  # it wrote bfloat16
         file.write_text(json.dumps(config, indent=2) + "\n")
+        if merger.adapted:
+            _add_adapter(target)
+
+
+def _no_adapter(shards: Path, state: Mapping[str, Any]) -> str:
+    """Why the adapter of a checkpoint cannot be added to its model; "" where it can."""
+    if all("lora_" in name for name in state):
+        return (
+            "of the adapter alone: save the model too (actor.checkpoint), or merge them with peft and give that folder"
+        )
+    meta = shards / "lora_train_meta.json"
+    if not meta.is_file() or not json.loads(meta.read_text()).get("lora_alpha"):  # verl would take 0
+        return f"whose {meta.name} does not say lora_alpha: what the adapter was multiplied with is not known"
+    return ""
+
+
+def _add_adapter(folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / "lora_adapter"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    merged.save_pretrained(folder)
+    shutil.rmtree(adapter)

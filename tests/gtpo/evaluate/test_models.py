@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from verl.model_merger.base_model_merger import ModelMergerConfig
@@ -89,7 +90,7 @@ def _copy(run, tmp_path):
 def test_a_merge_that_fails_leaves_nothing(run, tmp_path):
     model = _copy(run, tmp_path)
     (model.checkpoint / "actor/model_world_size_2_rank_1.pt").write_bytes(b"half of a shar")
-    with pytest.raises(Exception, match=r"PytorchStreamReader|pickle|load key"):
+    with pytest.raises(ConfigError, match=r"actor cannot be merged: .*; was its saving cut off\?"):
         merge(model)
     assert sorted(path.name for path in model.checkpoint.iterdir()) == ["actor"]
 
@@ -101,13 +102,53 @@ def test_a_missing_shard_is_named(run, tmp_path):
         merge(model)
 
 
-def test_a_lora_checkpoint_is_refused_with_the_way(run, tmp_path):
-    model = _copy(run, tmp_path)
-    for rank in range(2):
-        file = model.checkpoint / f"actor/model_world_size_2_rank_{rank}.pt"
-        state = torch.load(file, weights_only=False)
-        torch.save(state | {"base_model.model.q.lora_A.default.weight": torch.ones(2, 2)}, file)
-    with pytest.raises(ConfigError, match=r"is a LoRA checkpoint \(1 adapter weights\).*merge_and_unload"):
+ALPHA, RANK = 6, 3
+
+
+@pytest.fixture
+def lora(base, tmp_path):
+    """A run whose policy is `base` and a LoRA adapter, as verl saves it; its shards' folder and the whole state."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"]))
+    state = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if "lm_head" not in name}
+    for name in state:
+        if "lora_B" in name:  # which begins as zeros
+            torch.nn.init.normal_(state[name])
+    actor = tmp_path / "lora/checkpoints/global_step_1/actor"
+    actor.mkdir(parents=True)
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
+    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 1}))
+    (actor / "lora_train_meta.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}))
+    (tmp_path / "lora/config.json").write_text("{}")
+    shutil.copytree(base, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
+    return actor, state
+
+
+def test_a_lora_adapter_is_part_of_the_merged_weights(lora, base):
+    actor, state = lora
+    model = find_model(str(actor))
+    merge(model)
+    merged = AutoModelForCausalLM.from_pretrained(model.path, dtype="auto").state_dict()
+    for name, before in AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict().items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.default.weight" in state:
+            down, up = (state[f"{stem}.lora_{matrix}.default.weight"] for matrix in "AB")
+            assert torch.allclose(merged[name], before + ALPHA / RANK * up @ down, atol=1e-6)
+            assert not torch.allclose(merged[name], before, atol=1e-2)
+        else:
+            assert torch.equal(merged[name], before), name
+    assert not list((model.checkpoint / "merged").glob("*adapter*"))
+
+
+def test_half_of_a_lora_checkpoint_is_refused(lora):
+    actor, state = lora
+    model = find_model(str(actor))
+    (actor / "lora_train_meta.json").unlink()
+    with pytest.raises(ConfigError, match=r"lora_train_meta\.json does not say lora_alpha"):
+        merge(model)
+    only = {name: tensor for name, tensor in state.items() if "lora_" in name}
+    torch.save(only, actor / "model_world_size_1_rank_0.pt")
+    with pytest.raises(ConfigError, match="is a LoRA checkpoint of the adapter alone"):
         merge(model)
     assert not (model.checkpoint / "merged").exists()
 

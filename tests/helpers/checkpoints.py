@@ -1,4 +1,4 @@
-"""A run folder with a checkpoint as verl's FSDP2 writes it, of two ranks, in float32."""
+"""Run folders with a checkpoint as verl's FSDP2 writes it, in float32."""
 
 from __future__ import annotations
 
@@ -32,20 +32,37 @@ dist.destroy_process_group()
 """
 
 
-def write_checkpoint(run: Path, step: int, model: Path, weights: Mapping[str, torch.Tensor]) -> Path:
-    """Of `model` with other `weights`. Returns the folder `global_step_N`."""
-    folder = run / "checkpoints" / f"global_step_{step}"
+def write_sharded(run: Path, step: int, model: Path, weights: Mapping[str, torch.Tensor]) -> Path:
+    """Of two ranks, of `model` with other `weights`. Returns the folder `global_step_N`."""
+    folder = _around(run, step, model, ranks=2)
     actor = folder / "actor"
-    actor.mkdir(parents=True)
     torch.save(dict(weights), actor / "weights.pt")
     ranks = [
         subprocess.Popen([sys.executable, "-c", _SAVE, str(model), str(actor / "weights.pt"), str(actor), str(rank)])
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     (actor / "weights.pt").unlink()
     (actor / "rendezvous").unlink(missing_ok=True)
-    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
+    return folder
+
+
+def write_whole(run: Path, step: int, model: Path, weights: Mapping[str, torch.Tensor]) -> Path:
+    """Of one rank, with tensors that nothing is sharded of."""
+    folder = _around(run, step, model, ranks=1)
+    torch.save(dict(weights), folder / "actor" / "model_world_size_1_rank_0.pt")
+    return folder
+
+
+def _around(run: Path, step: int, model: Path, ranks: int) -> Path:
+    folder = run / "checkpoints" / f"global_step_{step}"
+    actor = folder / "actor"
+    actor.mkdir(parents=True)
+    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": ranks}))
     shutil.copytree(model, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
     (run / "config.json").write_text(json.dumps({"actor_rollout_ref.model.path": str(model)}))

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import write_sharded, write_whole
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -36,7 +36,7 @@ def trained(base):
 @pytest.fixture(scope="module")
 def run(base, trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "run"
-    write_checkpoint(folder, 3, base, trained)
+    write_sharded(folder, 3, base, trained)
     return folder
 
 
@@ -70,13 +70,14 @@ def test_verls_own_merger_would_lose_what_was_trained(run, base, trained, tmp_pa
 
 
 def test_a_checkpoint_is_merged_once_and_again_when_it_is_another(base, trained, tmp_path):
-    folder = write_checkpoint(tmp_path / "run", 1, base, trained)
+    weights = {name: tensor for name, tensor in trained.items() if name != "lm_head.weight"}  # tied
+    folder = write_whole(tmp_path / "run", 1, base, weights)
     model = find_model(str(folder))
     before = fingerprint(model)
     assert merge(model) and not merge(model) and fingerprint(model) == before
     shutil.rmtree(folder / "actor")
-    write_checkpoint(tmp_path / "again", 1, base, {name: tensor * 2 for name, tensor in trained.items()})
-    shutil.copytree(tmp_path / "again/checkpoints/global_step_1/actor", folder / "actor")
+    twice = write_whole(tmp_path / "again", 1, base, {name: tensor * 2 for name, tensor in weights.items()})
+    shutil.copytree(twice / "actor", folder / "actor")
     assert merge(model) and fingerprint(model) != before
     name = "model.norm.weight"
     assert torch.equal(load_file(folder / "merged/model.safetensors")[name], trained[name] * 2)
@@ -114,13 +115,8 @@ def lora(base, tmp_path):
     for name in state:
         if "lora_B" in name:  # which begins as zeros
             torch.nn.init.normal_(state[name])
-    actor = tmp_path / "lora/checkpoints/global_step_1/actor"
-    actor.mkdir(parents=True)
-    torch.save(state, actor / "model_world_size_1_rank_0.pt")
-    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 1}))
+    actor = write_whole(tmp_path / "lora", 1, base, state) / "actor"
     (actor / "lora_train_meta.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}))
-    (tmp_path / "lora/config.json").write_text("{}")
-    shutil.copytree(base, actor / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
     return actor, state
 
 

@@ -16,7 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.data.prepare import prepare_evaluation
 from recipe.gtpo.evaluate.models import Model, fingerprint, run_overrides
-from recipe.gtpo.evaluate.request import Benchmark, Request, find_benchmarks, key_of, overrides_of, task_of
+from recipe.gtpo.evaluate.request import (
+    Benchmark,
+    Request,
+    check_task_keys,
+    find_benchmarks,
+    key_of,
+    overrides_of,
+    task_of,
+)
 from recipe.gtpo.run import checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import machine_checks
@@ -60,7 +68,9 @@ def make_entries(request: Request, model: Model) -> list[Entry]:
     run_task = None if model.run is None else task_of(run, "arithmetic")
     compose = functools.lru_cache(maxsize=None)(checks.compose)  # a second each, and most benchmarks share one
     entries = []
-    for one in find_benchmarks(request.benchmarks, task_of(request.overrides, run_task)):
+    benchmarks = find_benchmarks(request.benchmarks, task_of(request.overrides, run_task))
+    check_task_keys(benchmarks, request, run_task)
+    for one in benchmarks:
         config, choices = compose(*overrides_of(one, request, run, run_task))
         entries.append(Entry(one, deepcopy(config), dict(choices), request.samples or one.samples))
     return entries

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from copy import deepcopy
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from recipe.gtpo.agent_loop import ids_of, turn_end
@@ -166,13 +166,13 @@ class Evaluation:
 
 def _server_config(entries: Sequence[Entry], model: Model) -> DictConfig:
     """Of servers that hold the longest trajectory of all benchmarks."""
-    config = deepcopy(entries[0].config)
-    for key in ("data.max_prompt_length", "data.max_response_length"):
-        OmegaConf.update(config, key, max(OmegaConf.select(entry.config, key) for entry in entries))
-    limits = [entry.config.actor_rollout_ref.rollout.max_model_len for entry in entries]
-    config.actor_rollout_ref.rollout.max_model_len = None if None in limits else max(limits)
+    config = deepcopy(entries[0].config)  # its interpolations are settled
+    rollout, all_of_them = config.actor_rollout_ref.rollout, [one.config.actor_rollout_ref.rollout for one in entries]
+    rollout.prompt_length = max(one.prompt_length for one in all_of_them)
+    rollout.response_length = max(one.response_length for one in all_of_them)
+    limits = [one.max_model_len for one in all_of_them]
+    rollout.max_model_len = None if None in limits else max(limits)
     config.actor_rollout_ref.model.path = model.path
-    OmegaConf.resolve(config)
     return config
 
 

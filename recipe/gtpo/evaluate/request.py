@@ -195,6 +195,16 @@ def find_benchmarks(names: Sequence[str], task: str | None) -> list[Benchmark]:
     return found
 
 
+def check_task_keys(benchmarks: Sequence[Benchmark], request: Request, run_task: str | None) -> None:
+    """Raise ConfigError for a key of a task that none of the benchmarks is of: it would be passed over."""
+    own = task_of(request.overrides, run_task)
+    for override in request.overrides:
+        if key_of(override).startswith("task.") and own not in (None, *(one.task for one in benchmarks)):
+            raise ConfigError(
+                f"{override} is a key of task={own}, which no benchmark is of: task=NAME says whose it is"
+            )
+
+
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,16 +224,20 @@ def overrides_of(benchmark: Benchmark, request: Request, run: Sequence[str], run
     Args:
         run: the overrides of the run that trained the model.
         run_task: its task.
+
+    A `task.KEY=` of the command line is for the task that `task=` names, or else for the run's, or else for all.
     """
+    own = task_of(request.overrides, run_task)
+    given = [one for one in request.overrides if own in (None, benchmark.task) or not key_of(one).startswith("task.")]
     sections = OF_MODEL + (OF_TASK if benchmark.task == run_task else ())
     inherited = [one for one in run if _is_of(key_of(one), sections) and not _is_of(key_of(one), _NOT_OF_MODEL)]
     merged: dict[str, str] = {}
-    for override in [*inherited, *request.overrides, f"task={benchmark.task}"]:
+    for override in [*inherited, *given, f"task={benchmark.task}"]:
         merged[key_of(override)] = override
-    own = list(merged.values())
+    made = list(merged.values())
     if benchmark.generator is not None:
-        own += [f"~task.generators.{one}" for one in _generators(benchmark.task) if one != benchmark.generator]
-    return tuple(own)
+        made += [f"~task.generators.{one}" for one in _generators(benchmark.task) if one != benchmark.generator]
+    return tuple(made)
 
 
 def _generators(task: str) -> list[str]:

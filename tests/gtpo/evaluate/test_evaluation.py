@@ -118,6 +118,16 @@ def test_what_a_benchmark_was_evaluated_with(toy_policy, tmp_path, copies):
     )
 
 
+def test_servers_hold_the_longest_trajectory_of_all_benchmarks(toy_policy, tmp_path, copies):
+    names = ("benchmarks=arithmetic,gsm8k", f"local={copies}", "task=arithmetic", f"task.cache={tmp_path}/cache")
+    entries, model, record, request = prepared(toy_policy, tmp_path / "out", *names)
+    parts = [entry.config.actor_rollout_ref.rollout for entry in entries]
+    server = Evaluation(entries, model, 0, record, request).server_config.actor_rollout_ref.rollout
+    assert parts[0].prompt_length < parts[1].prompt_length and parts[0].response_length < parts[1].response_length
+    assert (server.prompt_length, server.response_length) == (parts[1].prompt_length, parts[1].response_length)
+    assert [part.multi_turn.max_assistant_turns for part in parts] == [5, 4]  # and each keeps its own limits
+
+
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 

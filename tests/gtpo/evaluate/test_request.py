@@ -6,7 +6,7 @@ import pytest
 from composition import compose_with_choices
 from omegaconf import OmegaConf
 
-from recipe.gtpo.evaluate.request import Request, find_benchmarks, known, overrides_of, task_of
+from recipe.gtpo.evaluate.request import Request, check_task_keys, find_benchmarks, known, overrides_of, task_of
 from recipe.gtpo.run.checks import check
 from recipe.gtpo.run.errors import ConfigError
 
@@ -148,6 +148,19 @@ def test_the_command_line_has_the_last_word():
     config, _ = composed("gsm8k", "seed=1", "data.max_response_length=64", "temperature=0", "task.system=No.")
     assert (config.seed, config.data.max_response_length, config.task.system) == (1, 64, "No.")
     assert config.actor_rollout_ref.rollout.val_kwargs.temperature == 0
+
+
+def test_a_tasks_keys_are_for_that_task():
+    given = ("task=gsm8k", "task.system=No.")
+    request = Request.parse(["model=m", "benchmarks=gsm8k,math500", *given])
+    both = find_benchmarks(request.benchmarks, "arithmetic")
+    systems = [compose_with_choices(*overrides_of(one, request, (), "arithmetic"))[0].task.system for one in both]
+    assert systems[0] == "No." and systems[1].startswith("Solve the problem")
+    check_task_keys(both, request, "arithmetic")
+    for run_task, of_nobody in (("arithmetic", "task.horizon=3"), ("gsm8k", "task.system=No.")):
+        request = Request.parse(["model=m", "benchmarks=math500", of_nobody])
+        with pytest.raises(ConfigError, match=rf"{of_nobody} is a key of task={run_task}, which no benchmark is of"):
+            check_task_keys(find_benchmarks(request.benchmarks, run_task), request, run_task)
 
 
 def test_a_published_experiment_goes_with_its_task_only():

@@ -87,9 +87,7 @@ def diagnose(config: DictConfig, choices: dict[str, str], say: Say) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    overrides, folder = _split(arguments)
-    if folder is not None:
-        overrides.append(f"hydra.searchpath=[pkg://verl.trainer.config,file://{Path(folder).resolve()}]")
+    overrides = read_overrides(arguments)
     try:
         config, choices = compose(*overrides)
     except (HydraException, OmegaConfBaseException) as e:
@@ -104,12 +102,15 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Overrides, and the folder behind --config-dir, as the run's own command line has them."""
+def read_overrides(arguments: Sequence[str]) -> list[str]:
+    """The overrides of a command line as a run has it, and one that says the same as its --config-dir."""
     from hydra._internal.utils import get_args_parser  # what hydra.main reads its command line with
 
     parsed = get_args_parser().parse_args(list(arguments))
-    return list(parsed.overrides), parsed.config_dir
+    overrides = list(parsed.overrides)
+    if parsed.config_dir is not None:
+        overrides.append(f"hydra.searchpath=[pkg://verl.trainer.config,file://{Path(parsed.config_dir).resolve()}]")
+    return overrides
 
 
 if __name__ == "__main__":

@@ -210,11 +210,11 @@ def _train(config: DictConfig, record: RunRecord) -> None:
                 raise
             finally:
                 ending.set()
-                _keep_logs(record)
+                keep_logs(record)
                 ray.shutdown()  # may wait for what is dead
 
 
-def _keep_logs(record: RunRecord) -> None:
+def keep_logs(record: RunRecord) -> None:
     """Copy the workers' output out of Ray's temporary session folder."""
     # Ray has no public name for the folder of the session it is in; tests/gtpo/test_plugin.py breaks when it moves.
     node = ray._private.worker._global_node

@@ -12,10 +12,11 @@ import pytest
 import torch.distributed as dist
 from composition import compose_with_choices
 from gpus import nvidia_smi
-from jobs import ATTENTIONS, METHODS, job_overrides, measured
+from jobs import ATTENTIONS, METHODS, evaluation_arguments, job_overrides, measured
 from measure import measure_update, save_random
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
+from recipe.gtpo.evaluate.request import Request, find_benchmarks, overrides_of
 from recipe.gtpo.run.checks import check
 from recipe.gtpo.run.gpu import shape_of
 from recipe.gtpo.run.memory import Shape
@@ -45,6 +46,16 @@ def test_the_jobs_compose(tmp_path, method, attention):
     check(config, choices)
     assert config.actor_rollout_ref.model.override_config.attn_implementation == attention
     assert choices["method"] == method and config.actor_rollout_ref.rollout.name == "vllm"
+
+
+def test_the_evaluation_composes(tmp_path):
+    request = Request.parse(evaluation_arguments(tmp_path / "run", tmp_path))
+    (arithmetic,) = find_benchmarks(request.benchmarks, "arithmetic")
+    run = job_overrides("gtpo", "sdpa", tmp_path)
+    config, choices = compose_with_choices(*overrides_of(arithmetic, request, run, "arithmetic"))
+    check(config, choices)
+    assert config.actor_rollout_ref.rollout.name == "vllm" and config.trainer.device == "cuda"
+    assert config.task.cache == f"{tmp_path}/policy" and config.run_dir == str(tmp_path)
 
 
 def test_a_random_model_of_any_shape_passes_the_checks_of_a_run(tmp_path):

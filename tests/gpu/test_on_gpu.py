@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import ATTENTIONS, METHODS, job_overrides, main_job, measured
+from jobs import ATTENTIONS, METHODS, evaluation_arguments, evaluation_job, job_overrides, main_job, measured
 from measure import measure_update, save_random
 
 from recipe.gtpo.method.advantage import turn_advantages
@@ -77,6 +77,16 @@ def test_the_main_job_runs_with_vllm(tmp_path, results, method, implementation):
     results[f"main {method} {implementation}"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2  # vLLM and trainer in bfloat16
     assert any(key.startswith("timing_s/") for key in found)
+
+
+def test_a_checkpoint_is_evaluated_with_vllm(tmp_path, results):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    main_job(job_overrides("gtpo", "sdpa", tmp_path))
+    report = evaluation_job(evaluation_arguments(tmp_path / "gtpo-sdpa", tmp_path / "evaluation"))
+    results["evaluation"] = report["benchmarks"]["arithmetic"]["results"]
+    for result in results["evaluation"]:
+        assert result["counts"]["scored"] == result["counts"]["samples"] > 0
 
 
 def test_the_main_job_runs_with_a_model_of_half_a_billion(tmp_path, results):

@@ -20,6 +20,8 @@ from verl.trainer.ppo.reward import get_custom_reward_fn
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from recipe.gtpo.conversation import read_score
+from recipe.gtpo.evaluate.request import Request, find_benchmarks
+from recipe.gtpo.evaluate.request import overrides_of as settings_of
 from recipe.gtpo.experiments.compare import matrix, parse
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
@@ -185,6 +187,14 @@ def test_every_command_to_run_it_your_way_composes(folder):
         assert script == RUN
         hardware = dict(argument.split("=", 1) for argument in arguments).get("hardware", "cpu")
         check(*compose_with_choices(*overrides_of(arguments, hardware, rollout)))
+
+
+def test_every_command_that_evaluates_composes():
+    for line in blocks("Evaluate a model", "bash")[0].splitlines():
+        arguments = line.removeprefix("python -m recipe.gtpo.evaluate ").split()
+        request = Request.parse(arguments)
+        for one in find_benchmarks(request.benchmarks, None):
+            assert check(*compose_with_choices(*settings_of(one, request, run=(), run_task=None)))
 
 
 def test_the_first_commands_name_scripts_that_exist(folder):

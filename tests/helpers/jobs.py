@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,24 @@ def job_overrides(method: str, attention: str, folder: Path) -> list[str]:
         # a tiny model beside a whole card: no graphs to capture, no share to fill
         *("actor_rollout_ref.rollout.enforce_eager=true", "actor_rollout_ref.rollout.gpu_memory_utilization=0.3"),
     ]
+
+
+def evaluation_arguments(run: Path, folder: Path) -> list[str]:
+    """Of the command that evaluates the run's last checkpoint and its base model with vLLM."""
+    return [
+        *(f"model={run}", "benchmarks=arithmetic", "samples=2", "compare=base", f"run_dir={folder}"),
+        *("hardware=single_gpu", "rollout=vllm"),
+        *("actor_rollout_ref.rollout.enforce_eager=true", "actor_rollout_ref.rollout.gpu_memory_utilization=0.3"),
+    ]
+
+
+def evaluation_job(arguments: list[str], seconds: float = 900) -> dict[str, Any]:
+    """Run the command; its evaluation.json. AssertionError with the end of the output where it fails."""
+    command = [sys.executable, "-W", "ignore", "-m", "recipe.gtpo.evaluate", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = next(one.split("=", 1)[1] for one in arguments if one.startswith("run_dir="))
+    return json.loads((Path(folder) / "evaluation.json").read_text())
 
 
 def main_job(overrides: list[str], seconds: float = 900) -> dict[str, Any]:

@@ -110,9 +110,17 @@ def start(
 ) -> Iterator[Run]:
     """Run the example script with TOY and `overrides`, outputs under `tmp_path`; all of it is gone after the block."""
     run_dir = tmp_path / "run"
-    output = tmp_path / f"{time.monotonic_ns()}.log"
     paths = [f"run_dir={run_dir}", f"task.cache={tmp_path.parent}"]  # the toy policy serves all tests
     command = ["bash", str(ROOT / "examples" / script), *TOY, *paths, *overrides]
+    with launch(command, run_dir, tmp_path / f"{time.monotonic_ns()}.log", environment) as run:
+        yield run
+
+
+@contextmanager
+def launch(
+    command: list[str], run_dir: Path, output: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Run]:
+    """Any command of the repository that leaves a run folder; all that it started is gone after the block."""
     variables = {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HARDWARE": "cpu", **(environment or {})}
     with output.open("wb") as out:
         process = subprocess.Popen(
@@ -120,6 +128,7 @@ def start(
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            cwd=ROOT,
             env=variables,
             start_new_session=True,
             # As a script's `&` starts a run; what holds here holds in a terminal.

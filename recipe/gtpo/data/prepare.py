@@ -81,6 +81,44 @@ def prepare(
     say(f"written: {out}")
 
 
+def prepare_evaluation(
+    task: PreparedTask,
+    name: str,
+    file: Path,
+    *,
+    local: Path | None = None,
+    say: Say = lambda text: None,
+    progress: bool = False,
+) -> None:
+    """Write one evaluation set of the task, without any training problems, as the parquet file `file`: whole or not.
+
+    Args:
+        local: as for `prepare`.
+
+    Raises SourceError or ValueError where rows cannot be had.
+    """
+    source = next(one for one in task.evaluation if one.name == name)
+    found = _rows(task, source, local, training=False)
+    if found is None:
+        raise SourceError(f"local={local} has no {name}/{source.split}.jsonl (or test.jsonl, or .json, .parquet)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".evaluation.", dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        counts = asyncio.run(_write_evaluation(task, source, found, made, progress))
+        say_counts(name, found[0], counts, source.sizes, say)
+        if not counts.kept:
+            raise ValueError(f"no problem of {name} is left of {counts.read} rows")
+        os.replace(made, file)
+
+
+async def _write_evaluation(task: PreparedTask, source: DataSet, found: Found, file: Path, progress: bool) -> Counts:
+    try:
+        with _Table(file) as table, _Table(file.with_name(DROPPED_FILE)) as dropped:
+            return await _write(task, [(source, found)], None, None, table, dropped, progress)
+    finally:
+        await close_client()
+
+
 async def _prepare(
     task: PreparedTask,
     folder: Path,

@@ -201,8 +201,14 @@ class Prompt:
         return tuple(str(message["role"]) for message in self.messages)
 
 
-def check_data(config: DictConfig, say: Say) -> list[Prompt]:
+_FILES = {"train_files": "training", "val_files": "validation"}
+
+
+def check_data(config: DictConfig, say: Say, keys: Iterable[str] = tuple(_FILES)) -> list[Prompt]:
     """Read what can be wrong with the data files, and say how many rows there are.
+
+    Args:
+        keys: of `data`, the files that are looked at; all that a training run has.
 
     Returns:
         Prompts from the top of the files, for `model.check_model`.
@@ -211,7 +217,7 @@ def check_data(config: DictConfig, say: Say) -> list[Prompt]:
     verls = own_class is None or own_class == "pkg://recipe.gtpo.dataset"
     prompts: list[Prompt] = []
     counts = {}
-    for key in ("train_files", "val_files"):
+    for key in keys:
         files = [Path(file) for file in _files(config, key)]
         if not verls:
             continue  # only a class of the user's own knows what its files hold
@@ -221,8 +227,8 @@ def check_data(config: DictConfig, say: Say) -> list[Prompt]:
         counts[key] = _limited(sum(table.count for table in tables), config, key)
     if not verls:
         return []
-    _check_counts(config, counts["train_files"], counts["val_files"])
-    say(f"{counts['train_files']} training rows, {counts['val_files']} validation rows")
+    _check_counts(config, counts)
+    say(", ".join(f"{count} {_FILES[key]} rows" for key, count in counts.items()))
     return prompts
 
 
@@ -348,11 +354,12 @@ def _limited(count: int, config: DictConfig, key: str) -> int:
     return min(count, most) if most > 0 else count
 
 
-def _check_counts(config: DictConfig, train: int, validation: int) -> None:
-    for key, count in (("train_files", train), ("val_files", validation)):
+def _check_counts(config: DictConfig, counts: Mapping[str, int]) -> None:
+    for key, count in counts.items():
         if count == 0:
             raise ConfigError(f"data.{key} has no row; what it needs: {_README}")
     batch = config.data.train_batch_size
+    train = counts.get("train_files", batch)
     if train < batch:
         raise ConfigError(
             f"data.train_files has {train} rows, fewer than one batch of data.train_batch_size={batch}: give more "

@@ -28,17 +28,18 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _LFS = b"version https://git-lfs"
 
 
-def check_model(config: DictConfig, prompts: Sequence[Prompt], say: Say) -> None:
+def check_model(config: DictConfig, prompts: Sequence[Prompt], say: Say, *, weights: bool = True) -> None:
     """Raise ConfigError for a model that cannot be trained here, or that would never see its tools.
 
     Args:
         prompts: of the data (`inputs.check_data`), for the chat template.
+        weights: whether its folder has to have them.
     """
     model = config.actor_rollout_ref.model
     folder = _check_path(model.path)
     if folder is None:
         return
-    if Path(model.path).is_dir():
+    if weights and Path(model.path).is_dir():
         _check_weights(folder)
     config_folder, tokenizer_folder = (
         _local(model.hf_config_path or model.path),

@@ -20,6 +20,7 @@
         hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, its log
         checkpoints/               verl (trainer.default_local_dir)
         tensorboard/               verl: the curves
+        evaluation.json, data/     evaluate: what came of an evaluation, whose folder this is; its problems
         terminal.log               experiments/compare.py: the command's output, where a comparison started it
 
 The trainer writes, on the node where it runs; the command that started it reads, to show progress.
@@ -72,6 +73,7 @@ class RunRecord:
         self._versions = self.dir / "versions.json"
         self._evaluations = self.dir / "evaluations.jsonl"
         self._summary = self.dir / "summary.json"
+        self._evaluation_report = self.dir / "evaluation.json"
         self._cause = self.dir / "cause.txt"
         self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
         self._said: set[str] = set()
@@ -227,9 +229,25 @@ class RunRecord:
             logger.info(f"{files[step]} is removed: trajectory_keep={keep}")
             files[step].unlink()
 
-    def trajectory_steps(self) -> list[int]:
+    def append_trajectory(self, step: int, row: Mapping[str, Any], *, split: Split = "train") -> None:
+        """Add one line to the plain file of `step`: it is whole on disk, or torn at the end, whenever a kill comes."""
+        folder = self.dir / FOLDERS[split]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{step}{PLAIN}").open("ab") as f:
+            f.write(f"{_json(row)}\n".encode())
+
+    def read_whole_lines(self, step: int, *, split: Split = "train") -> Iterator[dict[str, Any]]:
+        """The lines of `step` so far, none where there is no file; a torn one is passed over, with a word."""
+        path = Reader(self.dir).files(split).get(step)
+        for number, text in enumerate(open_lines(path) if path is not None else (), 1):
+            try:
+                yield json.loads(text)
+            except ValueError:
+                self._say_once(f"{path}: line {number} is no JSON, passed over: its writer was killed")
+
+    def trajectory_steps(self, *, split: Split = "train") -> list[int]:
         """The steps whose trajectories were recorded, ascending."""
-        return Reader(self.dir).steps()
+        return Reader(self.dir).steps(split)
 
     def read_trajectories(self, step: int) -> list[dict[str, Any]]:
         """What was written for `step`. Raises ValueError, with the steps that there are, when it is not one of them."""
@@ -245,6 +263,10 @@ class RunRecord:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         _replace(self._summary, _json(summary, indent=2))
+
+    def write_evaluation_report(self, report: Mapping[str, Any]) -> None:
+        """What came of an evaluation (recipe/gtpo/evaluate)."""
+        _replace(self._evaluation_report, _json(report, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """None until the run has ended well."""

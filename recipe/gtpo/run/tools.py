@@ -60,8 +60,8 @@ def check_tools(config: DictConfig, variables: Mapping[str, Any], say: Say) -> N
 
     Raises ConfigError when a tool cannot be loaded, or the call fails for a reason that is not the program's.
     """
-    with _environment(variables):
-        tools = {tool.name: tool for tool in _load(config)}
+    with environment(variables):
+        tools = {tool.name: tool for tool in load_tools(config)}
         if not tools:
             raise ConfigError(f"there is no tool: set {_MULTI_TURN}.tool_config_path, or function_tool_path")
         called = "python" in tools and _takes_code(tools["python"])
@@ -86,7 +86,8 @@ def start_executors(url: str) -> tuple[ToolClient, str]:
     return client, f"tool server: an executor on each of {len(found['nodes'])} nodes, isolation: {', '.join(tiers)}"
 
 
-def _load(config: DictConfig) -> list[Any]:
+def load_tools(config: DictConfig) -> list[Any]:
+    """As a rollout worker loads them. Raises ConfigError."""
     from verl.tools.tool_registry import load_all_tools
     from verl.utils.import_utils import resolve_config_path
 
@@ -125,8 +126,13 @@ async def _try(tool: Any, config: DictConfig) -> None:
     except asyncio.TimeoutError as e:
         raise ConfigError(f"the tool 'python' ({named}) did not answer a first call within {_SECONDS:g} s") from e
     finally:
-        if (client := getattr(tool, "_client", None)) is not None:  # of our PythonTool: it belongs to this event loop
-            await client.close()
+        await close_tool(tool)
+
+
+async def close_tool(tool: Any) -> None:
+    """End what a tool of ours holds in this event loop."""
+    if (client := getattr(tool, "_client", None)) is not None:  # of our PythonTool
+        await client.close()
 
 
 async def _call(tool: Any, code: str, wanted: str, named: str) -> str | None:
@@ -145,7 +151,8 @@ async def _call(tool: Any, code: str, wanted: str, named: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, Any]) -> Iterator[None]:
+def environment(variables: Mapping[str, Any]) -> Iterator[None]:
+    """Variables that hold while the block runs; those that are None are left as they are."""
     before = dict(os.environ)
     os.environ.update({key: str(value) for key, value in variables.items() if value is not None})
     try:

@@ -47,6 +47,17 @@ class Commonsense(PreparedTask):
         answer = boxed(solution_str) or ""
         return {"acc": float(is_right(ground_truth, (extra_info or {}).get("choice") or "", answer)), "pred": answer}
 
+    async def same(self, one: str, other: str) -> bool:
+        return _plain(one) == _plain(other)
+
+
+def _plain(answer: str) -> str:
+    """`(B)`, `b.` and `B. its text` are b."""
+    said = _bare(answer)
+    choice = _CHOICE.fullmatch(said)
+    marked = choice is not None and (choice[2] is None or said[:1] == "(" or said[1:2] in (")", ".", ":"))
+    return choice[1] if choice is not None and marked else said
+
 
 def is_right(gold: str, words: str, answer: str) -> bool:
     """Whether an answer is yes or no, or the letter of the right choice, its text, or both.
@@ -54,10 +65,14 @@ def is_right(gold: str, words: str, answer: str) -> bool:
     Args:
         gold: yes, no, or a letter. words: the text of the right choice; "" for yes and no.
     """
-    said = re.sub(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", answer).strip().lower().rstrip(".")
+    said = _bare(answer)
     if not words:
         return said in ({"yes": ("yes", "true"), "no": ("no", "false")}[gold])
     if said == words.lower():
         return True
     choice = _CHOICE.fullmatch(said)
     return choice is not None and choice[1] == gold.lower() and choice[2] in (None, words.lower())
+
+
+def _bare(answer: str) -> str:
+    return re.sub(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", answer).strip().lower().rstrip(".")

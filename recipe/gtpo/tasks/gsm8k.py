@@ -33,3 +33,6 @@ class GSM8K(PreparedTask):
     ) -> Mapping[str, Any]:
         answer = boxed(solution_str) or ""
         return {"acc": float(await same_answer(ground_truth, answer)), "pred": answer}
+
+    async def same(self, one: str, other: str) -> bool:
+        return await same_answer(one, other)

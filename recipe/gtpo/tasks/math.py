@@ -131,3 +131,6 @@ class CompetitionMath(PreparedTask):
     ) -> Mapping[str, Any]:
         answer = boxed(solution_str) or ""
         return {"acc": float(await same_answer(ground_truth, answer)), "pred": answer}
+
+    async def same(self, one: str, other: str) -> bool:
+        return await same_answer(one, other)

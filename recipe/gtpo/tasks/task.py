@@ -44,9 +44,17 @@ class Task:
         """
         return {}
 
+    def prepare_evaluation(self) -> dict[str, Any]:
+        """As `prepare`, where a model is given and nothing is trained: `data.val_files`, limits."""
+        return self.prepare()
+
     def extract_answer(self, text: str) -> str | None:
         """The final answer that an assistant turn states, or None. A last turn without one breaks the format."""
         return boxed(text)
+
+    async def same(self, one: str, other: str) -> bool:
+        """Whether two answers (`pred`, as `score` gives it) are votes for the same: maj@k of an evaluation."""
+        return one.strip() == other.strip()
 
     def score(
         self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None

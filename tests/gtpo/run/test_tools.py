@@ -236,5 +236,5 @@ def test_a_function_file_that_is_no_python_is_refused(functions):
 )
 def test_a_function_tool_s_answer_is_read_as_verl_reads_it(functions, answer, text, metrics):
     config = functions(f"return {answer}")
-    (tool, _) = tools._load(config)
+    (tool, _) = tools.load_tools(config)
     assert asyncio.run(call_tool(tool, {"code": "1"})) == (text, metrics)

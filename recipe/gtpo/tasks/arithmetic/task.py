@@ -49,9 +49,11 @@ class Arithmetic(Task):
         return Limits.of(self.horizon)
 
     def prepare(self) -> dict[str, Any]:
+        return {"actor_rollout_ref.model.path": str(self.policy().resolve()), **self.prepare_evaluation()}
+
+    def prepare_evaluation(self) -> dict[str, Any]:
         files = self.write_data()
         return {
-            "actor_rollout_ref.model.path": str(self.policy().resolve()),
             "data.train_files": files["train"],
             "data.val_files": files["validation"],
             "data.max_prompt_length": self.limits.prompt,

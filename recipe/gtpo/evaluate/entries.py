@@ -1,0 +1,205 @@
+"""The benchmarks of an evaluation: config, problems and limits of each, and what is checked before anything starts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.gtpo.data.prepare import prepare_evaluation
+from recipe.gtpo.evaluate.models import Model, fingerprint, run_overrides
+from recipe.gtpo.evaluate.request import (
+    Benchmark,
+    Request,
+    check_task_keys,
+    find_benchmarks,
+    key_of,
+    overrides_of,
+    task_of,
+)
+from recipe.gtpo.run import checks
+from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.gpu import machine_checks
+from recipe.gtpo.run.inputs import check_data, check_machine, check_reward, expand_paths
+from recipe.gtpo.run.model import check_model
+from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.tasks.prepared import MANIFEST, PreparedTask
+from recipe.gtpo.tasks.task import Task, load_task
+
+_SHARE = 0.85  # of a GPU's memory that a rollout engine takes where nothing trains beside it
+_ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def say(text: str) -> None:
+    print(f"evaluate: {text}", flush=True)
+
+
+@dataclass
+class Entry:
+    """One benchmark with everything that it is evaluated with. `rows`, once there is a tokenizer."""
+
+    benchmark: Benchmark
+    config: DictConfig
+    choices: dict[str, str]
+    samples: int
+    task: Task = field(default=None, repr=False)  # type: ignore[assignment]
+    rows: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.benchmark.name
+
+    @property
+    def files(self) -> list[str]:
+        files = self.config.data.val_files
+        return [files] if isinstance(files, str) else list(files)
+
+
+def make_entries(request: Request, model: Model) -> list[Entry]:
+    run = run_overrides(model)
+    run_task = None if model.run is None else task_of(run, "arithmetic")
+    compose = functools.lru_cache(maxsize=None)(checks.compose)  # a second each, and most benchmarks share one
+    entries = []
+    benchmarks = find_benchmarks(request.benchmarks, task_of(request.overrides, run_task))
+    check_task_keys(benchmarks, request, run_task)
+    for one in benchmarks:
+        config, choices = compose(*overrides_of(one, request, run, run_task))
+        entries.append(Entry(one, deepcopy(config), dict(choices), request.samples or one.samples))
+    return entries
+
+
+def make_record(request: Request, model: Model, entries: Sequence[Entry]) -> RunRecord:
+    """In `run_dir=`, or in a folder that is named by what is asked for."""
+    if any(key_of(one) == "run_dir" for one in request.overrides):
+        return RunRecord(Path(entries[0].config.run_dir).expanduser().resolve())
+    more = [*request.overrides, f"compare={request.compare}", f"endpoint={request.endpoint}"]
+    names = "-".join(entry.name for entry in entries)
+    facts = hashlib.sha256("\n".join([*sorted(more), names]).encode()).hexdigest()[:6]
+    plain_one = not request.overrides and request.compare is None and request.endpoint is None and len(names) < 60
+    return RunRecord(
+        Path("outputs/evaluations").resolve() / f"{model.label}-{names[:60]}{'' if plain_one else '-' + facts}"
+    )
+
+
+def fill(entry: Entry, record: RunRecord, request: Request) -> None:
+    """The benchmark's problems and limits, as its task has them. Raises ConfigError."""
+    config = entry.config
+    expand_paths(config)
+    config.run_dir = str(record.dir)
+    config.trainer.default_local_dir = str(record.dir / "checkpoints")
+    try:
+        entry.task = load_task(config)
+        check_reward(config, entry.task)
+        made = _find_problems(entry, record, request)
+    except InstantiationException as e:
+        raise ConfigError(f"task={entry.benchmark.task}: {e.__cause__ or e}") from e
+    except ValueError as e:
+        raise ConfigError(f"{entry.name}: {e}") from e
+    for key, value in made.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, value)
+    if OmegaConf.select(config, f"{_ROLLOUT}.gpu_memory_utilization") is None:
+        config.actor_rollout_ref.rollout.gpu_memory_utilization = _SHARE
+
+
+def _find_problems(entry: Entry, record: RunRecord, request: Request) -> dict[str, Any]:
+    """verl key -> value, for the keys that are open."""
+    task, one = entry.task, entry.benchmark
+    if one.file is not None:
+        entry.config.data.val_files = str(one.file)
+    if not isinstance(task, PreparedTask):
+        return task.prepare_evaluation()
+    if one.file is not None:
+        return {}
+    names = [source.name for source in task.evaluation]
+    if one.chosen not in names:
+        raise ConfigError(f"benchmarks={one.name} is no set of task={one.task}: {', '.join(names)}")
+    file = record.dir / "data" / f"{one.name}.parquet"
+    prepared = Path(task.folder).resolve()
+    if file.is_file():
+        pass
+    elif request.local is None and _is_prepared(task, prepared, one.chosen):
+        file = prepared / f"{one.chosen}.parquet"
+    else:
+        prepare_evaluation(task, one.chosen, file, local=request.local, say=lambda text: say(f"data: {text}"))
+    entry.config.data.val_files = str(file)
+    return {}
+
+
+def _is_prepared(task: PreparedTask, folder: Path, name: str) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    found = json.loads((folder / MANIFEST).read_text())
+    return found.get("settings") == task.settings and name in found["evaluation"]
+
+
+def check_entry(entry: Entry, models: Sequence[Model], request: Request) -> None:
+    """What a training run looks at before it starts, as far as it is needed to evaluate. Raises ConfigError."""
+    config = entry.config
+    checks.check(config, entry.choices)
+    prompts = check_data(config, lambda text: None, keys=("val_files",))
+    for model in models:
+        config.actor_rollout_ref.model.path = model.path
+        check_model(config, prompts, lambda text: say(f"{entry.name}: {text}"), weights=request.endpoint is None)
+        if (warning := checks.short_context(config)) is not None:
+            say(f"warning: {entry.name}: {warning}")
+
+
+def check_here(config: DictConfig, request: Request) -> None:
+    """The machine, where servers are started on it."""
+    if request.endpoint is not None:
+        return
+    check_machine(config)
+    for name, look in machine_checks(config).items():
+        if name not in ("batch", "processors"):  # of a training
+            look(say)
+
+
+def identity(entries: Sequence[Entry], models: Sequence[Model], request: Request) -> DictConfig:
+    """What the folder of an evaluation belongs to. Free to change: how many samples, and how many at once."""
+    first = OmegaConf.to_container(entries[0].config, resolve=True)
+    assert isinstance(first, dict)
+    first["evaluation"] = {
+        "models": {str(i): {"name": str(m), "files": fingerprint(m)} for i, m in enumerate(models)},
+        "endpoint": request.endpoint,
+        "served_model": request.served_model,
+        "benchmarks": {
+            entry.name: {
+                "problems": hashlib.sha256(b"".join(Path(file).read_bytes() for file in entry.files)).hexdigest()[:16],
+                **{
+                    key: OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+                    for key in ("task", "reward", "data.max_prompt_length", "data.max_response_length", _ROLLOUT)
+                    for section in [OmegaConf.select(entry.config, key)]
+                },
+            }
+            for entry in entries
+        },
+    }
+    return OmegaConf.create(first)
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """What a benchmark was evaluated with."""
+    rollout = entry.config.actor_rollout_ref.rollout
+    prompts = [entry.rows[i]["raw_prompt"] for i in range(len(entry.rows))]
+    systems = {m["content"] for messages in prompts for m in messages if m["role"] == "system"}
+    return {
+        "task": entry.benchmark.task,
+        "problems": entry.files,
+        "system_message": systems.pop() if len(systems) == 1 else sorted(systems) or None,
+        "first_prompt": [dict(message) for message in prompts[0]],
+        "samples": entry.samples,
+        "turns": rollout.multi_turn.max_assistant_turns,
+        "prompt_tokens": entry.config.data.max_prompt_length,
+        "response_tokens": entry.config.data.max_response_length,
+        "tools": rollout.multi_turn.tool_config_path or rollout.multi_turn.function_tool_path,
+        **{name: rollout.val_kwargs[name] for name in ("temperature", "top_p", "top_k")},
+    }

@@ -1,0 +1,261 @@
+"""Protects an evaluation in the making: its problems, what its folder belongs to, and the failures that end it.
+
+Real: config, data sets, agent loop, tools, records. Fake: the server that continues a conversation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from published import gsm8k, write_jsonl
+from scripted import CALL, RIGHT
+from verl.workers.rollout.replica import TokenOutput
+
+from recipe.gtpo.data.sources import SourceError
+from recipe.gtpo.evaluate.entries import check_entry, describe, fill, identity, make_entries, make_record
+from recipe.gtpo.evaluate.evaluation import Evaluation, TooManyLost
+from recipe.gtpo.evaluate.models import find_model
+from recipe.gtpo.evaluate.report import settings_line
+from recipe.gtpo.evaluate.request import Request
+from recipe.gtpo.evaluate.rollout import in_parallel
+from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.identity import claim
+from recipe.gtpo.run.record import RecordError, RunRecord
+from recipe.gtpo.run.tools import environment
+from recipe.gtpo.tasks.arithmetic.policy import TURN_END
+
+pytestmark = pytest.mark.unit
+
+SUMS = [gsm8k("What is 2+3?", 5), gsm8k("What is 3+3?", 6), gsm8k("What is 2+3?", 5)]
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """A folder as `local=` takes it."""
+    write_jsonl(tmp_path / "copies/gsm8k/test.jsonl", SUMS)
+    return tmp_path / "copies"
+
+
+def prepared(toy_policy, folder, *arguments):
+    """The entries and everything around them, as the command makes them."""
+    request = Request.parse([f"model={toy_policy}", f"run_dir={folder}", *arguments])
+    model = find_model(request.model)
+    entries = make_entries(request, model)
+    record = make_record(request, model, entries)
+    for entry in entries:
+        fill(entry, record, request)
+        check_entry(entry, [model], request)
+        OmegaConf.resolve(entry.config)
+    return entries, model, record, request
+
+
+# -- problems ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_written_for_the_evaluation_alone(toy_policy, tmp_path, copies, capsys):
+    (entry,), _, record, _ = prepared(toy_policy, tmp_path / "out", "benchmarks=gsm8k", f"local={copies}")
+    assert entry.files == [str(record.dir / "data/gsm8k.parquet")] and entry.samples == 4
+    said = capsys.readouterr().out
+    assert "gsm8k: 3 rows of" in said and "1 left out, the same problem as an earlier line: line 3" in said
+    assert sorted(path.name for path in (record.dir / "data").iterdir()) == ["gsm8k.parquet"]  # and no training set
+    (again,), _, _, _ = prepared(toy_policy, tmp_path / "out", "benchmarks=gsm8k", f"local={copies}")
+    assert again.files == entry.files and "rows of" not in capsys.readouterr().out
+
+
+def test_a_set_that_is_not_there_is_named(toy_policy, tmp_path, copies):
+    with pytest.raises(ConfigError, match=r"svamp: local=.*copies has no svamp/test\.jsonl"):
+        prepared(toy_policy, tmp_path / "out", "benchmarks=svamp", f"local={copies}")
+    assert issubclass(SourceError, ValueError) and not (tmp_path / "out/data").exists()
+
+
+def test_prepared_data_of_the_same_prompt_are_taken(toy_policy, tmp_path, copies):
+    from recipe.gtpo.data.__main__ import run
+
+    write_jsonl(copies / "gsm8k/train.jsonl", [gsm8k("What is 9+9?", 18)])
+    folder = tmp_path / "prepared"
+    run(["prepare", "task=gsm8k", f"local={copies}", f"out={folder}"])
+    given = ("benchmarks=gsm8k", "task=gsm8k", f"task.folder={folder}")
+    (entry,), _, _, _ = prepared(toy_policy, tmp_path / "out", *given)
+    assert entry.files == [str(folder / "gsm8k.parquet")]
+    (other,), _, record, _ = prepared(
+        toy_policy, tmp_path / "other", *given, "task.system=Be quick.", f"local={copies}"
+    )
+    assert other.files == [str(record.dir / "data/gsm8k.parquet")]
+
+
+def test_the_embedded_task_needs_no_policy_of_its_own(toy_policy, tmp_path):
+    """Making it takes minutes."""
+    (entry,), _, _, _ = prepared(
+        toy_policy,
+        tmp_path / "out",
+        "benchmarks=arithmetic",
+        f"task.cache={tmp_path}/cache",
+        "task.validation_problems=3",
+    )
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["data"]
+    assert entry.config.data.max_response_length and entry.config.actor_rollout_ref.model.path == str(toy_policy)
+
+
+def test_what_a_benchmark_was_evaluated_with(toy_policy, tmp_path, copies):
+    entries, model, record, request = prepared(
+        toy_policy,
+        tmp_path / "out",
+        "benchmarks=gsm8k",
+        f"local={copies}",
+        "temperature=0.6",
+        "data.max_prompt_length=900",
+    )
+    Evaluation(entries, model, 0, record, request).load()
+    about = describe(entries[0])
+    assert about["system_message"].startswith("Solve the problem step by step.")
+    assert about["first_prompt"][-1] == {"role": "user", "content": "What is 2+3?"}
+    assert (about["temperature"], about["turns"], about["task"]) == (0.6, 4, "gsm8k")
+    assert settings_line({"gsm8k": about}, 1) == (
+        "temperature 0.6, top_p 1, top_k -1, at most 4 turns and 2048 tokens; seed 1; 95% intervals over problems"
+    )
+
+
+def test_servers_hold_the_longest_trajectory_of_all_benchmarks(toy_policy, tmp_path, copies):
+    names = ("benchmarks=arithmetic,gsm8k", f"local={copies}", "task=arithmetic", f"task.cache={tmp_path}/cache")
+    entries, model, record, request = prepared(toy_policy, tmp_path / "out", *names)
+    parts = [entry.config.actor_rollout_ref.rollout for entry in entries]
+    server = Evaluation(entries, model, 0, record, request).server_config.actor_rollout_ref.rollout
+    assert parts[0].prompt_length < parts[1].prompt_length and parts[0].response_length < parts[1].response_length
+    assert (server.prompt_length, server.response_length) == (parts[1].prompt_length, parts[1].response_length)
+    assert [part.multi_turn.max_assistant_turns for part in parts] == [5, 4]  # and each keeps its own limits
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def claimed(toy_policy, folder, *arguments):
+    entries, model, record, request = prepared(toy_policy, folder, *arguments)
+    claim(record, identity(entries, [model], request))
+    return record
+
+
+def test_the_folder_belongs_to_what_is_asked_for(toy_policy, tmp_path, copies):
+    given = ("benchmarks=gsm8k", f"local={copies}", "data.max_prompt_length=900")
+    record = claimed(toy_policy, tmp_path / "out", *given)
+    claimed(toy_policy, tmp_path / "out", *given, "samples=9", "concurrency=3")  # more of the same
+    assert record.read_config()["actor_rollout_ref.model.path"] == str(toy_policy)  # the viewer's tokenizer
+    for other, named in (
+        (["temperature=0.5"], "temperature=1.0 there, 0.5 here"),
+        (["seed=2"], "seed=1 there, 2 here"),
+        (["task.system=Be quick."], "system="),
+    ):
+        with pytest.raises(RecordError, match=named):
+            claimed(toy_policy, tmp_path / "out", *given, *other)
+
+
+def test_other_problems_in_the_same_file_are_refused(toy_policy, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    row = {"data_source": "x", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "5"}}
+    file.write_text(json.dumps(row) + "\n")
+    given = (f"benchmarks={file}", "task=arithmetic", f"task.cache={tmp_path}/cache", "task.validation_problems=1")
+    claimed(toy_policy, tmp_path / "out", *given)
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(RecordError, match=r"evaluation\.benchmarks\.mine\.problems="):
+        claimed(toy_policy, tmp_path / "out", *given)
+
+
+def test_without_a_folder_it_is_named_by_what_is_asked_for(toy_policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def named(*arguments):
+        request = Request.parse([f"model={toy_policy}", *arguments])
+        model = find_model(request.model)
+        return make_record(request, model, make_entries(request, model)).dir
+
+    plain = named("benchmarks=gsm8k")
+    assert plain == tmp_path / f"outputs/evaluations/{toy_policy.name}-gsm8k"
+    others = [named("benchmarks=gsm8k", other) for other in ("seed=2", "temperature=0.5", f"compare={toy_policy}")]
+    assert len({plain, *others}) == 4 and named("benchmarks=gsm8k", "samples=3") == plain
+
+
+# -- failures of ours -------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Says the same in every turn."""
+
+    def __init__(self, tokenizer, text):
+        self.ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
+
+    async def generate(self, **_):
+        return TokenOutput(token_ids=self.ids, stop_reason="completed")
+
+
+@pytest.fixture
+def evaluation(toy_policy, tmp_path):
+    def make(*arguments):
+        cache = (f"task.cache={tmp_path}/cache", "task.validation_problems=8", "data.max_response_length=256")
+        made = prepared(toy_policy, tmp_path / "out", "benchmarks=arithmetic", *cache, *arguments)
+        evaluation = Evaluation(made[0], made[1], 0, made[2], made[3])
+        evaluation.load()
+        return evaluation
+
+    return make
+
+
+def rolled_out(evaluation, text):
+    async def run():
+        await evaluation._all(Server(evaluation.model_config.tokenizer, text), 2)
+        return await evaluation.results()
+
+    with environment({"GTPO_TOOL_SERVER_URL": "http://127.0.0.1:9"}):  # where nobody is
+        return asyncio.run(run())["arithmetic"]
+
+
+def test_an_evaluation_whose_tool_server_is_gone_ends_with_the_cause(evaluation):
+    broken = evaluation()
+    with pytest.raises(TooManyLost, match=r"5 of 8 samples of arithmetic were failed by the tool server \(max_dropped"):
+        rolled_out(broken, '<tool_call>{"name": "python", "arguments": {"code": "1+1"}}</tool_call>')
+    again = evaluation()  # nothing of it was kept
+    assert len(again.missing(again.entries[0])) == 8
+
+
+def test_fewer_failures_are_counted_and_left_out_of_the_scores(evaluation):
+    found = rolled_out(evaluation("max_dropped_share=1.0"), CALL)
+    assert (found.counts["infra"], found.counts["scored"], found.values["mean@1"]) == (8, 0, {})
+
+
+REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    raise KeyError('no gold')\n"
+
+
+def test_a_reward_function_that_raises_ends_it_with_the_row(evaluation, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    given = f"reward.custom_reward_function.path={tmp_path}/reward.py"
+    with pytest.raises(
+        TooManyLost, match=r"1 samples are lost \(max_lost_trajectories=0\): row \d of arithmetic: .*KeyError"
+    ):
+        rolled_out(evaluation(given), RIGHT)
+
+
+def test_a_whole_evaluation_with_records(evaluation):
+    """The answer is the same for all problems: 5 is right for those whose sum it is."""
+    done = evaluation("samples=2")
+    found = rolled_out(done, RIGHT)
+    lines = list(RunRecord(done.record.dir).read_whole_lines(0, split="validation"))
+    assert len(lines) == 16 and found.counts["scored"] == 16 and done.complete
+    right = {line["index"] for line in lines if line["gold"] == "5"}
+    assert {index for index, value in found.values["mean@2"].items() if value == 1.0} == right
+
+
+def test_one_that_raises_ends_the_others():
+    ended = []
+
+    async def work(job):
+        if job == 3:
+            raise KeyError(job)
+        try:
+            await asyncio.sleep(0 if job < 2 else 60)
+        finally:
+            ended.append(job)
+
+    with pytest.raises(KeyError):
+        asyncio.run(in_parallel(range(10), work, 3))
+    assert sorted(ended) == [0, 1, 2, 4] or sorted(ended) == [0, 1, 2]

@@ -195,6 +195,7 @@ def _train(config: DictConfig, record: RunRecord) -> None:
         with open_dict(config):
             variables = config.ray_kwargs.ray_init.runtime_env.setdefault("env_vars", {})
             variables["GTPO_TOOL_SERVER_URL"] = config.tool_server.url
+            variables["TENSORBOARD_DIR"] = os.environ["TENSORBOARD_DIR"]  # a Ray that runs has not got this process's
             if config.tool_server.token is not None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
         check_tools(config, variables, say)

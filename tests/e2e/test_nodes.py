@@ -62,6 +62,7 @@ def test_a_lost_node_ends_the_run_with_the_cause(nodes):
         print(f"ended after {time.monotonic() - began:.1f} s: {run.last_line()}")
         assert run.last_line().startswith("gtpo: error: the ") and " died: " in run.last_line()
         assert run.left_behind() == []
+        assert list((run.record.dir / "tensorboard").rglob("events.*"))  # not in a folder of some worker's
 
 
 @pytest.mark.slow

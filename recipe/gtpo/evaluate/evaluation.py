@@ -22,6 +22,7 @@ from recipe.gtpo.evaluate.servers import Endpoint, own_ray, start_servers, watch
 from recipe.gtpo.main import keep_logs, lost_part, watch_machine
 from recipe.gtpo.method.turns import Finish, Trajectory
 from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.gpu import fill_logical_gpus
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.unit_tests import close_client
 from verl_ext.tool_server.launch import ServerHandle
@@ -173,6 +174,7 @@ def _server_config(entries: Sequence[Entry], model: Model) -> DictConfig:
     limits = [one.max_model_len for one in all_of_them]
     rollout.max_model_len = None if None in limits else max(limits)
     config.actor_rollout_ref.model.path = model.path
+    fill_logical_gpus(config)
     return config
 
 

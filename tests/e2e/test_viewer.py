@@ -22,8 +22,13 @@ pytestmark = pytest.mark.e2e
 
 #: The group of the README's picture. Its last row (the fourth there) solved the problem after a malformed call.
 PICTURE = [json.loads(line) for line in (ROOT / "docs" / "credit_group.jsonl").read_text().splitlines()]
-#: Rollout correction left out its first turn and three of the ten tokens of its second.
-MASKED = trajectory("masked", *({**say("x"), "masked": masked} for masked in (10, 3)), advantages=[0.5, -0.5])
+#: Rollout correction left out its first turn and three of the ten tokens of its second, which two steps sampled.
+MASKED = trajectory(
+    "masked",
+    say("x") | {"masked": 10, "weights": [3, 3]},
+    say("x") | {"masked": 3, "weights": [3, 4]},
+    advantages=[0.5, -0.5],
+)
 SECONDS = 20  # for what a busy machine may take; everything is waited for, nothing is slept
 
 
@@ -137,6 +142,8 @@ def test_tokens_that_rollout_correction_masked_are_drawn_apart(page, address):
     expect(cell(page, 0, 1).locator("i.masked")).to_have_attribute("style", "width: 30%;")
     cell(page, 0, 1).click()
     expect(page.locator(".ledger")).to_contain_text("7 tokens; 3 more are masked")
+    expect(page.locator(".talk article h4").nth(0)).to_contain_text("weights of step 3 ")  # they changed meanwhile
+    expect(page.locator(".talk article h4").nth(1)).to_contain_text("weights of step 3 to 4")
 
 
 def test_keys_do_what_the_help_says(page, address):

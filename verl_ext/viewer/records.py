@@ -142,7 +142,12 @@ def conversation(record: Record) -> dict[str, Any]:
         "prompt": prompt(record),
         "fault": record.fault,
         "turns": [
-            {"text": turn.text, "ended_by": turn.ended_by, "calls": [_call(turn, k) for k in range(len(turn.calls))]}
+            {
+                "text": turn.text,
+                "ended_by": turn.ended_by,
+                "weights": turn.weights,
+                "calls": [_call(turn, k) for k in range(len(turn.calls))],
+            }
             for turn in record.turns
         ],
     }

@@ -13,6 +13,7 @@ export function Conversation({ run, row, answer, k, rows, open, dark, most, choo
   useEffect(() => mark(at.current, words), [talk, words, open, k]);
   if (!talk) return <p class="empty">{error ?? "reading …"}</p>;
   const where = { run: run.run, id: row.id };
+  const mixed = new Set(talk.turns.flatMap((turn) => turn.weights ?? [])).size > 1;  // sampled while weights changed
   return (
     <section class="talk" ref={at}>
       <h3>Trajectory {row.at + 1} <span class="faint">ended by {row.finish.replaceAll("_", " ")}{row.weights?.length > 0 && ` · weights of step ${[...new Set(row.weights)].join(" to ")}`}{row.index !== null && row.index !== undefined && ` · data row ${row.index}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
@@ -23,7 +24,7 @@ export function Conversation({ run, row, answer, k, rows, open, dark, most, choo
           <Prose text={start(message.content)} /><Cut text={message.content} {...where} path={`prompt/${m}/content`} />
         </Fold>))}
       {talk.turns.map((turn, m) => (
-        <Turn {...{ turn, m, row, answer, where, most, dark, open, choose }} here={m === k} />))}
+        <Turn {...{ turn, m, row, answer, mixed, where, most, dark, open, choose }} here={m === k} />))}
       <Partners {...{ run, row, rows, talk }} />
     </section>
   );
@@ -54,7 +55,7 @@ function Fold({ title, open, kind, children }) {
   return <details class={kind} open={open}><summary>{title}</summary>{children}</details>;
 }
 
-function Turn({ turn, m, row, answer, where, most, dark, open, here, choose }) {
+function Turn({ turn, m, row, answer, mixed, where, most, dark, open, here, choose }) {
   const [raw, setRaw] = useState(turn.calls.some((call) => call.error));  // what could not be read is best seen as written
   const [byToken, setByToken] = useState(false);
   const text = start(turn.text);
@@ -67,6 +68,7 @@ function Turn({ turn, m, row, answer, where, most, dark, open, here, choose }) {
     <article class={here ? "turn here" : "turn"} data-turn={m} style={{ borderLeftColor: shade.background }}>
       <h4 onClick={() => choose(row.id, m)}>
         turn {m} <span class="faint">{sign(row, m)[1]} · {numbers.tokens} tokens
+          {mixed && turn.weights && ` · weights of step ${[...new Set(turn.weights)].join(" to ")}`}
           {numbers.broken && ` · breaks the format: ${numbers.broken.replaceAll("_", " ")}`}</span>
         {advantage !== null && advantage !== undefined && <span class="pill" style={shade} title={answer ? "what if" : "as recorded"}>A {signed(advantage)}{answer && "?"}</span>}
         {calls && <button class="quiet" onClick={(e) => { e.stopPropagation(); setRaw(!raw); }}>{raw ? "as cards" : "as written"}</button>}

@@ -25,6 +25,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutMode, RolloutReplicaRegistry
 
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
+from recipe.gtpo.run.gpu import fill_logical_gpus
 from recipe.gtpo.tasks.arithmetic import calculator
 from recipe.gtpo.tasks.arithmetic.policy import TURN_END
 from recipe.gtpo.tasks.arithmetic.problems import (
@@ -75,6 +76,7 @@ def config_of(rollout, policy, **changes):
     )
     for key, value in changes.items():
         OmegaConf.update(config, f"actor_rollout_ref.rollout.{key}", value)
+    fill_logical_gpus(config)
     return config
 
 

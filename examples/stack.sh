@@ -1,15 +1,16 @@
-# shellcheck shell=bash disable=SC2034  # ARGS is for whoever sources this
+# shellcheck shell=bash disable=SC2034  # ARGS and EXTRAS are for whoever sources this
 # Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout),
-# and VENV where a stack has an environment of its own.
+# VENV where a stack has an environment of its own, and EXTRAS (what setup_env.sh installs besides).
 #
 # ROLLOUT   with a GPU vllm | sglang (default: vllm), without one transformers | vllm_cpu (default: transformers);
 #           rollout= in the arguments wins
 # HARDWARE  cpu | single_gpu | single_node | multi_node, or a file of your own behind --config-dir
 #           (default: what nvidia-smi shows); hardware= in the arguments wins
 
-config_dir='' previous=''
+config_dir='' previous='' EXTRAS=()
 for argument in "$@"; do
   case $argument in
+    model=smollm2) EXTRAS=(smollm2) ;;
     hardware=*) HARDWARE=${argument#hardware=} ;;
     rollout=vllm | rollout=sglang | rollout=vllm_cpu) ROLLOUT=${argument#rollout=} ;;
     --config-dir=*) config_dir=${argument#--config-dir=} ;;

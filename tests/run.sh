@@ -4,7 +4,7 @@
 #   bash tests/run.sh [pytest arguments]     for example: bash tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash examples/setup_env.sh cpu dev
+bash examples/setup_env.sh cpu dev smollm2
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
 "$python" -m mypy

@@ -35,7 +35,7 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.parsing import BREAK, THOUGHT, as_data, encode_data, opens_thought, read_tokens
 from recipe.gtpo.run.scoring import Score, ScoreError, load_score
-from recipe.gtpo.run.tools import call_tool
+from recipe.gtpo.run.tools import call_tool, schema_of
 from recipe.gtpo.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,7 @@ class GTPOAgentLoop(AgentLoopBase):
         self.tools = {tool.name: tool for tool in (tools.tools if tools else [])}
         if not self.tools:
             raise ValueError("gtpo_agent has no tool: set actor_rollout_ref.rollout.multi_turn.tool_config_path")
-        # serialize_as_any: a tool's schema may be a subclass that says more than verl's (maxLength)
-        self.tool_schemas = [
-            tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True, serialize_as_any=True)
-            for tool in self.tools.values()
-        ]
+        self.tool_schemas = [schema_of(tool) for tool in self.tools.values()]
         task = load_task(self.config)
         score = load_score(self.config, task)
         if score is None:

@@ -48,7 +48,8 @@ def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[
     files, path = config.data.train_files, config.actor_rollout_ref.model.path
     for name, look in given.items():
         made = path is None or (name == "data" and files is None)
-        yield name, (lambda say: say(_MADE)) if made and not _brings_nothing(config) else look
+        makes = config.model is not None or not _brings_nothing(config)
+        yield name, (lambda say: say(_MADE)) if made and makes else look
     yield "verl's own checks", lambda say: validate(config)
     yield "tools", lambda say: _try_tools(config, say)
 

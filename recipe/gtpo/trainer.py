@@ -134,7 +134,8 @@ class GTPOTrainerMixin(_Trainer):
             at_turn_ends(result[name], credit.turn_mask, credit.spans) for name in ("returns", "advantages")
         )
         metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
-        if "rollout_log_probs" in rows:
+        # with rollout_correction.bypass_mode the two are one
+        if "rollout_log_probs" in rows and not self.config.algorithm.rollout_correction.bypass_mode:
             metrics.update(log_prob_gap_by_turn(rows["old_log_probs"], rows["rollout_log_probs"], turn_ids))
         if self.global_steps % self.config.trajectory_freq == 0:
             masked = [a - b for a, b in zip(rows["response_mask"], result["response_mask"], strict=True)]

@@ -206,7 +206,8 @@ def test_the_first_commands_name_scripts_that_exist(folder):
 def test_the_table_of_groups_is_the_config_folder():
     table = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section("Run it your way"), re.MULTILINE)
     assert {group: sorted(choices.split(", ")) for group, choices in table} == {
-        group: names(group) for group in ("method", "task", "hardware", "mode", "rollout", "experiment")
+        group: names(group)
+        for group in ("method", "task", "hardware", "mode", "model", "chat_template", "rollout", "experiment")
     }
 
 

@@ -16,11 +16,12 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config
 from verl.models.transformers.monkey_patch import apply_monkey_patch
+from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_ext.cpu.engine import CPUFSDP2Engine
+from verl_ext.cpu.engine import CPUFSDP2Engine, wanted
 from verl_ext.fused_head import FusedHeadInRoot
 
 TOKENS = 1100  # more than two of verl's chunks
@@ -40,15 +41,22 @@ def tiny(tied: bool, lora: bool):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def shard(model, engine_class, mesh):
+def shard(model, engine_class, mesh, packed=True):
     """As the engine does it, after verl's patch of the model's forward."""
+    return build(model, engine_class, mesh, packed)[1]
+
+
+def build(model, engine_class, mesh, packed=True):
+    """The engine, as far as it is needed here, and its module."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    apply_monkey_patch(base, use_remove_padding=True, use_fused_kernels=True, fused_kernels_backend="torch")
+    apply_monkey_patch(base, use_remove_padding=packed, use_fused_kernels=True, fused_kernels_backend="torch")
     engine = object.__new__(engine_class)
     engine.engine_config = FSDPEngineConfig(strategy="fsdp2", mixed_precision=FP32)
-    engine.model_config = SimpleNamespace(use_fused_kernels=True, lora_rank=0, enable_activation_offload=False)
+    engine.model_config = SimpleNamespace(
+        use_fused_kernels=True, lora_rank=0, enable_activation_offload=False, use_remove_padding=packed
+    )
     engine.device_mesh = mesh
-    return engine._build_fsdp_module(model)
+    return engine, engine._build_fsdp_module(model)
 
 
 def differences(tied: bool, lora: bool, world: int) -> tuple[float, float]:
@@ -97,6 +105,48 @@ def one_process(tmp_path, monkeypatch):
 def test_the_fused_head_is_the_whole_logits(one_process, tied, lora):
     log_probs, gradients = differences(tied, lora, world=1)
     assert log_probs < 1e-6 and gradients < 1e-5
+
+
+def nested(*rows: list[int]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.mark.unit
+def test_on_padded_rows_the_head_looks_at_the_tokens_that_count_and_nothing_else(one_process):
+    """Two trajectories of two and three tokens of prompt; a tool's token, and padding, in between."""
+    plain = tiny(tied=True, lora=False)
+    fused = copy.deepcopy(plain)
+    rows = [[5, 6, 10, 11, 12, 13], [7, 8, 9, 14, 15]]
+    batch = {
+        "input_ids": nested(*rows),
+        "position_ids": nested(*(list(range(len(row))) for row in rows)),
+        "prompts": nested(rows[0][:2], rows[1][:3]),
+        "response_mask": nested([1, 0, 1, 1], [1, 1]),
+    }
+    settings = {"use_remove_padding": False, "use_fused_kernels": True, "temperature": 1.0, "pad_token_id": 0}
+    batch = tu.get_tensordict(batch, settings)
+    counted = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    ids = torch.tensor([rows[0], [*rows[1], 0]])
+    logits = plain(input_ids=ids, attention_mask=(ids > 0).int(), use_cache=False).logits.float()
+    truth = logits.log_softmax(-1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
+    engine, module = build(fused, CPUFSDP2Engine, init_device_mesh("cpu", (1,)), packed=False)
+    engine.pad_to_length = False
+    inputs, _ = engine.prepare_model_inputs(batch)
+    assert inputs["wanted"].tolist() == counted.tolist() and inputs["input_ids"].tolist() == ids.tolist()
+    found = module(**inputs, use_cache=False).log_probs
+    assert torch.allclose(found[counted], truth[counted], atol=1e-6) and not found[~counted].any()
+    weights = torch.linspace(1, 2, counted.numel()).view(counted.shape) * counted
+    (found * weights).sum().backward()
+    (truth * weights).sum().backward()
+    for (name, p), (_, q) in zip(module.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.allclose(p.grad.full_tensor(), q.grad, atol=1e-5), name
+
+
+@pytest.mark.unit
+def test_what_counts_in_supervised_training_is_said_of_the_whole_row():
+    batch = tu.get_tensordict({"loss_mask": nested([0, 0, 1, 1], [0, 1, 0])}, {})
+    assert wanted(batch, 4).tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert wanted(tu.get_tensordict({"input_ids": nested([1, 2])}, {}), 2) is None  # nobody says: all of them
 
 
 @pytest.mark.unit

@@ -66,7 +66,7 @@ class ContinuousBatch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, vocab_size: int, pad_id: int = 0, kept_bytes: int = 512 << 20
+        self, model: PreTrainedModel, *, vocab_size: int, pad_id: int = 0, kept_bytes: int = 256 << 20
     ) -> None:
         self.model = model
         self.vocab_size = vocab_size
@@ -263,7 +263,7 @@ def _distribution(logits: torch.Tensor, temperature: torch.Tensor, requests: Seq
 
 def _pick(log_probs: torch.Tensor, uniform: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """Inverse CDF: the first token whose cumulative mass exceeds `uniform`; the mode where temperature is 0."""
-    cumulative = log_probs.double().exp().cumsum(1)
+    cumulative = log_probs.exp().cumsum(1, dtype=torch.float64)
     # scale by the true total so that rounding can never push the index past the last token
     sampled = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True).squeeze(1)
     return torch.where(temperature > 0, sampled.clamp_max(log_probs.shape[1] - 1), log_probs.argmax(1))

@@ -35,6 +35,14 @@ def server_actor_name(replica_rank: int) -> str:
     return f"{NAME}_server_{replica_rank}"
 
 
+def torch_dtype(config: RolloutConfig) -> torch.dtype:
+    """Of the server's weights. Raises ValueError for one that it has not got."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    if dtype is None:
+        raise ValueError(f"rollout.dtype={config.dtype!r}: the transformers rollout has float32 and bfloat16")
+    return dtype
+
+
 class TransformersServer:
     """Token-in, token-out generation for one replica (an async Ray actor)."""
 
@@ -43,9 +51,7 @@ class TransformersServer:
 
         self.config = config
         model: HFModelConfig = omega_conf_to_dataclass(model_config)
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-        if dtype is None:
-            raise ValueError(f"rollout.dtype={config.dtype!r}: the transformers rollout has float32 and bfloat16")
+        dtype = torch_dtype(config)
         torch.manual_seed(config.seed + replica_rank)
         self.model = AutoModelForCausalLM.from_pretrained(
             model.local_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
@@ -282,7 +288,8 @@ class TransformersAdapter(BaseRollout):
     ) -> None:
         if wire_format != "named_tensors":
             raise ValueError(f"the transformers rollout takes full tensors, not wire_format={wire_format!r}")
-        async for bucket in _buckets(weights, self.config.checkpoint_engine.update_weights_bucket_megabytes << 20):
+        limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
+        async for bucket in _buckets(weights, limit, torch_dtype(self.config)):
             await self.server.load_weights.remote(bucket)
         if global_steps is not None:
             await self.server.set_global_steps.remote(global_steps)
@@ -293,16 +300,17 @@ class TransformersAdapter(BaseRollout):
 
 
 async def _buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype
 ) -> AsyncIterator[list[tuple[str, torch.Tensor]]]:
-    """Groups of at most `limit` bytes (a single larger tensor is a group of its own)."""
+    """Groups of at most `limit` bytes (a single larger tensor is a group of its own), as the server will have them."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
-    async for name, tensor in ensure_async_iterator(weights):
+    async for name, given in ensure_async_iterator(weights):
+        tensor = given.detach().to(dtype)
         if bucket and size + tensor.nbytes > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor.detach()))
+        bucket.append((name, tensor))
         size += tensor.nbytes
     if bucket:
         yield bucket

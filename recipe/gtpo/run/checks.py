@@ -11,6 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
@@ -39,8 +40,9 @@ from recipe.gtpo.run.inputs import (
     expand_paths,
     ray_starts_here,
 )
-from recipe.gtpo.run.machine import gpus, host_memory
+from recipe.gtpo.run.machine import cpu_dtype, gpus, host_memory
 from recipe.gtpo.run.model import check_model, read_config
+from recipe.gtpo.sft import cold_start
 from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
 from verl_ext.tool_server.client import is_ray
@@ -76,6 +78,8 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "gtpo_weight_sync", lambda device: "gloo" if device == "cpu" else "nccl", replace=True
     )
+    OmegaConf.register_new_resolver("gtpo_text", lambda name: (CONFIG_DIR / name).read_text(), replace=True)
+    OmegaConf.register_new_resolver("gtpo_cpu_dtype", cpu_dtype, replace=True)
     OmegaConf.register_new_resolver("gtpo_gpus", lambda otherwise: len(gpus()) or otherwise, replace=True)
 
 
@@ -206,10 +210,35 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     Args:
         say: told what there is, in lines for the terminal.
     """
+    task = prepare_task(config)
+    prepare_model(config, say)
+    choose_model(config, task, say)
+    for look in given_checks(config).values():
+        look(say)
+    if cold_start.is_wanted(config):
+        try:
+            config.actor_rollout_ref.model.path = str(cold_start.cold_start(config, say))
+        except ValueError as e:
+            raise ConfigError(f"cold start: {e}") from e
+    fill_logical_gpus(config)
+    config.run_dir = str(Path(config.run_dir).resolve())
+    config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
+    os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
+    OmegaConf.resolve(config)
+    return task
+
+
+def prepare_task(config: DictConfig, *, scored: bool = True) -> Task:
+    """Have the task prepare itself, and fill what the config leaves open. Raises ConfigError.
+
+    Args:
+        scored: whether answers are going to be scored.
+    """
     expand_paths(config)
     try:
         task = load_task(config)
-        check_reward(config, task)  # before what may take minutes
+        if scored:
+            check_reward(config, task)  # before what may take minutes
         made = task.prepare()
     except InstantiationException as e:  # hydra's wrapper, whose first line does not say what is wrong
         raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
@@ -218,15 +247,17 @@ def prepare(config: DictConfig, say: Say = lambda text: None) -> Task:
     for key, value in made.items():
         if OmegaConf.select(config, key) is None:
             OmegaConf.update(config, key, value)
-    choose_model(config, task, say)
-    for look in given_checks(config).values():
-        look(say)
-    fill_logical_gpus(config)
-    config.run_dir = str(Path(config.run_dir).resolve())
-    config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
-    os.environ.setdefault("TENSORBOARD_DIR", f"{config.run_dir}/tensorboard")
-    OmegaConf.resolve(config)
     return task
+
+
+def prepare_model(config: DictConfig, say: Say) -> None:
+    """The policy of `model=NAME`, where the config names no other. Raises ConfigError."""
+    if config.model is None or config.actor_rollout_ref.model.path is not None:
+        return
+    try:
+        config.actor_rollout_ref.model.path = str(instantiate(config.model).prepare(say))
+    except ValueError as e:
+        raise ConfigError(f"model: {e}") from e
 
 
 def choose_model(config: DictConfig, task: Task, say: Say) -> None:

@@ -48,7 +48,7 @@ FREE = (
     "watchdog",
 )
 #: Named in `trainer.experiment_name` by themselves, or chosen by the machine.
-_NAMED = ("hardware", "method", "rollout", "seed", "task")
+_NAMED = ("hardware", "method", "model", "rollout", "seed", "task")
 
 
 def variant(overrides: Sequence[str] | None = None) -> str:

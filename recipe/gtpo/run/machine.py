@@ -92,3 +92,17 @@ def shared_memory() -> int | None:
         return shutil.disk_usage("/dev/shm").total
     except OSError:
         return None
+
+
+#: Of x86 and Arm: without one of them, bfloat16 is converted to float32 and back at every product.
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@functools.cache
+def cpu_dtype() -> str:
+    """What a policy computes with on this machine: bfloat16 where its processor has the instructions, else float32."""
+    try:
+        flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        flags = []
+    return "bfloat16" if flags and all(_BF16_FLAGS & set(line.split()) for line in flags) else "float32"

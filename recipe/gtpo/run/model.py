@@ -160,7 +160,10 @@ def _check_architecture(config: DictConfig, folder: Path) -> str | None:
 # -- a conversation ---------------------------------------------------------------------------------------------------
 
 _TOOL_NAME, _ANSWER, _SAID = "gtpo_probe_tool", "gtpoprobe", "gtposaid"  # in no template and no prompt
-_TEMPLATE = "take an instruct model, or give a chat template: actor_rollout_ref.model.custom_chat_template"
+_TEMPLATE = (
+    "take an instruct model, or give a chat template: chat_template=qwen2_5 where messages begin with <|im_start|> and "
+    "end with <|im_end|>, else actor_rollout_ref.model.custom_chat_template"
+)
 
 
 def _check_conversation(

@@ -86,6 +86,19 @@ def start_executors(url: str) -> tuple[ToolClient, str]:
     return client, f"tool server: an executor on each of {len(found['nodes'])} nodes, isolation: {', '.join(tiers)}"
 
 
+def schema_of(tool: Any) -> dict[str, Any]:
+    """What a chat template shows of a tool, as a plain dict."""
+    # serialize_as_any: a tool's schema may be a subclass that says more than verl's (maxLength)
+    return tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True, serialize_as_any=True)
+
+
+def tool_schemas(config: DictConfig) -> list[dict[str, Any]]:
+    """Of all tools of a run. Their servers need not run."""
+    nowhere = {"GTPO_TOOL_SERVER_URL": "http://127.0.0.1:9"}
+    with environment(nowhere):
+        return [schema_of(tool) for tool in load_tools(config)]
+
+
 def load_tools(config: DictConfig) -> list[Any]:
     """As a rollout worker loads them. Raises ConfigError."""
     from verl.tools.tool_registry import load_all_tools

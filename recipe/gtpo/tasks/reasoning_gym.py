@@ -13,12 +13,13 @@ import json
 import logging
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipe.gtpo.run.processes import Processes
+from recipe.gtpo.tasks import teacher
 from recipe.gtpo.tasks.prepared import MANIFEST, DataSet, Example, PreparedTask
 from recipe.gtpo.tasks.task import boxed
 
@@ -104,6 +105,17 @@ class ReasoningGym(PreparedTask):
         for i in range(len(seeds)):
             for name, problems in made.items():
                 yield {"generator": name, **problems[i]}
+
+    def training_rows(self) -> Iterator[Mapping[str, Any]]:
+        return self.rows(self.training[0])
+
+    def demonstrate(self, row: Mapping[str, Any], run_code: Callable[[str], str]) -> list[dict[str, str]]:
+        example = self.read(row, self.training[0])
+        code = teacher.program(row["generator"], row["metadata"])
+        said = run_code(code).strip()
+        if said != example.answer:
+            raise ValueError(f"the teacher's program for {row['generator']} does not print the answer")
+        return [*self.messages(example), *teacher.turns(code, said)]
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
         extra = {"generator": row["generator"], "metadata": json.dumps(row["metadata"], default=str)}

@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,23 @@ class Task:
             data_source, ground_truth, extra_info: the row's, as verl hands them to a reward function.
 
         `reward.custom_reward_function`, where the config sets one, is asked instead.
+        """
+        raise NotImplementedError
+
+    def training_rows(self) -> Iterable[Mapping[str, Any]]:
+        """The problems that `demonstrate` can be asked about. Raises ValueError for a task without a teacher."""
+        raise ValueError(
+            f"sft.source=teacher: task={self.name} has no teacher; give transcripts (a file, a hub id, a run)"
+        )
+
+    def demonstrate(self, row: Mapping[str, Any], run_code: Callable[[str], str]) -> list[dict[str, str]]:
+        """A transcript that solves a problem, as chat messages (`sft/transcripts.py`).
+
+        Args:
+            row: one of `training_rows`.
+            run_code: what the tool python says to a program.
+
+        Raises ValueError, with the reason, for a problem that the teacher does not solve.
         """
         raise NotImplementedError
 

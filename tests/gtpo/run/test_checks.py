@@ -26,10 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.tools.tool_registry import load_all_tools
 
 from recipe.gtpo.agent_loop import GTPOAgentLoop
-from recipe.gtpo.main import ray_executors, validate
+from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare, short_context
 from recipe.gtpo.run.gpu import fill_logical_gpus
+from recipe.gtpo.run.tool_server import ray_executors
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
 
 pytestmark = pytest.mark.unit

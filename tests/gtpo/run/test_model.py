@@ -170,7 +170,10 @@ ALTERNATE = (
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
 )
 TOOLS = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
-REMEDY = "take an instruct model, or give a chat template: actor_rollout_ref.model.custom_chat_template"
+REMEDY = (
+    "take an instruct model, or give a chat template: chat_template=qwen2_5 where messages begin with <|im_start|> and "
+    "end with <|im_end|>, else actor_rollout_ref.model.custom_chat_template"
+)
 
 
 def give_template(folder: Path, template: str | None) -> None:
@@ -195,6 +198,12 @@ def test_a_chat_template_of_the_config_s_counts(folder):
     model = compose(f"actor_rollout_ref.model.path={folder}")
     model.actor_rollout_ref.model.custom_chat_template = TOOLS + CHATML
     check_model(model, PROMPTS, lambda text: None)
+
+
+def test_the_template_that_the_remedy_names_is_one_word_and_shows_the_tools(folder):
+    give_template(folder, CHATML)  # without a branch for tools, as SmolLM2's own
+    assert REMEDY in refusal(folder)
+    assert said_of(folder, PROMPTS, "chat_template=qwen2_5") == []
 
 
 def test_a_template_that_refuses_the_system_role_is_refused_when_the_data_has_it(folder):

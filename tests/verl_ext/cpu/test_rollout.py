@@ -307,6 +307,7 @@ def adapter_of(path, handle, megabytes):
     config = {
         "_target_": "verl.workers.config.RolloutConfig",
         "name": "transformers",
+        "dtype": "float32",  # the server's
         "checkpoint_engine": checkpoint_engine,
     }
     adapter = TransformersAdapter(OmegaConf.create(config), model_config(path), None, replica_rank=0)
@@ -365,9 +366,12 @@ def test_a_wire_format_that_is_not_full_tensors_is_refused(path):
 def test_buckets_keep_the_order_and_the_limit_and_a_large_tensor_goes_alone():
     async def collect():
         weights = [(str(n), torch.zeros(n)) for n in (1, 2, 3, 9, 1, 1)]  # 4 bytes each
-        return [[name for name, _ in bucket] async for bucket in _buckets(iter(weights), limit=12)]
+        return [[name for name, _ in bucket] async for bucket in _buckets(iter(weights), limit, dtype)]
 
+    limit, dtype = 12, torch.float32
     assert asyncio.run(collect()) == [["1", "2"], ["3"], ["9"], ["1", "1"]]
+    dtype = torch.bfloat16  # sent as the server will have them: half the bytes
+    assert asyncio.run(collect()) == [["1", "2", "3"], ["9"], ["1", "1"]]
 
 
 # -- aborts -----------------------------------------------------------------------------------------------------------

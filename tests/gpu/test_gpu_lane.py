@@ -12,15 +12,18 @@ import pytest
 import torch.distributed as dist
 from composition import compose_with_choices
 from gpus import nvidia_smi
-from jobs import ATTENTIONS, METHODS, evaluation_arguments, job_overrides, measured
+from jobs import ATTENTIONS, METHODS, evaluation_arguments, job_overrides, measured, real_model
 from measure import measure_update, save_random
+from transformers import AutoTokenizer
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from recipe.gtpo.evaluate.request import Request, find_benchmarks, overrides_of
+from recipe.gtpo.models.smollm2 import SmolLM2
 from recipe.gtpo.run.checks import check
 from recipe.gtpo.run.gpu import shape_of
 from recipe.gtpo.run.memory import Shape
 from recipe.gtpo.run.model import check_model
+from recipe.gtpo.tasks.arithmetic.problems import sample_problems, step_mix, take, tool_schema
 from verl_ext.cpu.engine import CPUFSDP2Engine
 
 pytestmark = pytest.mark.unit
@@ -65,6 +68,21 @@ def test_a_random_model_of_any_shape_passes_the_checks_of_a_run(tmp_path):
     assert shape_of(config) == TINY
 
 
+def test_a_small_real_model_passes_the_checks_of_a_run(tmp_path):
+    """And its prompts fit."""
+    try:
+        folder = SmolLM2(cache=str(tmp_path)).prepare()
+    except ValueError as e:
+        pytest.skip(str(e))
+    config, choices = compose_with_choices(*job_overrides("gtpo", "sdpa", tmp_path), *real_model(folder))
+    check(config, choices)
+    check_model(config, [], lambda line: pytest.fail(line))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (problem,) = take(sample_problems("train", 1, step_mix(6)), 1)
+    prompt = tokenizer.apply_chat_template(problem.messages, tools=[tool_schema()], add_generation_prompt=True)
+    assert len(prompt["input_ids"]) <= config.data.max_prompt_length
+
+
 def test_seconds_and_memory_are_taken_from_a_step():
     step = {"timing_s/gen": 1.5, "perf/max_memory_allocated_gb": 3.0, "actor/lr": 1.0, "gtpo/log_prob_gap/mean": 0.1}
     assert measured({"step": 2, **step}) == {key: value for key, value in step.items() if key != "actor/lr"}
@@ -80,7 +98,7 @@ def test_the_script_says_what_it_would_do(tmp_path):
     done = script("--dry-run", "-k", "method", VENV="/some/venv", GTPO_GPU_RESULTS="/some/results.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "VENV=/some/venv bash examples/setup_env.sh vllm dev",
+        "VENV=/some/venv bash examples/setup_env.sh vllm dev smollm2",
         "/some/venv/bin/python -m recipe.gtpo.doctor hardware=single_gpu rollout=vllm",
         "/some/venv/bin/python -m pytest -m gpu tests/gpu -k method",
         "results: /some/results.json",

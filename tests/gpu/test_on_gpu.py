@@ -10,11 +10,21 @@ import importlib.util
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import ATTENTIONS, METHODS, evaluation_arguments, evaluation_job, job_overrides, main_job, measured
+from jobs import (
+    ATTENTIONS,
+    METHODS,
+    evaluation_arguments,
+    evaluation_job,
+    job_overrides,
+    main_job,
+    measured,
+    real_model,
+)
 from measure import measure_update, save_random
 
 from recipe.gtpo.method.advantage import turn_advantages
 from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.models.smollm2 import SmolLM2
 from recipe.gtpo.run.gpu import attention
 from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, update
 from verl_ext.fused_head import FusedHeadInRoot
@@ -96,6 +106,19 @@ def test_the_main_job_runs_with_a_model_of_half_a_billion(tmp_path, results):
     folder = save_random(QWEN25["0.5B"], tmp_path / "model")
     found = measured(main_job([*job_overrides("gtpo", "sdpa", tmp_path), f"actor_rollout_ref.model.path={folder}"]))
     results["main gtpo Qwen2.5-0.5B"] = found
+    assert found["training/rollout_probs_diff_mean"] < 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_main_job_runs_with_a_small_real_model(tmp_path, results, method):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    try:
+        folder = SmolLM2(cache=str(tmp_path / "models")).prepare()
+    except ValueError as e:
+        pytest.skip(str(e))
+    found = measured(main_job([*job_overrides(method, "sdpa", tmp_path), *real_model(folder)]))
+    results[f"main {method} SmolLM2-135M"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2
 
 

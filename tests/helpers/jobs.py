@@ -28,6 +28,11 @@ def job_overrides(method: str, attention: str, folder: Path) -> list[str]:
     ]
 
 
+def real_model(folder: Path) -> list[str]:
+    """A model in the embedded policy's place, whose tokenizer has other lengths."""
+    return [f"actor_rollout_ref.model.path={folder}", "data.max_prompt_length=256", "data.max_response_length=256"]
+
+
 def evaluation_arguments(run: Path, folder: Path) -> list[str]:
     """Of the command that evaluates the run's last checkpoint and its base model with vLLM."""
     return [

@@ -102,7 +102,10 @@ def describe(record: RunRecord, now: float) -> tuple[list[str], bool]:
         raise RecordError(f"{record.dir}: no run's folder (neither metrics.jsonl nor versions.json)")
     total, step = total_steps(starts, config), lines[-1]["step"] if lines else 0
     summary = record.read_summary()
-    said, ended = state(step, total, summary, record.read_cause(), now - record.last_write(), seconds_a_step(lines))
+    if record.read_evaluation_report() is not None and record.read_cause() is None:
+        said, ended = "evaluated", True
+    else:
+        said, ended = state(step, total, summary, record.read_cause(), now - record.last_write(), seconds_a_step(lines))
     about = config or summary or {}  # a run may be too old for a config.json
     named = {name: about.get(f"{name}.name", about.get(name, "?")) for name in ("method", "task", "seed")}
     screen = [

@@ -115,6 +115,16 @@ def test_a_run_that_has_only_started_has_a_screen(tmp_path):
     assert describe(record, record.last_write())[0][1].startswith("step 0 of ?, running; wrote 0 s ago")
 
 
+def test_an_evaluation_that_has_its_report_has_ended(tmp_path):
+    record = RunRecord(tmp_path)
+    record.write_start(1)
+    record.write_metrics(40, {"val-core/arithmetic/acc/mean@4": 0.8})
+    assert not describe(record, record.last_write())[1]
+    record.write_evaluation_report({})
+    screen, ended = describe(record, record.last_write() + 1e6)
+    assert ended and screen[1] == "step 40 of ?, evaluated"
+
+
 def test_a_sign_of_life_is_any_file_that_a_run_writes_while_it_goes_on(record):
     os.utime(record.metrics_path, (1, 1))
     assert record.last_write() == 1.0

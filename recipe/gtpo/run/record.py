@@ -268,6 +268,10 @@ class RunRecord:
         """What came of an evaluation (recipe/gtpo/evaluate)."""
         _replace(self._evaluation_report, _json(report, indent=2) + "\n")
 
+    def read_evaluation_report(self) -> dict[str, Any] | None:
+        """None where the folder is no evaluation's, or it has not ended."""
+        return _read_json(self._evaluation_report, dict)
+
     def read_summary(self) -> dict[str, Any] | None:
         """None until the run has ended well."""
         return _read_json(self._summary, dict)

@@ -69,7 +69,9 @@ def measure_update(shape: Shape, tokens: int, device: str, engine_class: type, a
     model.train()
     engine = object.__new__(engine_class)
     engine.engine_config = FSDPEngineConfig(strategy="fsdp2")
-    engine.model_config = SimpleNamespace(use_fused_kernels=True, lora_rank=0, enable_activation_offload=False)
+    engine.model_config = SimpleNamespace(
+        use_fused_kernels=True, use_remove_padding=True, lora_rank=0, enable_activation_offload=False
+    )
     engine.device_mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     model = engine._build_fsdp_module(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -133,10 +133,13 @@ def test_ray_keeps_the_class_inside_an_actor_where_the_task_runner_takes_it():
 RUN = """
 import sys
 from pathlib import Path
+import ray
 import verl
 from ray import cloudpickle
 from verl.trainer.ppo.v1 import get_trainer_cls
 runner = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
+ray.nodes = list  # no Ray runs here
+runner.run.__globals__["check_cluster"] = lambda config, nodes: None
 runner.__bases__[0].run = lambda self, config: print(get_trainer_cls(config).__name__)
 object.__new__(runner).run("gtpo_sync")
 """

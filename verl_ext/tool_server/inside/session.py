@@ -20,6 +20,7 @@ import types
 
 import runner
 
+MOST_PIDS = 1 << 22  # Linux hands out no higher ones
 LOST_SECONDS = 1.0  # a holder that has not reported this long after its turn was killed makes the session lost
 
 
@@ -55,7 +56,7 @@ def supervise(server: socket.socket) -> None:
                 answer["status"] = (
                     1 << 8
                 )  # it left by os._exit: nobody holds its state, so it cannot pass for a success
-        top = sweep(holder, max(top, turn, successor))
+        top = sweep(holder, max(top, turn, successor), thorough=answer["status"] != 0)
         server.send(json.dumps(answer).encode())
 
 
@@ -86,28 +87,43 @@ def await_turn(server: socket.socket, holders: socket.socket, wall: float) -> tu
                 os.kill(turn, signal.SIGKILL)
 
 
-def sweep(holder: int, top: int) -> int:
+def sweep(holder: int, top: int, *, thorough: bool) -> int:
     """Kill and reap every process of this pid namespace but the supervisor and ``holder``. Returns the highest pid.
 
     There is no /proc here; pids are small and handed out in order, so trying them all is cheap and complete.
+
+    ``thorough``: again, until no pid was handed out since: a turn that failed may have left processes that fork. One
+    that succeeded has left none, or its successor would have had no task. Raises when the pids have no end.
     """
+    before = 0
+    while True:
+        probe = highest_pid()
+        if probe and probe == before + 1:
+            return probe
+        before, top = probe, max(top, probe) if probe else 2 * top  # without a probe nobody knows how far to look
+        if top > MOST_PIDS:
+            raise RuntimeError("processes of the turn cannot be ended")
+        for pid in range(2, top + 1):
+            if pid != holder:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                except (ProcessLookupError, ChildProcessError):
+                    pass
+        if probe and not thorough:
+            return probe
+
+
+def highest_pid() -> int:
+    """That of a process which ends at once; 0 where the one spare task is taken, by whom nobody has announced."""
     try:
         probe = os.fork()
     except OSError:
-        pass  # the one spare task is taken; the pids announced so far bound the search
-    else:
-        if probe == 0:
-            os._exit(0)
-        os.waitpid(probe, 0)
-        top = max(top, probe)
-    for pid in range(2, top + 1):
-        if pid != holder:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
-    return top
+        return 0
+    if probe == 0:
+        os._exit(0)
+    os.waitpid(probe, 0)
+    return probe
 
 
 def hold(supervisor: socket.socket) -> None:

@@ -17,7 +17,7 @@ source examples/stack.sh "$@"
 bash examples/setup_env.sh "$STACK" "${EXTRAS[@]}"
 python=${VENV:-.venv}/bin/python
 # On GPUs mathematics is the default, and the only one whose data are fetched here. The model: recipe/gtpo/run/gpu.py.
-if [[ $STACK != cpu && " $*" != *" task="* && " $*" != *" experiment="* ]]; then
+if [[ $STACK != cpu && $STACK != vllm_cpu && " $*" != *" task="* && " $*" != *" experiment="* ]]; then
   ARGS+=(task=math)
   [[ " $*" == *" task.folder="* || -f outputs/data/math/manifest.json ]] || "$python" -m recipe.gtpo.data prepare task=math
 fi

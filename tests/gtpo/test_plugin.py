@@ -131,6 +131,7 @@ def test_ray_keeps_the_class_inside_an_actor_where_the_task_runner_takes_it():
 
 
 RUN = """
+import inspect
 import sys
 from pathlib import Path
 import ray
@@ -139,7 +140,7 @@ from ray import cloudpickle
 from verl.trainer.ppo.v1 import get_trainer_cls
 runner = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
 ray.nodes = list  # no Ray runs here
-runner.run.__globals__["check_cluster"] = lambda config, nodes: None
+inspect.unwrap(runner.run).__globals__["check_cluster"] = lambda config, nodes: None
 runner.__bases__[0].run = lambda self, config: print(get_trainer_cls(config).__name__)
 object.__new__(runner).run("gtpo_sync")
 """

@@ -82,7 +82,7 @@ def config_of(rollout, policy, **changes):
 
 @ray.remote(num_gpus=1)
 class Neighbour:
-    """In a training worker's place: verl's replica asks it where it is, and starts the server beside it."""
+    """In a training worker's place: a replica asks it where it is, and starts the server beside it."""
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,13 @@ def servers(policy):
     """rollout -> its server, as verl starts it."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes do not know this module
     ray.init(**OmegaConf.to_container(config_of("vllm_cpu", policy).ray_kwargs.ray_init, resolve=True))
-    handles = {}
+    handles, neighbour = {}, Neighbour.remote()
     for rollout in ROLLOUTS:
         parts = config_of(rollout, policy).actor_rollout_ref
         model = omega_conf_to_dataclass(parts.model, dataclass_type=HFModelConfig)
         replica = RolloutReplicaRegistry.get(parts.rollout.name)(0, parts.rollout, model, gpus_per_node=1)
         replica.rollout_mode = RolloutMode.HYBRID
-        replica.workers = [Neighbour.remote()] if rollout == "vllm_cpu" else []
+        replica.workers = [neighbour]
         asyncio.run(asyncio.wait_for(replica.launch_servers(), timeout=600))
         handles[rollout] = replica.server_handle
         if rollout == "vllm_cpu":

@@ -48,7 +48,8 @@ def machine(tmp_path, monkeypatch):
         return ["bash", str(tmp_path / "examples/run_gtpo_qwen.sh")]
 
     def run(count: int, *arguments: str, prepared: bool = False) -> list[str]:
-        command = of(count, "vllm" if count and "hardware=cpu" not in arguments else "cpu")
+        on_gpus = count and "hardware=cpu" not in arguments
+        command = of(count, "vllm" if on_gpus else "vllm_cpu" if "rollout=vllm_cpu" in arguments else "cpu")
         if prepared:
             (tmp_path / "outputs/data/math").mkdir(parents=True)
             (tmp_path / "outputs/data/math/manifest.json").touch()
@@ -66,6 +67,7 @@ PREPARE = "-m recipe.gtpo.data prepare task=math"
     ("count", "arguments", "called"),
     [
         (0, [], ["-m recipe.gtpo.main hardware=cpu rollout=transformers"]),
+        (0, ["rollout=vllm_cpu"], ["-m recipe.gtpo.main hardware=cpu rollout=vllm_cpu rollout=vllm_cpu"]),
         (1, [], [PREPARE, "-m recipe.gtpo.main hardware=single_gpu rollout=vllm task=math"]),
         (8, ["seed=2"], [PREPARE, "-m recipe.gtpo.main hardware=single_node rollout=vllm task=math seed=2"]),
         (8, ["task=gsm8k"], ["-m recipe.gtpo.main hardware=single_node rollout=vllm task=gsm8k"]),

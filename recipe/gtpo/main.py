@@ -72,6 +72,18 @@ def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: 
         thread.join(timeout=poll_seconds + 5)
 
 
+@contextmanager
+def naming_lost_part(handle: ServerHandle | None, record: RunRecord) -> Iterator[None]:
+    """What the block raises while a part is lost is a consequence of that: the cause is the part."""
+    try:
+        yield
+    except Exception:
+        lost = lost_part(handle)
+        if lost is not None:
+            record.write_cause(lost)
+        raise
+
+
 def lost_part(handle: ServerHandle | None) -> str | None:
     """A sentence on what is dead, or None."""
     if handle is not None and not handle.alive:
@@ -131,13 +143,8 @@ def _train(config: DictConfig, record: RunRecord) -> None:
         say("starting Ray, the policy and the rollout servers")
         with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
             try:
-                with Progress(record, config.trainer.total_training_steps):
+                with naming_lost_part(server, record), Progress(record, config.trainer.total_training_steps):
                     run_ppo(config, task_runner_class=GTPOTaskRunner)
-            except Exception:
-                lost = lost_part(server)
-                if lost is not None:  # what was raised is a consequence
-                    record.write_cause(lost)
-                raise
             finally:
                 ending.set()
                 keep_logs(record)

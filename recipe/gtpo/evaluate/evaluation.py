@@ -19,7 +19,7 @@ from recipe.gtpo.evaluate.results import Result
 from recipe.gtpo.evaluate.rollout import Roller, in_parallel, load_model_config, load_rows, opened_tools
 from recipe.gtpo.evaluate.samples import Samples
 from recipe.gtpo.evaluate.servers import Endpoint, own_ray, start_servers, watch
-from recipe.gtpo.main import keep_logs, lost_part, watch_machine
+from recipe.gtpo.main import keep_logs, naming_lost_part, watch_machine
 from recipe.gtpo.method.turns import Finish, Trajectory
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import fill_logical_gpus
@@ -183,20 +183,16 @@ def roll_out(evaluation: Evaluation, server: ServerHandle | None) -> None:
     request, record, config = evaluation.request, evaluation.record, evaluation.server_config
     with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
         try:
-            if request.endpoint is not None:
-                asyncio.run(evaluation.with_endpoint())
-                return
-            say(f"starting the rollout servers of {evaluation.model}")
-            with own_ray(config):
-                try:
-                    asyncio.run(evaluation.with_servers())
-                finally:
-                    ending.set()
-                    keep_logs(record)
-        except Exception:
-            lost = lost_part(server)
-            if lost is not None:  # what was raised is a consequence
-                record.write_cause(lost)
-            raise
+            with naming_lost_part(server, record):
+                if request.endpoint is not None:
+                    asyncio.run(evaluation.with_endpoint())
+                    return
+                say(f"starting the rollout servers of {evaluation.model}")
+                with own_ray(config):
+                    try:
+                        asyncio.run(evaluation.with_servers())
+                    finally:
+                        ending.set()
+                        keep_logs(record)
         finally:
             ending.set()

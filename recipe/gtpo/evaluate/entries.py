@@ -28,7 +28,7 @@ from recipe.gtpo.evaluate.request import (
 from recipe.gtpo.run import checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import machine_checks
-from recipe.gtpo.run.inputs import check_data, check_machine, check_reward, expand_paths
+from recipe.gtpo.run.inputs import check_data, check_machine, check_reward, expand_paths, fill_open
 from recipe.gtpo.run.model import check_model
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.prepared import MANIFEST, PreparedTask
@@ -103,9 +103,7 @@ def fill(entry: Entry, record: RunRecord, request: Request) -> None:
         raise ConfigError(f"task={entry.benchmark.task}: {e.__cause__ or e}") from e
     except ValueError as e:
         raise ConfigError(f"{entry.name}: {e}") from e
-    for key, value in made.items():
-        if OmegaConf.select(config, key) is None:
-            OmegaConf.update(config, key, value)
+    fill_open(config, made)
     if OmegaConf.select(config, f"{_ROLLOUT}.gpu_memory_utilization") is None:
         config.actor_rollout_ref.rollout.gpu_memory_utilization = _SHARE
 

@@ -38,6 +38,7 @@ from recipe.gtpo.run.inputs import (
     check_machine,
     check_reward,
     expand_paths,
+    fill_open,
     ray_starts_here,
 )
 from recipe.gtpo.run.machine import cpu_dtype, gpus, host_memory
@@ -244,9 +245,7 @@ def prepare_task(config: DictConfig, *, scored: bool = True) -> Task:
         raise ConfigError(f"task={config.task.name}: {e.__cause__ or e}") from e
     except ValueError as e:
         raise ConfigError(f"task={config.task.name}: {e}") from e
-    for key, value in made.items():
-        if OmegaConf.select(config, key) is None:
-            OmegaConf.update(config, key, value)
+    fill_open(config, made)
     return task
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.run import machine, memory
 from recipe.gtpo.run.errors import ConfigError, one_line
-from recipe.gtpo.run.inputs import Say, ray_starts_here
+from recipe.gtpo.run.inputs import Say, fill_open, ray_starts_here
 from recipe.gtpo.run.machine import GB, Gpu
 from recipe.gtpo.run.memory import Machines, Settings, Shape
 from recipe.gtpo.run.model import read_config
@@ -132,7 +132,7 @@ def gpus_of_a_node(config: DictConfig) -> int:
 def fill_logical_gpus(config: DictConfig) -> None:
     """What Ray is told of GPUs on a machine without: as many as the run asks for. Another's Ray has its own number."""
     if config.trainer.device == "cpu" and ray_starts_here(config):
-        _fill(config, {"ray_kwargs.ray_init.num_gpus": gpus_of_a_node(config)})
+        fill_open(config, {"ray_kwargs.ray_init.num_gpus": gpus_of_a_node(config)})
 
 
 # -- GPUs, driver, packages -------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
     """
     longest = config.data.max_prompt_length + config.data.max_response_length
     if config.trainer.device == "cpu":
-        _fill(config, {_TOKENS: 2 * longest})
+        fill_open(config, {_TOKENS: 2 * longest})
         return
     settings, given = asked_for(config)
     taken = shape or memory.QWEN25["7B"]
@@ -365,7 +365,7 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
         if shape is not None:
             raise ConfigError(_refusal(shape, machines, memory.best(settings, **tried)))
         found = memory.best(settings, **tried)
-    _fill(
+    fill_open(
         config,
         {
             _TOKENS: found.tokens,
@@ -381,12 +381,6 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
         f"{update:.0f} GB of a GPU in the update, {generation:.0f} GB in generation; micro-batches of {found.tokens} "
         f"tokens, vLLM's share {found.share:g}, {'with' if found.offload else 'no'} offloading"
     )
-
-
-def _fill(config: DictConfig, values: dict[str, object]) -> None:
-    for key, value in values.items():
-        if OmegaConf.select(config, key) is None:
-            OmegaConf.update(config, key, value)
 
 
 def _refusal(shape: Shape, machines: Machines, settings: Settings) -> str:

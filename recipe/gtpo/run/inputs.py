@@ -128,6 +128,13 @@ _PATHS = (
 )
 
 
+def fill_open(config: DictConfig, values: Mapping[str, Any]) -> None:
+    """Give the keys of verl that are left open (null) their values."""
+    for key, value in values.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, value)
+
+
 def expand_paths(config: DictConfig) -> None:
     """`~` means the home folder wherever the config has a path, and a folder may end in `/`: verl knows neither."""
     for key in _PATHS:

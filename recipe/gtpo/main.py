@@ -212,7 +212,8 @@ def run(config: DictConfig) -> int:
 
 def end_of(error: Exception) -> str:
     """Of an end that nobody wrote down. The trainer writes its own down, unless it is killed itself."""
-    if isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError):
+    died = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+    if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
         return f"the trainer's process died: {how_it_died(str(error))}"
     return one_line(error)
 

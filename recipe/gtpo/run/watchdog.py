@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from recipe.gtpo.run.errors import how_it_died
+from recipe.gtpo.run.errors import how_it_died, one_line
 from recipe.gtpo.run.record import RunRecord
 
 
@@ -85,7 +85,9 @@ class ActorWatch:
                 try:
                     if (lost := ray.get(question)) is not None:
                         return f"the {name} lost its engine: {lost}"
-                except ray.exceptions.RayActorError as e:
+                except ray.exceptions.RayTaskError as e:  # what asks raised
+                    return f"the {name} does not say how it is: {one_line(e)}"
+                except ray.exceptions.RayError as e:  # killed for its memory, it has no RayActorError
                     return f"the {name} died: {how_it_died(str(e))}"
                 self._questions[self._ask(handle)] = (name, handle)
             return None

@@ -60,6 +60,35 @@ def test_a_dead_actor_is_found_and_named(tmp_path):
     assert dead is not None and dead.startswith("the rollout server died: ") and f"pid {pid}" in dead
 
 
+OUT_OF_MEMORY = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node was 10.66GB used / 23.54GB limit"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (ray.exceptions.OutOfMemoryError(f"{OUT_OF_MEMORY}\nOOM kill reason: ..."), f"died: {OUT_OF_MEMORY}"),
+        (ray.exceptions.RayTaskError("f", "...", KeyError("engine")), "does not say how it is: KeyError: 'engine'"),
+    ],
+)
+def test_an_actor_whose_end_has_another_type_is_found_and_named(tmp_path, monkeypatch, error, found):
+    """Ray reports an actor that its memory monitor killed by an error that is no RayActorError."""
+    part = Part.remote()
+    watch = ActorWatch([("rollout server", part)], RunRecord(tmp_path), poll_seconds=1, engine_seconds=60)
+
+    def fail(question):
+        raise error
+
+    monkeypatch.setattr("recipe.gtpo.run.watchdog.ray.get", fail)
+    assert watch.find_dead(timeout=30) == f"the rollout server {found}"
+
+
+def test_the_last_line_names_a_trainer_that_was_killed_for_its_memory():
+    error = ray.exceptions.OutOfMemoryError(f"{OUT_OF_MEMORY}\nOOM kill reason: ...")
+    assert end_of(error) == f"the trainer's process died: {OUT_OF_MEMORY}"
+
+
 def test_the_last_line_names_a_trainer_that_was_killed():
     """It wrote nothing down; Ray's own report has twenty lines, of which the first says little."""
     trainer = BusyPart.remote()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
@@ -102,7 +102,7 @@ class RayBackend:
             node.mine += 1
             try:
                 kind, content, load = await node.actor.run.remote(request.to_dict())
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError):
                 # The node or its actor is gone. A stateless request may simply go elsewhere.
                 self._nodes.pop(node.node_id, None)
                 self._refreshed = 0.0
@@ -142,7 +142,7 @@ class RayBackend:
         actor = await asyncio.to_thread(self._actor, node_id)
         try:
             workers = await asyncio.wait_for(actor.ready.remote(), START_SECONDS)
-        except (RayActorError, asyncio.TimeoutError):
+        except (RayActorError, OutOfMemoryError, asyncio.TimeoutError):
             return  # it left again, or is too slow to be of use
         except RayTaskError:
             # It cannot run code safely, and says why. It must not keep the name from one that can.

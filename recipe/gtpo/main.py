@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import first_checks, prepare, register  # noqa: E402
-from recipe.gtpo.run.errors import ConfigError, how_it_died, one_line, plain  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, call_hydra, how_it_died, one_line, plain  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
@@ -234,4 +234,4 @@ if __name__ == "__main__":
     gc.disable()  # the imports to come leave no garbage, and looking for it takes a second of their five
     register()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    main()
+    call_hydra(main, "gtpo")

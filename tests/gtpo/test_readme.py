@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand there, and what the pages name exists."""
+"""The blocks of the README and of docs/ run as they stand there, and what the pages name exists."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 METHOD_PAGE = "recipe/gtpo/README.md"
 NODE_PAGE = "docs/first_node.md"
-PAGES = ("README.md", METHOD_PAGE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", NODE_PAGE)
+GUIDE = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (*GUIDE, METHOD_PAGE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 RUN, COMPARE = "examples/run_gtpo_qwen.sh", "examples/compare_baselines.sh"
 
 
@@ -42,7 +43,13 @@ RUN, COMPARE = "examples/run_gtpo_qwen.sh", "examples/compare_baselines.sh"
 
 
 def section(heading: str) -> str:
-    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """What stands under a heading of the README or of a page in docs/, to the next of its level or above."""
+    (found,) = [
+        match
+        for page in GUIDE
+        for match in re.finditer(rf"^(#+) {re.escape(heading)}\n", (ROOT / page).read_text(), re.MULTILINE)
+    ]
+    return re.split(rf"^#{{1,{len(found[1])}}} (?=[A-Z0-9])", found.string[found.end() :], flags=re.MULTILINE)[0]
 
 
 def blocks(heading: str, *languages: str) -> list[str]:
@@ -204,17 +211,22 @@ def test_the_first_commands_name_scripts_that_exist(folder):
 
 
 def test_the_table_of_groups_is_the_config_folder():
-    table = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section("Run it your way"), re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| ", section("Run it your way"), re.MULTILINE)
     assert {group: sorted(choices.split(", ")) for group, choices in table} == {
-        group: names(group)
-        for group in ("method", "task", "hardware", "mode", "model", "chat_template", "rollout", "experiment")
+        group: names(group) for group in ("task", "hardware", "mode", "model", "chat_template", "rollout", "experiment")
     }
 
 
+def test_the_table_of_methods_is_the_config_folder():
+    rows = re.findall(r"^\| (`.*?`) \| ", section("Methods"), re.MULTILINE)
+    named = [name for row in rows[1:] for name in re.findall(r"`(\w+)`", row)]  # the first is the table's head
+    assert sorted(named) == names("method")
+
+
 def test_what_the_page_says_fits_is_what_the_arithmetic_says():
-    rows = re.findall(r"^\| (\d+ x [^|]+) \| ([\d.]+B) \| ([\d.]+B) \|$", section("On GPUs"), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+ x [^|]+) \| ([\d.]+B) \| ([\d.]+B) \|$", section("What fits"), re.MULTILINE)
     assert len(rows) == 4
-    longest = int(re.search(r"trajectories of ([\d,]+) tokens", section("On GPUs"))[1].replace(",", ""))
+    longest = int(re.search(r"trajectories of ([\d,]+) tokens", section("What fits"))[1].replace(",", ""))
     assert longest == sum(compose("task=verl_data").data[f"max_{part}_length"] for part in ("prompt", "response"))
     for machines, *largest in rows:
         for one in machines.split(", "):
@@ -313,32 +325,54 @@ def exists(path: str) -> bool:
 
 def paths_in(text: str) -> set[str]:
     """What looks like a path of the repository: below one of its folders anywhere, else a file in a code span. NAME
-    stands for a name that the reader chooses."""
+    stands for a name that the reader chooses; cause.txt is in a run's folder."""
     below = re.findall(rf"(?<![\w./-])((?:{'|'.join(TOP)})/[\w./-]*\w/?)(?![\w*{{])", text)
     spans = re.findall(r"`([\w./-]+\.(?:py|md|sh|yaml|txt|jinja|toml|png))`", text)
-    return {path for path in (*below, *spans) if not path.startswith("my_") and "NAME" not in path}
+    return {path for path in (*below, *spans) if not path.startswith("my_") and "NAME" not in path} - {"cause.txt"}
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks: what begins with # there is no heading, and what looks like a link is none."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def broken_links(page: Path) -> list[str]:
+    """The links of a page to files and headings that are not there. Addresses of other hosts are not looked at."""
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", prose(page)):
+        linked = (page.parent / target).resolve() if target else page
+        if not target.startswith("http") and not (linked.exists() and (not anchor or anchor in anchors(linked))):
+            broken.append(f"{target}#{anchor}")
+    return broken
+
+
+@pytest.mark.parametrize("page", [name for name in TREE if name.endswith(".md") and "node_modules" not in name])
+def test_every_link_of_every_page_leads_somewhere(page):
+    assert broken_links(ROOT / page) == []
+
+
+def test_a_broken_link_is_noticed(tmp_path):
+    (tmp_path / "b.md").write_text("# Two words, `code`\n```bash\n# not this\n```\n")
+    page = tmp_path / "a.md"
+    page.write_text("# Here\n[1](b.md) [2](b.md#two-words-code) [3](#here)[4](https://x.y) [5](b.md#not-this)[6](c.md)")
+    assert broken_links(page) == ["b.md#not-this", "c.md#"]
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_path_link_and_program_of_a_page_exists(page):
-    file = ROOT / page
-    text = file.read_text()
+def test_every_path_and_program_of_a_page_exists(page):
+    text = (ROOT / page).read_text()
     assert sorted(path for path in paths_in(text) if not exists(path)) == []
-    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
-        if not target.startswith("http"):
-            linked = (file.parent / target).resolve() if target else file
-            assert linked.exists(), target
-            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
     for module in re.findall(r"python -m ((?:recipe|verl_ext)[\w.]+)", text):
         place = ROOT / module.rstrip(".").replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
 
 
 def test_the_paths_of_a_page_are_found_and_a_wrong_one_is_noticed():
-    assert {"docs/credit.png", "recipe/gtpo/method/", "plugin.py"} <= paths_in(README)
+    assert {"docs/credit.png", "recipe/gtpo/README.md"} <= paths_in(README)
+    assert {"recipe/gtpo/method/", "plugin.py"} <= paths_in((ROOT / "CONTRIBUTING.md").read_text())
     assert exists("recipe/gtpo/method/") and exists("method/turns.py") and not exists("method/spins.py")

@@ -14,7 +14,7 @@ Keys:
     local         a folder with copies of the sets, <set>/<split>.jsonl           (prepared data, else the hub)
     temperature, top_p, concurrency, and every key of the run's config, such as hardware=, rollout=, run_dir=, seed=
 
-The same command goes on where it was stopped. What it leaves: README.md, section 'Evaluate a model'.
+The same command goes on where it was stopped. What it leaves: docs/evaluation.md.
 """
 
 from __future__ import annotations

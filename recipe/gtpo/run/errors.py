@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from hydra.errors import InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 #: The end of a traceback as text: its last frame, and the line behind it, which is the only one that is not indented.
@@ -20,6 +27,15 @@ class ConfigError(Exception):
     """A configuration that cannot run. The message is one line: what is wrong and what to do."""
 
 
+def call_hydra(main: Callable[[], None], program: str) -> None:
+    """Call a function that `hydra.main` made. What hydra refuses ends the process with one line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises it, and does not print it
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as e:
+        sys.exit(f"{program}: error: {plain(one_line(e))}")
+
+
 def plain(text: str) -> str:
     """Without a terminal's colours."""
     return _COLOUR.sub("", text)
@@ -31,6 +47,12 @@ def one_line(error: BaseException) -> str:
     Ray hands an error of another process on inside one of its own, whose text is a coloured header and a traceback;
     hydra does so with what a class raises that it calls.
     """
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _no_such_key(cause)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: there is no such choice.{near(name, error.options)} Valid: {', '.join(error.options)}"
     for _ in range(_DEEPEST):
         inner = error.__cause__ if isinstance(error, InstantiationException) else getattr(error, "cause", None)
         if not isinstance(inner, BaseException) or inner is error:
@@ -46,6 +68,30 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?` with the known word that is nearest, or nothing where none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _no_such_key(error: ConfigAttributeError | ConfigKeyError) -> str:
+    """Of an override whose key is not there.
+
+    Hydra's own text advises to add the key, which turns a typo into a key that nobody reads. An added key cannot be
+    refused: verl looks for many that its config lacks, such as `data.gen_batch_size`.
+    """
+    known = list(_keys(OmegaConf.to_container(error.parent_node._get_root(), resolve=False)))
+    hint = near(str(error.full_key), known)
+    return f"{error.full_key}: there is no such key.{hint} A + in front adds a key, whether or not anything reads it."
+
+
+def _keys(section: Any, above: str = "") -> Iterator[str]:
+    """The full names of all keys and sections."""
+    for key, value in section.items() if isinstance(section, dict) else ():
+        yield f"{above}{key}"
+        yield from _keys(value, f"{above}{key}.")
 
 
 def how_it_died(report: str) -> str:

@@ -6,7 +6,6 @@ same ones minutes later, in a worker, and names something else. Nothing here tak
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import json
@@ -19,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gtpo.run.errors import ConfigError, one_line
+from recipe.gtpo.run.errors import ConfigError, near, one_line
 from recipe.gtpo.run.scoring import load_function
 from recipe.gtpo.tasks.task import Task
 
@@ -109,9 +108,7 @@ def _check_word(key: str, word: Any, valid: Iterable[str]) -> None:
     known = sorted(str(getattr(one, "value", one)) for one in valid)
     if str(word) in known:
         return
-    close = difflib.get_close_matches(str(word), known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"{key}={word} is none that verl has.{hint} Valid: {', '.join(known)}")
+    raise ConfigError(f"{key}={word} is none that verl has.{near(str(word), known)} Valid: {', '.join(known)}")
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from recipe.gtpo.agent_loop import GTPOAgentLoop
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import CONFIG_DIR, ROLLOUTS, ConfigError, check, prepare, short_context
+from recipe.gtpo.run.errors import one_line
 from recipe.gtpo.run.gpu import fill_logical_gpus
 from recipe.gtpo.run.tool_server import ray_executors
 from recipe.gtpo.tasks.arithmetic.problems import MAX_CODE_LENGTH
@@ -210,9 +213,50 @@ def test_the_refusal_reads_the_choices_that_hydra_made():
 @pytest.mark.parametrize("group", ["method", "hardware", "task", "rollout"])
 def test_an_unknown_choice_names_the_valid_ones(group):
     with pytest.raises(MissingConfigException) as caught:
-        compose(f"{group}=nonsense")
-    assert f"{group}/nonsense" in str(caught.value)
-    assert all(f"\t{name}" in str(caught.value) for name in names(group))
+        compose(f"{group}=zzz")
+    assert f"{group}/zzz" in str(caught.value)
+    head, _, valid = one_line(caught.value).partition(" Valid: ")
+    assert head == f"{group}=zzz: there is no such choice."
+    assert set(names(group)) <= set(valid.split(", "))  # verl has a file in some of the groups, too
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "meant"),
+    [
+        ("data.trian_batch_size=8", "data.trian_batch_size", "data.train_batch_size"),
+        ("train_batch_size=8", "train_batch_size", "data.train_batch_size"),  # without its section
+        ("actor_rollout_ref.rollot.n=8", "actor_rollout_ref.rollot", "actor_rollout_ref.rollout"),
+        ("methd=grpo", "methd", "method"),
+    ],
+)
+def test_a_typo_in_a_key_names_the_nearest_one_and_no_plus_to_copy(override, key, meant):
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose(override)
+    message = one_line(caught.value)
+    assert message.startswith(f"{key}: there is no such key. Did you mean {meant}? A + in front adds a key, ")
+    assert f"+{key}" not in message
+
+
+def test_a_key_that_resembles_none_gets_no_hint():
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose("zzz=1")
+    assert one_line(caught.value).startswith("zzz: there is no such key. A + in front ")
+
+
+@pytest.mark.parametrize(("module", "name"), [("recipe.gtpo.main", "gtpo"), ("recipe.gtpo.experiments.twin", "twin")])
+def test_the_command_ends_a_typo_with_one_line(module, name, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", module, f"run_dir={tmp_path}", "method=gtop"]
+    ended = subprocess.run(command, cwd=CONFIG_DIR.parents[2], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"{name}: error: method=gtop: there is no such choice. Did you mean gtpo? Valid: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_verl_reads_and_its_config_lacks_can_be_added():
+    added = {"data.gen_batch_size": 8, "actor_rollout_ref.model.override_config.rope_theta": 10, "ray_kwargs.own": 1}
+    config = compose(*(f"+{key}={value}" for key, value in added.items()))
+    assert {key: OmegaConf.select(config, key) for key in added} == added
 
 
 def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default):

@@ -1,4 +1,4 @@
-"""Every gold answer of the real sets is found right when it is given as the answer: the shares in the README."""
+"""Every gold answer of the real sets is found right when it is given as the answer: the shares in docs/tasks.md."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig  # noqa: E402
 from recipe.gtpo.experiments.twin.settings import Settings, refuse_unread  # noqa: E402
 from recipe.gtpo.experiments.twin.training import train  # noqa: E402
 from recipe.gtpo.run.checks import ConfigError, check, prepare, register  # noqa: E402
+from recipe.gtpo.run.errors import call_hydra  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord  # noqa: E402
 
@@ -35,4 +36,4 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     register()
-    main()
+    call_hydra(main, "twin")

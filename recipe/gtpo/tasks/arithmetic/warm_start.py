@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -27,11 +25,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from recipe.gtpo import conversation, parsing
+from recipe.gtpo.models.cache import make_once
 from recipe.gtpo.tasks.arithmetic import calculator, experts, policy, problems
 from recipe.gtpo.tasks.arithmetic.experts import (
     FAULT_MIX,
@@ -166,6 +164,18 @@ def corpus(conversations: list[Demonstration]) -> Iterator[str]:
                 yield f"user\n<tool_response>\n{reply}\n</tool_response>"
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches this small gain nothing from a second thread; the result stays reproducible."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train_base(options: BaseOptions, start: Path | None, directory: Path, *, progress: bool = True) -> None:
     """Train until the skill is there, from the policy in `start` or from scratch; save into `directory`, which exists.
 
@@ -216,6 +226,7 @@ def train_base(options: BaseOptions, start: Path | None, directory: Path, *, pro
     )
 
 
+@_one_thread()
 def train_habits(options: WarmStartOptions, base: Path, directory: Path, *, progress: bool = True) -> None:
     """Train the base on the imperfect expert and save the policy into `directory`, which must exist."""
     torch.manual_seed(options.seed)
@@ -302,7 +313,7 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def ensure_warm_start(options: WarmStartOptions, cache_directory: str | Path, *, progress: bool = True) -> Path:
-    """The directory of a trained policy (model, tokenizer, `options.json`), trained now or found in the cache."""
+    """The directory of a trained policy (model, tokenizer, `made_of.json`), trained now or found in the cache."""
     cache = Path(cache_directory)
 
     def base(wanted: BaseOptions) -> Path:
@@ -310,37 +321,12 @@ def ensure_warm_start(options: WarmStartOptions, cache_directory: str | Path, *,
             start = None if wanted.horizon == HORIZON else base(replace(wanted, horizon=HORIZON))
             train_base(wanted, start, directory, progress=progress)
 
-        return _ensure(cache / f"base-{wanted.key}", asdict(wanted), make)
+        return make_once(cache / f"base-{wanted.key}", asdict(wanted), make)
 
     def make(directory: Path) -> None:
         train_habits(options, base(options.base), directory, progress=progress)
 
-    return _ensure(cache / options.key, asdict(options), make)
-
-
-def _ensure(target: Path, facts: dict, make: Callable[[Path], None]) -> Path:
-    """`target`, made now when it is not there. It appears by one rename: a killed run leaves no half of it behind.
-
-    Two runs that want the same entry: one makes it, the other waits.
-    """
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
-        if target.exists():
-            return target
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # batches this small gain nothing from a second thread; the result stays reproducible
-        try:
-            make(partial)
-            (partial / "options.json").write_text(json.dumps(facts, indent=1))
-            os.chmod(partial, 0o755)  # mkdtemp makes it private
-            partial.rename(target)
-        finally:
-            torch.set_num_threads(threads)
-            shutil.rmtree(partial, ignore_errors=True)
-    return target
+    return make_once(cache / options.key, asdict(options), make)
 
 
 def main() -> None:

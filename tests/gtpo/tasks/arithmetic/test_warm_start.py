@@ -14,6 +14,7 @@ import torch
 from toy import TOY, TOY_BASE
 from transformers import AutoModelForCausalLM
 
+from recipe.gtpo.models.cache import FACTS
 from recipe.gtpo.tasks.arithmetic import warm_start
 from recipe.gtpo.tasks.arithmetic.experts import FAULT_MIX, FIRST_CALL_DECIDES, faults_for
 from recipe.gtpo.tasks.arithmetic.problems import step_mix
@@ -57,7 +58,7 @@ def test_seeds_differ_in_their_habits_and_share_the_base(tmp_path):
 
 def test_another_horizon_starts_from_the_default_ones_base(tmp_path):
     ensure_warm_start(replace(TOY, base=replace(TOY_BASE, horizon=3)), tmp_path, progress=False)
-    facts = [json.loads((folder / "options.json").read_text()) for folder in tmp_path.glob("base-*")]
+    facts = [json.loads((folder / FACTS).read_text()) for folder in tmp_path.glob("base-*")]
     assert sorted(fact["horizon"] for fact in facts) == [2, 3]
     assert len({(folder / "tokenizer.json").read_bytes() for folder in tmp_path.glob("base-*")}) == 1
 
@@ -122,7 +123,7 @@ def test_drill_trains_on_the_second_saying_only(stream):
 
 def test_cache_hit_does_not_train_again(tmp_path, monkeypatch):
     path = ensure_warm_start(TOY, tmp_path, progress=False)
-    assert json.loads((path / "options.json").read_text())["seed"] == TOY.seed
+    assert json.loads((path / FACTS).read_text())["seed"] == TOY.seed
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in path.iterdir()}
 
     def never(*args, **kwargs):

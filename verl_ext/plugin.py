@@ -12,8 +12,8 @@ from typing import Any
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     import verl_ext.cpu.platform
-    import verl_ext.cpu.rollout
-    import verl_ext.cpu.vllm_rollout  # noqa: F401
+    import verl_ext.cpu.vllm_rollout
+    import verl_ext.rollout.server  # noqa: F401
 
 
 def trainer_base() -> Any:

@@ -37,7 +37,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 estimator = get_adv_estimator_fn("gtpo")
 print(json.dumps({
     "estimator": f"{estimator.__module__}.{estimator.__name__}",
-    "cpu_modules": sorted(name for name in sys.modules if name.startswith("verl_ext.cpu")),
+    "cpu_modules": sorted(name for name in sys.modules if name.startswith(("verl_ext.cpu", "verl_ext.rollout"))),
     "platforms": PlatformRegistry.registered_names(),
     "driver_modules": sorted(name for name in sys.modules if name in ("recipe.gtpo.trainer", "recipe.gtpo.main")),
 }))
@@ -83,7 +83,7 @@ def test_the_plugin_of_verl_ext_alone_brings_the_cpu(tmp_path, monkeypatch):
 def test_import_verl_on_the_cpu_platform_brings_the_cpu_s_glue(tmp_path):
     seen = look(tmp_path, platform="cpu")
     assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
-    assert {"verl_ext.cpu.platform", "verl_ext.cpu.rollout"} <= set(seen["cpu_modules"])
+    assert {"verl_ext.cpu.platform", "verl_ext.rollout.server"} <= set(seen["cpu_modules"])
     assert "cpu" in seen["platforms"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl_ext.cpu.generation import ContinuousBatch, Request, generate
+from verl_ext.rollout.generation import ContinuousBatch, Request, generate
 
 pytestmark = pytest.mark.unit
 

@@ -16,10 +16,12 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from verl.workers.config import RolloutConfig
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, get_rollout_class
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
-from verl_ext.cpu.generation import Request, generate
-from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
+from verl_ext.rollout.generation import Request, generate
+from verl_ext.rollout.server import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
 
 pytestmark = pytest.mark.unit
 
@@ -126,6 +128,13 @@ def reference(server, prompt, **request):
         vocab_size=len(server.tokenizer),
     )  # fmt: skip
     return sample
+
+
+def test_verl_s_registries_hold_the_transformers_rollout():
+    """`_ROLLOUT_REGISTRY` is private: this breaks when it moves."""
+    assert _ROLLOUT_REGISTRY["transformers", "async"] == "verl_ext.rollout.server.TransformersAdapter"
+    assert get_rollout_class("transformers", "async") is TransformersAdapter
+    assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from verl_ext.cpu.generation import ContinuousBatch, Request, Sample
+from verl_ext.rollout.generation import ContinuousBatch, Request, Sample
 
 NAME = "transformers"
 logger = logging.getLogger(__name__)
@@ -318,5 +318,5 @@ async def _buckets(
 
 RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
 # verl has a public registry for replicas but none for the trainer-side adapter, only this dict.
-# tests/verl_ext/cpu/test_platform.py breaks when it moves.
-_ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.cpu.rollout.TransformersAdapter"
+# tests/verl_ext/rollout/test_server.py breaks when it moves.
+_ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.rollout.server.TransformersAdapter"

@@ -37,6 +37,7 @@ def resolve(stack: str, platform: str, folder: Path, *options: str) -> dict[str,
 def test_the_vllm_stack_resolves(tmp_path):
     found = resolve("vllm", "x86_64-manylinux_2_28", tmp_path)
     wanted = {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0", "transformers": "5.9.0", "hydra-core": "1.3.8"}
+    wanted["cupy-cuda13x"] = "14.0.1"
     assert {name: found[name] for name in wanted} == wanted
     assert "flash-attn" not in found  # it has no wheel: the config does without
 
@@ -87,6 +88,7 @@ def test_the_sglang_stack_resolves(tmp_path):
     overrides = ("--override", str(ROOT / "requirements" / "sglang-overrides.txt"))
     found = resolve("sglang", "x86_64-manylinux_2_34", tmp_path, *overrides)
     wanted = {"verl": "0.9.1", "sglang": "0.5.12", "torch": "2.11.0", "transformers": "5.9.0", "hydra-core": "1.3.8"}
+    wanted["cupy-cuda13x"] = "14.0.1"
     assert {name: found[name] for name in wanted} == wanted and f"sglang=={found['sglang']}" == SGLANG
 
 

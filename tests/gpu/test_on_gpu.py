@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU (`bash tests/gpu.sh`): the method, the fused head and its memory, and the run with vLLM.
+"""On an NVIDIA GPU (`bash tests/gpu.sh`): the method, the fused head and its memory, runs with transformers and vLLM.
 
 Not run so far: nobody had a GPU. What these tests are made of is tried on the CPU by tests/gpu/test_gpu_lane.py.
 """
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from jobs import (
     ATTENTIONS,
     METHODS,
+    ROLLOUTS,
     evaluation_arguments,
     evaluation_job,
     job_overrides,
     main_job,
-    measured,
     real_model,
 )
 from measure import measure_update, save_random
@@ -30,6 +30,13 @@ from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, update
 from verl_ext.fused_head import FusedHeadInRoot
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def needs(implementation: str, rollout: str = "transformers") -> None:
+    if rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    if implementation == "flash_attention_2" and attention()[0] != implementation:
+        pytest.skip(attention()[1])
 
 
 @pytest.mark.parametrize("method", ["gtpo", "gtpo_turn_batch_std", "gtpo_batch"])
@@ -61,8 +68,7 @@ def one_process(tmp_path):
 @pytest.mark.parametrize(("size", "tokens"), [("0.5B", 4096), ("0.5B", 18432), ("1.5B", 9216)])
 def test_an_update_takes_the_memory_that_was_added_up(one_process, results, size, tokens, implementation):
     """A random model of Qwen2.5's shape. The arithmetic may promise too little by a tenth, never more."""
-    if implementation == "flash_attention_2" and attention()[0] != implementation:
-        pytest.skip(attention()[1])
+    needs(implementation)
     memory = torch.cuda.get_device_properties(0).total_memory
     settings = Settings(tokens=tokens, longest=tokens, flash=implementation == "flash_attention_2")
     parts = update(QWEN25[size], Machines(1, memory), settings)
@@ -76,49 +82,65 @@ def test_an_update_takes_the_memory_that_was_added_up(one_process, results, size
     assert 0.5 * planned < found.peak_bytes < 1.1 * planned
 
 
-@pytest.mark.parametrize("implementation", ATTENTIONS)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_main_job_runs_with_vllm(tmp_path, results, method, implementation):
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
-    if implementation == "flash_attention_2" and attention()[0] != implementation:
-        pytest.skip(attention()[1])
-    found = measured(main_job(job_overrides(method, implementation, tmp_path)))
-    results[f"main {method} {implementation}"] = found
-    assert found["training/rollout_probs_diff_mean"] < 1e-2  # vLLM and trainer in bfloat16
+def every_job(test):
+    """Which engine samples, whose advantage, whose attention."""
+    names = {"rollout": ROLLOUTS, "method": METHODS, "implementation": ATTENTIONS}
+    for name, values in reversed(names.items()):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
+@every_job
+def test_the_main_job_runs(tmp_path, results, rollout, method, implementation):
+    needs(implementation, rollout)
+    found = main_job(job_overrides(rollout, method, implementation, tmp_path))
+    results[f"main {rollout} {method} {implementation}"] = found
+    assert found["training/rollout_probs_diff_mean"] < 1e-2  # rollout and trainer in bfloat16
     assert any(key.startswith("timing_s/") for key in found)
 
 
-def test_a_checkpoint_is_evaluated_with_vllm(tmp_path, results):
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
-    main_job(job_overrides("gtpo", "sdpa", tmp_path))
-    report = evaluation_job(evaluation_arguments(tmp_path / "gtpo-sdpa", tmp_path / "evaluation"))
-    results["evaluation"] = report["benchmarks"]["arithmetic"]["results"]
-    for result in results["evaluation"]:
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+def test_a_checkpoint_is_evaluated(tmp_path, results, rollout):
+    needs("sdpa", rollout)
+    main_job(job_overrides(rollout, "gtpo", "sdpa", tmp_path))
+    report = evaluation_job(evaluation_arguments(rollout, tmp_path / "run", tmp_path / "evaluation"))
+    results[f"evaluation {rollout}"] = report["benchmarks"]["arithmetic"]["results"]
+    for result in results[f"evaluation {rollout}"]:
         assert result["counts"]["scored"] == result["counts"]["samples"] > 0
 
 
-def test_the_main_job_runs_with_a_model_of_half_a_billion(tmp_path, results):
+@pytest.fixture(scope="session")
+def half_a_billion(tmp_path_factory):
     """Random weights: it learns nothing, and shows what a real size takes."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
-    folder = save_random(QWEN25["0.5B"], tmp_path / "model")
-    found = measured(main_job([*job_overrides("gtpo", "sdpa", tmp_path), f"actor_rollout_ref.model.path={folder}"]))
-    results["main gtpo Qwen2.5-0.5B"] = found
+    return save_random(QWEN25["0.5B"], tmp_path_factory.mktemp("half_a_billion"))
+
+
+@every_job
+def test_the_main_job_runs_with_a_model_of_half_a_billion(
+    tmp_path, results, half_a_billion, rollout, method, implementation
+):
+    needs(implementation, rollout)
+    overrides = job_overrides(rollout, method, implementation, tmp_path)
+    found = main_job([*overrides, f"actor_rollout_ref.model.path={half_a_billion}"])
+    results[f"main {rollout} {method} {implementation} Qwen2.5-0.5B"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2
+    added_up = max(found["planned/update_gb"], found["planned/generation_gb"])
+    assert 0 < found["card/peak_gb"] - found["card/before_gb"] < 1.1 * added_up
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_main_job_runs_with_a_small_real_model(tmp_path, results, method):
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
     try:
-        folder = SmolLM2(cache=str(tmp_path / "models")).prepare()
+        return SmolLM2(cache=str(tmp_path_factory.mktemp("smollm2"))).prepare()
     except ValueError as e:
         pytest.skip(str(e))
-    found = measured(main_job([*job_overrides(method, "sdpa", tmp_path), *real_model(folder)]))
-    results[f"main {method} SmolLM2-135M"] = found
+
+
+@every_job
+def test_the_main_job_runs_with_a_small_real_model(tmp_path, results, smollm2, rollout, method, implementation):
+    needs(implementation, rollout)
+    found = main_job([*job_overrides(rollout, method, implementation, tmp_path), *real_model(smollm2)])
+    results[f"main {rollout} {method} {implementation} SmolLM2-135M"] = found
     assert found["training/rollout_probs_diff_mean"] < 1e-2
 
 

@@ -34,10 +34,12 @@ import json, sys
 import verl
 from verl.plugin.platform.platform_manager import PlatformRegistry
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 estimator = get_adv_estimator_fn("gtpo")
 print(json.dumps({
     "estimator": f"{estimator.__module__}.{estimator.__name__}",
-    "cpu_modules": sorted(name for name in sys.modules if name.startswith("verl_ext.cpu")),
+    "glue": sorted(name for name in sys.modules if name.startswith(("verl_ext.cpu", "verl_ext.rollout"))),
+    "rollout": RolloutReplicaRegistry.get("transformers").__module__,
     "platforms": PlatformRegistry.registered_names(),
     "driver_modules": sorted(name for name in sys.modules if name in ("recipe.gtpo.trainer", "recipe.gtpo.main")),
 }))
@@ -56,10 +58,10 @@ def look(tmp_path, platform: str | None) -> dict:
 
 
 def test_import_verl_makes_the_estimator_known_and_nothing_of_the_cpu(tmp_path):
-    """A GPU run: the CPU's glue is not imported, and neither is our trainer."""
+    """A GPU run: the CPU's glue is not imported, and neither is our trainer; our rollout is, where it is asked for."""
     seen = look(tmp_path, platform=None)
     assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
-    assert seen["cpu_modules"] == [] and "cpu" not in seen["platforms"]
+    assert seen["glue"] == [] and seen["rollout"] == "verl_ext.rollout.server" and "cpu" not in seen["platforms"]
     assert seen["driver_modules"] == []
 
 
@@ -83,7 +85,7 @@ def test_the_plugin_of_verl_ext_alone_brings_the_cpu(tmp_path, monkeypatch):
 def test_import_verl_on_the_cpu_platform_brings_the_cpu_s_glue(tmp_path):
     seen = look(tmp_path, platform="cpu")
     assert seen["estimator"] == "recipe.gtpo.estimator.compute_gtpo_advantage"
-    assert {"verl_ext.cpu.platform", "verl_ext.cpu.rollout"} <= set(seen["cpu_modules"])
+    assert "verl_ext.cpu.platform" in seen["glue"] and seen["rollout"] == "verl_ext.rollout.server"
     assert "cpu" in seen["platforms"]
 
 

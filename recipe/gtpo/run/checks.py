@@ -51,9 +51,9 @@ from verl_ext.tool_server.client import is_ray
 #: hardware -> rollouts that make sense on it. A hardware file of the user's own takes those of its device.
 ROLLOUTS = {
     "cpu": ("transformers", "vllm_cpu"),
-    "single_gpu": ("vllm", "sglang"),
-    "single_node": ("vllm", "sglang"),
-    "multi_node": ("vllm", "sglang"),
+    "single_gpu": ("vllm", "sglang", "transformers"),
+    "single_node": ("vllm", "sglang", "transformers"),
+    "multi_node": ("vllm", "sglang", "transformers"),
 }
 
 
@@ -132,6 +132,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
             "leave it out, and the run starts a tool server on this machine"
         )
     check_call_format(config)
+    check_adapter(config)
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
@@ -302,6 +303,16 @@ def check_call_format(config: DictConfig) -> None:
         raise ConfigError(
             f"actor_rollout_ref.rollout.multi_turn.format={written}: this recipe reads hermes calls only "
             '(<tool_call>{"name": ..., "arguments": ...}</tool_call>); use a model that writes them'
+        )
+
+
+def check_adapter(config: DictConfig) -> None:
+    """Raise ConfigError for an adapter whose weights would reach no rollout: it fails at the first weight sync."""
+    model = config.actor_rollout_ref.model
+    if config.actor_rollout_ref.rollout.name == "transformers" and model.lora_rank and not model.lora.merge:
+        raise ConfigError(
+            f"actor_rollout_ref.model.lora_rank={model.lora_rank}: rollout=transformers takes whole weights and no "
+            "adapter; set actor_rollout_ref.model.lora.merge=true, or take another rollout"
         )
 
 

@@ -203,8 +203,15 @@ def _version(package: str) -> str:
 
 
 def check_packages(config: DictConfig, say: Say) -> None:
-    engine = config.actor_rollout_ref.rollout.name
-    check_engine(engine, engine)
+    rollout = config.actor_rollout_ref.rollout
+    check_engine(rollout.name, rollout.name)
+    if rollout.name == "transformers":
+        say("rollout: transformers, which is slow and meant for small models; for others rollout=vllm")
+    if rollout.checkpoint_engine.backend == "nccl" and importlib.util.find_spec("cupy") is None:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl (mode=separate_async): verl sends weights over "
+            "NCCL with the package cupy, which is not installed; pip install cupy-cuda13x==14.0.1"
+        )
     model = config.actor_rollout_ref.model
     given = [model.external_lib] if isinstance(model.external_lib, str) else list(model.external_lib or [])
     if model.use_fused_kernels and _FUSED_HEAD not in given:
@@ -297,6 +304,8 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
         ulysses=fsdp.ulysses_sequence_parallel_size,
         fused=bool(model.use_fused_kernels),
         flash=_attention_of(config) == "flash_attention_2",
+        rows=rollout.max_num_seqs if rollout.name == "transformers" else 0,
+        prompt=config.data.max_prompt_length,
     )
     tokens = parts.actor.ppo_max_token_len_per_gpu
     if not parts.actor.use_dynamic_bsz:
@@ -374,12 +383,13 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
             _SHARE: found.share,
         },
     )
+    engine = f"{found.rows} trajectories at once" if found.rows else f"vLLM's share {found.share:g}"
     update, generation = (sum(f(taken, machines, found).values()) / GB for f in (memory.update, memory.generation))
     name = "a model of unknown size, taken for 7 B" if shape is None else f"a model of {taken.parameters / 1e9:.1f} B"
     say(
         f"memory: {name} parameters on {machines}, trained {'by LoRA' if found.lora_rank else 'in full'}: about "
         f"{update:.0f} GB of a GPU in the update, {generation:.0f} GB in generation; micro-batches of {found.tokens} "
-        f"tokens, vLLM's share {found.share:g}, {'with' if found.offload else 'no'} offloading"
+        f"tokens, {engine}, {'with' if found.offload else 'no'} offloading"
     )
 
 

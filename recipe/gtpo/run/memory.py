@@ -2,8 +2,9 @@
 
 A step has two peaks on a GPU that trains and generates in turn. In the *update* the trainer has all it needs (weights,
 gradients, Adam) and the sleeping vLLM next to nothing; in *generation* vLLM has the share that it was given, and the
-trainer what it does not offload. `choose` finds settings with which both fit; `proposals` says what to change where
-there are none.
+trainer what it does not offload. (`rollout=transformers` keeps its weights on the GPU in both phases, and its keys and
+values take what its trajectories need.) `choose` finds settings with which both fit; `proposals` says what to change
+where there are none.
 
 Weights are float32 masters and bfloat16 for computing (verl's FSDP2 engine and its defaults), the optimizer is AdamW,
 gradient checkpointing is on. The constants that no formula gives are at the top; the tests compare with the sizes that
@@ -23,6 +24,8 @@ GB = 1e9
 ASLEEP = 3 * GB
 #: Of a GPU in generation: the trainer's context, its buffers for the weight sync, what the allocator cannot use.
 SYNC = 4 * GB
+#: Sampling a token takes so many bytes of each logit in rollout=transformers: float32 and, added up, float64.
+SAMPLED_BYTES = 24
 #: Of vLLM's share: CUDA graphs, sampling and activations; and so much of its weights again.
 VLLM_FIXED, VLLM_OF_WEIGHTS = 3 * GB, 0.13
 #: The part of a GPU that may be planned for.
@@ -35,6 +38,8 @@ COPIES = 4
 AT_ONCE = 8
 #: What is trained where nobody says: the largest of these that fits in full, and the first where none does.
 DEFAULTS = ("0.5B", "1.5B", "3B", "7B")
+#: Numbers of trajectories at once that are proposed to rollout=transformers.
+ROWS = (512, 256, 128, 64, 32, 16)
 #: vLLM's share of a GPU is looked for in these steps.
 SHARES = tuple(share / 100 for share in range(70, 5, -5))
 
@@ -104,6 +109,11 @@ class Shape:
         """Bytes of a token's keys and values, in bfloat16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head
 
+    @property
+    def activations(self) -> int:
+        """Bytes of a token in one layer: residuals, norms in float32, rotations; gate, up and two products."""
+        return 2 * (12 * self.hidden + 4 * self.intermediate)
+
 
 def _qwen(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> Shape:
     return Shape(hidden, layers, intermediate, heads, kv_heads, hidden // heads, vocabulary, tied)
@@ -157,6 +167,8 @@ class Settings:
     ulysses: int = 1  # GPUs that share the tokens of one trajectory in the update
     fused: bool = True  # no logits of a whole micro-batch: model.use_fused_kernels
     flash: bool = False  # flash-attn's kernels; without them attention reads a mask of tokens x tokens
+    rows: int = 0  # trajectories that rollout=transformers has at once: rollout.max_num_seqs; 0: vLLM or SGLang
+    prompt: int = 0  # of `longest`
 
     @property
     def tokens_of_one(self) -> int:
@@ -173,13 +185,11 @@ def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, fl
     tokens, trained = settings.tokens, trainable(shape, settings)
     shards = machines.all_gpus
     kept = 0 if settings.cpu_adam else 1
-    # of a token in one layer that is computed again: residuals, norms in float32, rotations; gate, up and two products
-    recomputed = 2 * (12 * shape.hidden + 4 * shape.intermediate)
     logits = tokens * shape.vocabulary * 2 * COPIES
     if settings.fused:
         head = shape.vocabulary * shape.hidden * 2  # its gradient, and a chunk's part of it
         logits = min(CHUNK, tokens) * shape.vocabulary * FUSED_BYTES + (0 if settings.lora_rank else 2 * head)
-    activations = tokens * (2 * shape.layers * shape.hidden + recomputed)
+    activations = tokens * (2 * shape.layers * shape.hidden + shape.activations)
     mask = 0 if settings.flash else 3 * tokens**2  # as truth values, and as the bfloat16 that the kernel adds
     # when the backward pass is at the root, the activations are gone: its gradient, and the float32 copy to be reduced
     root_gradient = 0 if settings.lora_rank else 6 * shape.root
@@ -190,19 +200,30 @@ def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, fl
         "gathered layers": 2 * (2 * shape.layer + shape.root),
         "activations and logits": max(activations + mask + logits, root_gradient),
         "contexts": ASLEEP,
+        **({"rollout's weights": 2 * shape.parameters} if settings.rows else {}),
     }
 
 
 def generation(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
-    """Bytes on one GPU while vLLM generates."""
+    """Bytes on one GPU while the rollout generates."""
     trained = trainable(shape, settings)
     weights = shape.parameters + (trained if settings.lora_rank else 0)
     away = settings.offload or settings.cpu_adam
+    vllm = {"vLLM": settings.share * machines.memory}
     return {
-        "vLLM": settings.share * machines.memory,
+        **({"rollout": _transformers(shape, settings)} if settings.rows else vllm),
         "trainer": 0 if away else (4 * weights + 8 * trained) / machines.all_gpus,
         "contexts and weight sync": SYNC,
     }
+
+
+def _transformers(shape: Shape, settings: Settings) -> float:
+    """Bytes of verl_ext/rollout with all its rows: weights, keys and values, and reading all prompts at once."""
+    rows, prompt = settings.rows, settings.prompt
+    # its buffers grow by doubling, and the old ones are there while the new ones are filled
+    cache = 3 * rows * settings.longest * shape.cache
+    reading = rows * (prompt * shape.activations + 3 * prompt**2)
+    return 2 * shape.parameters + cache + max(reading, rows * shape.vocabulary * SAMPLED_BYTES)
 
 
 def cache_tokens(shape: Shape, machines: Machines, settings: Settings) -> int:
@@ -233,7 +254,7 @@ def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:
             shown = ", ".join(f"{part} {size / GB:.1f}" for part, size in parts.items() if size >= 0.05 * GB)
             return f"{phase} needs about {total / GB:.0f} GB of each GPU's {machines.memory / GB:.0f} ({shown})"
     tokens, wanted = cache_tokens(shape, machines, settings), AT_ONCE * settings.longest
-    if tokens < wanted:
+    if tokens < wanted and not settings.rows:
         return (
             f"vLLM's share of {settings.share:g} has room for {tokens} tokens beside the weights, and {AT_ONCE} of "
             f"the longest trajectories are {wanted}"
@@ -283,7 +304,13 @@ def best(settings: Settings, *, tokens: int, offload: bool, share: float | None)
 
 def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[str]:
     """What would fit instead, each as something to set, buy or take."""
-    if not settings.lora_rank and choose(shape, machines, replace(settings, lora_rank=32)):
+    if settings.rows:
+        if choose(shape, machines, replace(settings, rows=0)):
+            yield "rollout=vllm"
+        fewer = (replace(settings, rows=rows) for rows in ROWS if rows < settings.rows)
+        if some := next((one for one in fewer if choose(shape, machines, one)), None):
+            yield f"actor_rollout_ref.rollout.max_num_seqs={some.rows}"
+    elif not settings.lora_rank and choose(shape, machines, replace(settings, lora_rank=32)):
         yield "actor_rollout_ref.model.lora_rank=32"
     on_cpu = replace(settings, cpu_adam=True)
     if not settings.cpu_adam and (chosen := choose(shape, machines, on_cpu, offload=False)):

@@ -300,6 +300,18 @@ def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, mess
     assert refusal(config, choices).startswith(message)
 
 
+@pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])
+def test_an_adapter_that_would_reach_no_rollout_is_refused(hardware):
+    config, choices = compose_with_choices(f"hardware={hardware}", "rollout=transformers")
+    model = config.actor_rollout_ref.model
+    model.lora_rank = 8
+    assert refusal(config, choices).startswith(
+        "actor_rollout_ref.model.lora_rank=8: rollout=transformers takes whole weights and no adapter; set "
+    )
+    model.lora.merge = True
+    check(config, choices)
+
+
 # -- modes ------------------------------------------------------------------------------------------------------------
 
 

@@ -62,8 +62,9 @@ def test_a_hardware_file_of_ones_own_takes_the_rollouts_of_its_device(own):
     check(*compose_with_choices("hardware=cluster", "rollout=vllm", search(own)))
     with pytest.raises(ConfigError, match="rollout=vllm does not run on hardware=laptop; use rollout=transformers"):
         check(*compose_with_choices("hardware=laptop", "rollout=vllm", search(own)))
-    with pytest.raises(ConfigError, match="rollout=transformers does not run on hardware=cluster; use rollout=vllm"):
-        check(*compose_with_choices("hardware=cluster", "rollout=transformers", search(own)))
+    check(*compose_with_choices("hardware=cluster", "rollout=transformers", search(own)))
+    with pytest.raises(ConfigError, match="rollout=vllm_cpu does not run on hardware=cluster; use rollout=vllm"):
+        check(*compose_with_choices("hardware=cluster", "rollout=vllm_cpu", search(own)))
 
 
 #: As the scripts see it: `nvidia-smi -L` lists GPUS of them.
@@ -86,6 +87,7 @@ echo "$STACK ${ARGS[*]}${VENV:+ $VENV}"
         (0, ["rollout=transformers"], "cpu hardware=cpu rollout=transformers"),
         (0, ["rollout=vllm"], "cpu hardware=cpu rollout=transformers"),  # refused by the checks, after the arguments
         (1, ["rollout=sglang"], "sglang hardware=single_gpu rollout=sglang"),
+        (1, ["rollout=transformers"], "vllm hardware=single_gpu rollout=transformers"),
         (1, ["rollout=of_my_own"], "vllm hardware=single_gpu rollout=vllm"),
         (0, ["hardware=laptop", "--config-dir", "OWN"], "cpu hardware=laptop rollout=transformers"),
         (0, ["hardware=laptop", "--config-dir=OWN"], "cpu hardware=laptop rollout=transformers"),

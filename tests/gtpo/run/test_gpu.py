@@ -270,6 +270,25 @@ def test_an_engine_that_is_not_installed_is_refused(packages):
     )
 
 
+def test_the_transformers_rollout_needs_no_engine_and_says_that_it_is_slow(packages):
+    packages(transformers=ModuleType("transformers"))
+    said = []
+    check_packages(on("single_gpu", "actor_rollout_ref.rollout.name=transformers"), said.append)
+    assert said[0] == "rollout: transformers, which is slow and meant for small models; for others rollout=vllm"
+
+
+def test_weights_over_nccl_need_cupy(packages):
+    """verl passes over its engine for NCCL where cupy is missing, and says so after Ray has started."""
+    from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+    packages(vllm=ModuleType("vllm"))
+    apart = on("single_node", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl")
+    assert "pip install cupy-cuda13x" in refusal(check_packages, apart, silent)
+    assert "cupy" in str(CheckpointEngineRegistry._import_errors["nccl_checkpoint_engine"])
+    packages(vllm=ModuleType("vllm"), cupy=ModuleType("cupy"))
+    check_packages(apart, lambda line: None)
+
+
 VLLM_CPU = "make an environment with it, `VENV=.venv-vllm_cpu bash examples/setup_env.sh vllm_cpu`"
 
 
@@ -396,6 +415,15 @@ def test_what_the_hardware_file_leaves_open_is_filled_and_told():
         "in generation; micro-batches of 9216 tokens, vLLM's share 0.7, with offloading"
     )
     assert filled(config) == {"tokens": 9216, "param_offload": True, "optimizer_offload": True, "share": 0.7}
+
+
+def test_the_transformers_rollout_has_rows_in_the_place_of_a_share():
+    rollout = "actor_rollout_ref.rollout"
+    changes = (f"{rollout}.name=transformers", f"{rollout}.max_num_seqs=16")
+    line = fit(on("single_gpu", *changes), "0.5B", 1)
+    assert line.endswith("micro-batches of 18432 tokens, 16 trajectories at once, no offloading")
+    message = refusal(fit, on("single_gpu", changes[0]), "0.5B", 1)  # verl's default: 1024
+    assert f"; what would fit: rollout=vllm; or {rollout}.max_num_seqs=" in message
 
 
 def test_what_the_user_sets_stays_and_has_to_fit():

@@ -132,6 +132,23 @@ def test_generation_and_host_of_a_tiny_model_by_hand():
     assert host(shape, replace(machines, nodes=2), replace(settings, offload=True)) == 12 * 404 / 2 + 4 * 404
 
 
+def test_the_transformers_rollout_of_a_tiny_model_by_hand():
+    """Its weights stay in the update; in generation it takes what its rows need, and no share."""
+    shape = Shape(hidden=4, layers=2, intermediate=8, heads=2, kv_heads=1, head=2, vocabulary=10, tied=False)
+    machines, vllm = Machines(2, 10 * GB), Settings(tokens=100, longest=50, share=0.5)
+    settings = replace(vllm, rows=3, prompt=20)
+    assert update(shape, machines, settings) == update(shape, machines, vllm) | {"rollout's weights": 2 * 404}
+    cache, reading = 3 * 3 * 50 * 16, 3 * (20 * 2 * (12 * 4 + 4 * 8) + 3 * 20**2)
+    assert generation(shape, machines, settings) == {
+        "rollout": 2 * 404 + cache + reading,
+        "trainer": 12 * 404 / 2,
+        "contexts and weight sync": 4 * GB,
+    }
+    sampling = generation(shape, machines, replace(settings, prompt=1))["rollout"]
+    assert sampling == 2 * 404 + cache + 3 * 10 * 24
+    assert lacking(shape, machines, replace(settings, share=0.0)) is None  # it has no share to be too small
+
+
 @pytest.mark.parametrize(
     ("machines", "peak"), [(ONE, 141.1), (EIGHT, 34.5), (SIXTEEN, 26.9)], ids=["one", "eight", "sixteen"]
 )
@@ -250,6 +267,17 @@ def test_every_proposal_fits():
     assert choose(QWEN25["7B"], ONE, replace(OURS, lora_rank=32)) and choose(QWEN25["3B"], ONE, OURS)
     assert choose(QWEN25["7B"], TWO, OURS) and choose(QWEN25["7B"], ONE, replace(OURS, cpu_adam=True))
     assert not any("offload_policy" in one for one in proposals(QWEN25["7B"], replace(ONE, host=64 * GB), OURS))
+
+
+def test_the_transformers_rollout_is_told_vllm_or_fewer_trajectories_at_once():
+    rows = replace(OURS, rows=1024, prompt=1024)
+    assert "generation needs about" in lacking(QWEN25["0.5B"], ONE, rows)
+    found = list(proposals(QWEN25["0.5B"], ONE, rows))
+    assert found[:2] == ["rollout=vllm", "actor_rollout_ref.rollout.max_num_seqs=128"]
+    assert choose(QWEN25["0.5B"], ONE, replace(rows, rows=128)) and not choose(
+        QWEN25["0.5B"], ONE, replace(rows, rows=256)
+    )
+    assert not any("lora_rank" in one for one in found)  # it takes no adapter
 
 
 def test_the_table_says_the_same():

@@ -12,12 +12,9 @@ from verl.plugin.platform.platform_manager import PlatformRegistry, get_platform
 from verl.utils.device import get_device_id, get_device_name, get_nccl_backend, get_torch_device
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine import EngineRegistry
-from verl.workers.rollout.base import _ROLLOUT_REGISTRY, get_rollout_class
-from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from verl_ext.cpu.engine import CPUFSDP2Engine
 from verl_ext.cpu.platform import CPUPlatform
-from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica
 
 pytestmark = pytest.mark.unit
 
@@ -93,13 +90,6 @@ def test_the_random_state_is_stored_and_restored():
 
 def test_the_engine_of_the_cpu_is_fsdp2():
     assert EngineRegistry.get_engine_cls(model_type="language_model", backend="fsdp2") is CPUFSDP2Engine
-
-
-def test_verl_s_registries_hold_the_transformers_rollout():
-    """`_ROLLOUT_REGISTRY` is private: this breaks when it moves."""
-    assert _ROLLOUT_REGISTRY["transformers", "async"] == "verl_ext.cpu.rollout.TransformersAdapter"
-    assert get_rollout_class("transformers", "async") is TransformersAdapter
-    assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
 
 
 @pytest.fixture

@@ -1,31 +1,36 @@
 """A rollout backend named "transformers": verl's server mode without vLLM or SGLang.
 
-One async Ray actor a replica, with continuous batching: a request joins the running batch at its next token. Slow
-beside a real engine on a GPU, and meant for small models: it starts in seconds and installs nothing.
+One async Ray actor a replica, on the device that is trained on, with continuous batching: a request joins the running
+batch at its next token. Slow beside a real engine on a GPU, and meant for small models: it starts in seconds and
+installs nothing. On a GPU: not run.
 
 - `TransformersServer`: the actor.
 - `TransformersReplica`: verl's handle on it (`RolloutReplica`).
 - `TransformersAdapter`: lives in the training worker and pushes new weights (`BaseRollout`).
+
+`verl_ext.plugin` makes them known to verl.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name, get_resource_name, get_torch_device, get_visible_devices_keyword
 from verl.workers.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
-from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from verl_ext.cpu.generation import ContinuousBatch, Request, Sample
+from verl_ext.rollout.generation import ContinuousBatch, Request, Sample
 
 NAME = "transformers"
 logger = logging.getLogger(__name__)
@@ -55,7 +60,9 @@ class TransformersServer:
         torch.manual_seed(config.seed + replica_rank)
         self.model = AutoModelForCausalLM.from_pretrained(
             model.local_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
-        ).eval()
+        )
+        # of several GPUs the actor sees its worker's only
+        self.model = self.model.to(get_device_name()).eval()
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.tokenizer = model.tokenizer
         # As vLLM and SGLang do: an instruction-tuned model's end of turn may be in its generation config only.
@@ -71,7 +78,7 @@ class TransformersServer:
         self._rejecting = False  # they are sent away instead: verl has taken this server out of its balancer
         self._drained = asyncio.Event()  # no row is running
         self._drained.set()
-        self._loading = 0  # buckets of weights that wait for the batch to end
+        self._changes = 0  # of weights or cache, that wait for the batch to end
         # One thread: torch's own pool has the cores, and nothing else touches the batch or the weights.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._loop_task: asyncio.Task | None = None
@@ -141,7 +148,7 @@ class TransformersServer:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            room = 0 if self._loading else self.config.max_num_seqs - len(self._running)
+            room = 0 if self._changes else self.config.max_num_seqs - len(self._running)
             joining, self._waiting = self._waiting[:room], self._waiting[room:]
             if not joining and not self._running:
                 self._drained.set()
@@ -184,12 +191,16 @@ class TransformersServer:
         unknown = [name for name, _ in bucket if name not in self.parameters]
         if unknown:
             raise KeyError(f"weight sync: the rollout model has no parameters {unknown[:3]}")
-        self._loading += 1  # nobody joins: a row's cached keys and values must not outlive their weights
+        await self._between_rows(self._copy, bucket)
+
+    async def _between_rows(self, change: Callable[..., None], *arguments: Any) -> None:
+        """Make a change in the thread, once no row is running."""
+        self._changes += 1  # nobody joins: a row's cached keys and values must not outlive their weights
         try:
             await self._drained.wait()
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._copy, bucket)
+            await asyncio.get_running_loop().run_in_executor(self._thread, change, *arguments)
         finally:
-            self._loading -= 1
+            self._changes -= 1
             self._wake.set()
 
     @torch.no_grad()
@@ -221,14 +232,22 @@ class TransformersServer:
         self._rejecting = False
         self._admit.set()
 
-    # Weights and cache are in ordinary memory and stay there: nothing to release, nothing to restore.
-    async def sleep(self) -> None: ...
+    async def sleep(self) -> None:
+        """Give back the memory of all keys and values. The weights stay where they are, on a GPU as well."""
+        await self._between_rows(self._release_cache)
 
+    def _release_cache(self) -> None:
+        self._batch = self._new_batch()
+        get_torch_device().empty_cache()
+
+    async def clear_kv_cache(self) -> None:
+        await self.sleep()
+
+    async def release_kv_cache(self) -> None:
+        await self.sleep()
+
+    # The cache grows again by itself.
     async def wake_up(self) -> None: ...
-
-    async def clear_kv_cache(self) -> None: ...
-
-    async def release_kv_cache(self) -> None: ...
 
     async def resume_kv_cache(self) -> None: ...
 
@@ -242,6 +261,21 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def where_it_is(worker: Any) -> tuple[str, str]:
+    """Node and device of an actor that has one, in Ray's words; runs in the actor."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_accelerator_ids()[get_resource_name()][0]
+
+
+def sees(device: str) -> dict[str, str]:
+    """Environment of an actor that asks Ray for no device, and shall see this one.
+
+    verl's other servers set it when they run, for the engine's process that they start. This one has the model in its
+    own process, where verl's import has asked CUDA for its devices by then.
+    """
+    return {**dict.fromkeys(get_platform().ray_noset_envvars(), "1"), get_visible_devices_keyword(): device}
+
+
 class TransformersReplica(RolloutReplica):
     """verl's handle on one `TransformersServer`."""
 
@@ -249,7 +283,7 @@ class TransformersReplica(RolloutReplica):
         if self.world_size != 1:
             raise ValueError("the transformers rollout does not shard a model: set tensor_model_parallel_size=1")
         # It asks Ray for nothing, and would come to lie on any node: beside its worker the weights need no network.
-        node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
+        node, device = await self.workers[0].__ray_call__.remote(where_it_is)
         server = (
             ray.remote(TransformersServer)
             .options(
@@ -257,6 +291,7 @@ class TransformersReplica(RolloutReplica):
                 num_cpus=0,
                 max_concurrency=self.max_concurrency,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                runtime_env={"env_vars": sees(device)},
             )
             .remote(config=self.config, model_config=self.model_config, replica_rank=self.replica_rank)
         )
@@ -302,11 +337,14 @@ class TransformersAdapter(BaseRollout):
 async def _buckets(
     weights: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype
 ) -> AsyncIterator[list[tuple[str, torch.Tensor]]]:
-    """Groups of at most `limit` bytes (a single larger tensor is a group of its own), as the server will have them."""
+    """Groups of at most `limit` bytes (a single larger tensor is a group of its own), in the server's precision.
+
+    On the CPU, because they go through Ray's object store; the server's copy brings each to its device.
+    """
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     async for name, given in ensure_async_iterator(weights):
-        tensor = given.detach().to(dtype)
+        tensor = given.detach().to("cpu", dtype)
         if bucket and size + tensor.nbytes > limit:
             yield bucket
             bucket, size = [], 0
@@ -314,9 +352,3 @@ async def _buckets(
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-RolloutReplicaRegistry.register(NAME, lambda: TransformersReplica)
-# verl has a public registry for replicas but none for the trainer-side adapter, only this dict.
-# tests/verl_ext/cpu/test_platform.py breaks when it moves.
-_ROLLOUT_REGISTRY[(NAME, "async")] = "verl_ext.cpu.rollout.TransformersAdapter"

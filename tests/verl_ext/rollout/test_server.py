@@ -9,17 +9,22 @@ import asyncio
 import functools
 import shutil
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.workers.config import RolloutConfig
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, get_rollout_class
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
-from verl_ext.cpu.generation import Request, generate
-from verl_ext.cpu.rollout import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
+from verl_ext.cpu.platform import CPUPlatform
+from verl_ext.rollout.generation import Request, generate
+from verl_ext.rollout.server import TransformersAdapter, TransformersReplica, TransformersServer, _buckets
 
 pytestmark = pytest.mark.unit
 
@@ -126,6 +131,13 @@ def reference(server, prompt, **request):
         vocab_size=len(server.tokenizer),
     )  # fmt: skip
     return sample
+
+
+def test_verl_s_registries_hold_the_transformers_rollout():
+    """`_ROLLOUT_REGISTRY` is private: this breaks when it moves."""
+    assert _ROLLOUT_REGISTRY["transformers", "async"] == "verl_ext.rollout.server.TransformersAdapter"
+    assert get_rollout_class("transformers", "async") is TransformersAdapter
+    assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -265,7 +277,7 @@ async def test_a_batch_that_fails_tells_its_callers_and_the_server_goes_on(serve
     assert (await server.ask(PROMPTS[0])).token_ids == reference(server, PROMPTS[0]).token_ids
 
 
-def test_a_precision_that_the_cpu_lacks_is_refused(path):
+def test_a_precision_that_it_has_not_got_is_refused(path):
     with pytest.raises(ValueError, match=r"rollout\.dtype='float16'"):
         Server(path, dtype="float16")
 
@@ -275,6 +287,90 @@ def test_a_sharded_replica_is_refused(path):
     replica.world_size = 2
     with pytest.raises(ValueError, match="set tensor_model_parallel_size=1"):
         asyncio.run(replica.launch_servers())
+
+
+# -- the device -------------------------------------------------------------------------------------------------------
+
+
+def test_model_and_cache_are_on_the_device_that_is_trained_on(path, monkeypatch):
+    """Without a GPU: "meta" is the other device."""
+    monkeypatch.setattr("verl_ext.rollout.server.get_device_name", lambda: "meta")
+    server = Server(path, dtype="bfloat16")
+    tensors = [*server.parameters.values(), *server.model.buffers(), *(one.buffer for one in server._batch._layers)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in server.parameters.values()} == {torch.bfloat16}
+    name, value = next(iter(server.parameters.items()))
+    server._copy([(name, torch.ones(value.shape))])  # as a bucket brings it
+
+
+NODE = "ab" * 28  # in Ray's form
+
+
+class Handed:
+    """What the adapter asks of a worker's handle; `device` is the one that Ray gave the worker."""
+
+    def __init__(self, device):
+        self.context = SimpleNamespace(get_node_id=lambda: NODE, get_accelerator_ids=lambda: {"GPU": [device]})
+        self.__ray_call__ = SimpleNamespace(remote=self.call)
+
+    async def call(self, function):
+        return function(self)
+
+
+@pytest.mark.parametrize("platform", [CPUPlatform, PlatformCUDA])
+def test_the_server_sees_the_device_of_its_worker_and_no_other(monkeypatch, platform):
+    """Before its process imports anything: verl's import asks CUDA for the devices, and CUDA looks once."""
+    asked = {}
+
+    def options(**given):
+        asked.update(given)
+
+        async def ready():
+            return "address"
+
+        return SimpleNamespace(remote=lambda **kwargs: SimpleNamespace(ready=SimpleNamespace(remote=ready)))
+
+    worker = Handed("3")
+    monkeypatch.setattr("verl.utils.device.get_platform", platform)
+    monkeypatch.setattr("verl_ext.rollout.server.get_platform", platform)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: worker.context)
+    monkeypatch.setattr("ray.remote", lambda cls: SimpleNamespace(options=options))
+    replica = TransformersReplica.__new__(TransformersReplica)  # its __init__ reads a whole trainer's config
+    replica.world_size, replica.replica_rank, replica.workers = 1, 3, [worker]
+    replica.config, replica.model_config = rollout_config(), None
+    asyncio.run(replica.launch_servers())
+    assert asked["runtime_env"] == {
+        "env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "3"}
+    }
+    assert "num_gpus" not in asked and asked["scheduling_strategy"].node_id == NODE
+
+
+@served
+async def test_while_it_sleeps_it_holds_no_keys_and_values(server, path):
+    expected = await server.ask(PROMPTS[0])
+    buffers = [weakref.ref(layer.buffer) for layer in server._batch._layers]
+    assert server._batch._kept
+    await server.sleep()
+    assert not any(buffer() is not None for buffer in buffers) and not server._batch._kept
+    await server.wake_up()
+    assert await server.ask(PROMPTS[0]) == expected
+
+
+@pytest.mark.parametrize("name", ["sleep", "clear_kv_cache", "release_kv_cache"])
+def test_keys_and_values_never_go_under_a_running_batch(path, name):
+    @served
+    async def body(server, path):
+        expected = reference(server, PROMPTS[0], max_tokens=40).token_ids
+        running = await server.held_batch(PROMPTS[0])
+        sleeping = asyncio.create_task(getattr(server, name)())
+        await asyncio.sleep(0.02)
+        assert not sleeping.done()
+        server.gate.set()
+        assert (await running).token_ids == expected
+        await sleeping
+        assert not server._batch._kept
+
+    body(path)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -372,6 +468,28 @@ def test_buckets_keep_the_order_and_the_limit_and_a_large_tensor_goes_alone():
     assert asyncio.run(collect()) == [["1", "2"], ["3"], ["9"], ["1", "1"]]
     dtype = torch.bfloat16  # sent as the server will have them: half the bytes
     assert asyncio.run(collect()) == [["1", "2", "3"], ["9"], ["1", "1"]]
+
+
+class OnAGPU:
+    """A tensor of the trainer's, as far as the adapter handles it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def detach(self):
+        return self
+
+    def to(self, device, dtype):
+        assert device == "cpu"
+        return self.value.to(dtype)
+
+
+def test_weights_of_a_gpu_travel_in_ordinary_memory():
+    async def collect():
+        return [bucket async for bucket in _buckets(iter([("w", OnAGPU(torch.ones(2)))]), 8, torch.bfloat16)]
+
+    ((name, tensor),) = asyncio.run(collect())[0]
+    assert name == "w" and tensor.dtype == torch.bfloat16 and tensor.tolist() == [1.0, 1.0]
 
 
 # -- aborts -----------------------------------------------------------------------------------------------------------

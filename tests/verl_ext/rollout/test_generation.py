@@ -1,4 +1,4 @@
-"""Protects the sampler of the CPU rollout: its tokens and log-probs are those of the model, whatever shares the batch.
+"""Protects the transformers rollout's sampler: its tokens and log-probs are the model's, whatever shares the batch.
 
 The reference continues one prompt at a time, without a KV cache, without padding, in a plain loop.
 """
@@ -9,9 +9,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl_ext.cpu.generation import ContinuousBatch, Request, generate
+from verl_ext.rollout.generation import ContinuousBatch, Request, generate
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +25,11 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 8, 9, 10, 11], [3, 2, 1]]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = Qwen2Config(
+    return Qwen2ForCausalLM(qwen2(torch.float32)).eval()
+
+
+def qwen2(dtype):
+    return Qwen2Config(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=32,
@@ -33,9 +39,8 @@ def model():
         max_position_embeddings=128,
         initializer_range=0.5,  # sharp distributions: a wrong position or mask shows
         attn_implementation="sdpa",
-        dtype=torch.float32,
+        dtype=dtype,
     )
-    return Qwen2ForCausalLM(config).eval()
 
 
 @torch.no_grad()
@@ -256,3 +261,35 @@ def test_an_abort_keeps_what_was_generated(model):
     assert [s.stop_reason for s in samples] == ["aborted"] * 4 + ["length"]
     for sample, reference in zip(samples, run(model, requests), strict=True):
         assert sample.token_ids == reference.token_ids[:3] and len(sample.log_probs) == len(sample.token_ids)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Notes the operations that meet a tensor which is not on the device "meta", where no tensor has values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if not all(tensor.is_meta for tensor in tensors):
+            self.seen.add(str(function))
+        return result
+
+
+def test_every_tensor_is_on_the_device_of_the_model(monkeypatch):
+    """Without a GPU: "meta" is the other device. A tensor made without a word about its device is on the CPU."""
+    in_python = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda some: [0] * len(some) if some.is_meta else in_python(some))
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(qwen2(torch.bfloat16)).eval()
+    with Elsewhere() as elsewhere:
+        batch = ContinuousBatch(model, vocab_size=VOCAB)
+        batch.add([Request(PROMPTS[0], 4, seed=1, top_k=3, top_p=0.5), Request(PROMPTS[1], 2)])
+        batch.step()
+        batch.add([Request([*PROMPTS[1], 0, 0, 3], 3, temperature=0)])
+        while len(batch):
+            batch.step()
+    assert batch.prefix_hits == 1
+    assert elsewhere.seen == {"aten.rand.generator"}  # a seed's numbers are those of the CPU, everywhere

@@ -1,4 +1,4 @@
-"""Sampling from a causal LM on the CPU with continuous batching and exact log-probs. No verl, no Ray.
+"""Sampling from a causal LM with continuous batching and exact log-probs, on the model's device. No verl, no Ray.
 
 Rows join and leave a `ContinuousBatch` between any two tokens, so a short answer never waits for a long one.
 """
@@ -115,19 +115,21 @@ class ContinuousBatch:
         rows = self._rows[first:]
         fed = [row.ids[row.cached :] for row in rows]
         width = max(map(len, fed))
-        ids = torch.tensor([[self.pad_id] * (width - len(new)) + new for new in fed])
+        device = self.model.device
+        ids = torch.tensor([[self.pad_id] * (width - len(new)) + new for new in fed], device=device)
         for row, new in zip(rows, fed, strict=True):
             row.cached += len(new)
-        ends = torch.tensor([[row.cached] for row in rows])
-        positions = ends - width + torch.arange(width)
-        padding = torch.arange(width) < width - torch.tensor([[len(new)] for new in fed])
-        seen = int(ends.max())
+        ends = torch.tensor([[row.cached] for row in rows], device=device)
+        places = torch.arange(width, device=device)
+        positions = ends - width + places
+        padding = places < width - torch.tensor([[len(new)] for new in fed], device=device)
+        seen = max(row.cached for row in rows)
         for layer in self._layers:
             layer.aim(first, torch.where(padding, -1, positions), seen)
         positions = positions.clamp_min(0)
         logits = self.model(
             input_ids=ids,
-            attention_mask=(torch.arange(seen) <= positions[..., None])[:, None],
+            attention_mask=(torch.arange(seen, device=device) <= positions[..., None])[:, None],
             position_ids=positions,
             past_key_values=self._cache,
             logits_to_keep=1,
@@ -143,8 +145,8 @@ class ContinuousBatch:
     def _append(self, first: int, logits: torch.Tensor) -> None:
         """Sample a token for the rows from `first` on; rows that end leave."""
         rows = self._rows[first:]
-        temperature = torch.tensor([row.request.temperature for row in rows])
-        uniforms = torch.tensor([row.uniforms[len(row.sample.token_ids)] for row in rows])
+        temperature = torch.tensor([row.request.temperature for row in rows], device=logits.device)
+        uniforms = torch.tensor([row.uniforms[len(row.sample.token_ids)] for row in rows], device=logits.device)
         log_probs = _distribution(logits[:, : self.vocab_size].float(), temperature, [row.request for row in rows])
         tokens = _pick(log_probs, uniforms, temperature)
         chosen = log_probs.gather(1, tokens[:, None])
@@ -203,7 +205,7 @@ class _SlotLayer(DynamicLayer):
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         #: (keys and values, slots, heads, columns, head size). Zeros: a masked column still enters the product of
         #: probabilities and values, and 0 * nan is nan.
-        self.buffer = torch.zeros(2, 0, c.num_key_value_heads, 0, size, dtype=model.dtype)
+        self.buffer = torch.zeros(2, 0, c.num_key_value_heads, 0, size, dtype=model.dtype, device=model.device)
 
     def reserve(self, slots: int, columns: int) -> None:
         """Room for so many, and a last column for padding; what is there stays."""
@@ -220,7 +222,7 @@ class _SlotLayer(DynamicLayer):
         It returns the first `seen` columns of these slots.
         """
         self._slots = slice(first, first + len(columns))
-        self._rows = torch.arange(first, first + len(columns))[:, None]
+        self._rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
         self._into = columns
         self._seen = seen
 
@@ -241,8 +243,9 @@ def generate(model: PreTrainedModel, requests: Sequence[Request], *, vocab_size:
 
 
 def _uniforms(request: Request) -> list[float]:
+    """Drawn on the CPU, wherever the model is: a seed has the same numbers everywhere."""
     generator = None if request.seed is None else torch.Generator().manual_seed(request.seed)
-    return torch.rand(request.max_tokens, generator=generator).tolist()
+    return torch.rand(request.max_tokens, generator=generator, device="cpu").tolist()
 
 
 def _distribution(logits: torch.Tensor, temperature: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -252,10 +255,11 @@ def _distribution(logits: torch.Tensor, temperature: torch.Tensor, requests: Seq
         return log_probs
     order = log_probs.argsort(dim=-1, descending=True)
     ranked = log_probs.gather(1, order)
-    top_k = torch.tensor([r.top_k if r.top_k > 0 else ranked.shape[1] for r in requests])
-    top_p = torch.tensor([r.top_p for r in requests])
+    device = logits.device
+    top_k = torch.tensor([r.top_k if r.top_k > 0 else ranked.shape[1] for r in requests], device=device)
+    top_p = torch.tensor([r.top_p for r in requests], device=device)
     before = ranked.exp().cumsum(1) - ranked.exp()  # mass of the better tokens
-    dropped = (torch.arange(ranked.shape[1]) >= top_k[:, None]) | (before >= top_p[:, None])
+    dropped = (torch.arange(ranked.shape[1], device=device) >= top_k[:, None]) | (before >= top_p[:, None])
     dropped[:, 0] = False
     filtered = log_probs.scatter(1, order, ranked.masked_fill(dropped, float("-inf")))
     return torch.log_softmax(filtered, dim=-1)

@@ -190,6 +190,13 @@ class ContinuousBatch:
         self._kept.clear()
         self._kept_size = 0
 
+    def release(self) -> None:
+        """Drop the kept rows and the memory of the slots, which the next rows take anew. Only while none is running."""
+        assert not self._rows
+        self.forget()
+        for layer in self._layers:
+            layer.buffer = layer.buffer.new_zeros(0).view(2, 0, layer.buffer.shape[2], 0, layer.buffer.shape[4])
+
 
 class _SlotLayer(DynamicLayer):
     """Keys and values of the running rows in one buffer: row i in slot i, its token t in column t.

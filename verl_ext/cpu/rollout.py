@@ -26,6 +26,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_ext.cpu.generation import ContinuousBatch, Request, Sample
+from verl_ext.cpu.memory import empty_cache
 
 NAME = "transformers"
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class TransformersServer:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            room = 0 if self._loading else self.config.max_num_seqs - len(self._running)
+            room = 0 if self._loading or self._lacks_weights() else self.config.max_num_seqs - len(self._running)
             joining, self._waiting = self._waiting[:room], self._waiting[room:]
             if not joining and not self._running:
                 self._drained.set()
@@ -195,7 +196,11 @@ class TransformersServer:
     @torch.no_grad()
     def _copy(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in bucket:
-            self.parameters[name].copy_(tensor)
+            parameter = self.parameters[name]
+            if parameter.numel():
+                parameter.copy_(tensor)
+            else:  # dropped in sleep
+                parameter.data = tensor.to(parameter.dtype, copy=True)
         self._batch.forget()
 
     async def set_global_steps(self, global_steps: int) -> None:
@@ -221,8 +226,31 @@ class TransformersServer:
         self._rejecting = False
         self._admit.set()
 
-    # Weights and cache are in ordinary memory and stay there: nothing to release, nothing to restore.
-    async def sleep(self) -> None: ...
+    async def sleep(self) -> None:
+        """Once no row is running, leave the memory to the trainer's update: drop all keys and values.
+
+        With `free_cache_engine` drop the weights too, as verl's other engines do. Requests then wait until the next
+        weight sync has brought all of them.
+        """
+        self._loading += 1
+        try:
+            await self._drained.wait()
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._release)
+        finally:
+            self._loading -= 1
+            self._wake.set()
+
+    def _release(self) -> None:
+        self._batch.release()
+        if self.config.free_cache_engine:
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.new_empty(0)
+        empty_cache()
+
+    def _lacks_weights(self) -> bool:
+        return any(parameter.numel() == 0 for parameter in self.parameters.values())
+
+    # Nothing to restore: the cache grows with the rows that join, and weights come with the next sync.
 
     async def wake_up(self) -> None: ...
 

@@ -245,6 +245,28 @@ def test_weights_that_change_make_the_batch_forget(model):
     assert batch.prefix_hits == 0
 
 
+def test_memory_that_was_released_is_taken_anew(model):
+    request = Request(PROMPTS[2], 5, seed=1)
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    samples = []
+    for _ in range(2):
+        samples += batch.add([request])
+        while len(batch):
+            batch.step()
+        assert batch._kept_size > 0 and all(layer.buffer.nbytes > 0 for layer in batch._layers)
+        batch.release()
+        assert batch._kept_size == len(batch._kept) == sum(layer.buffer.nbytes for layer in batch._layers) == 0
+    assert samples[0].token_ids == samples[1].token_ids and samples[0].log_probs == samples[1].log_probs
+    assert batch.prefix_hits == 0
+
+
+def test_memory_is_not_released_under_running_rows(model):
+    batch = ContinuousBatch(model, vocab_size=VOCAB)
+    batch.add([Request(PROMPTS[0], 5, seed=1)])
+    with pytest.raises(AssertionError):
+        batch.release()
+
+
 def test_an_abort_keeps_what_was_generated(model):
     requests = [Request(p, 10, seed=3) for p in PROMPTS] + [Request([1], 2, seed=3)]
     batch = ContinuousBatch(model, vocab_size=VOCAB)

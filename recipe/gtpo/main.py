@@ -33,6 +33,7 @@ from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  #
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
 from recipe.gtpo.run.tool_server import tool_server  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
+from verl_ext.cpu.memory import empty_cache  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError  # noqa: E402
 
 _PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
@@ -141,6 +142,7 @@ def _train(config: DictConfig, record: RunRecord) -> None:
                 variables["GTPO_TOOL_SERVER_TOKEN"] = config.tool_server.token
         check_tools(config, variables, say)
         say("starting Ray, the policy and the rollout servers")
+        empty_cache()  # of preparing data and models: from here on this process waits
         with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
             try:
                 with naming_lost_part(server, record), Progress(record, config.trainer.total_training_steps):

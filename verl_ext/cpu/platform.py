@@ -17,6 +17,8 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from verl_ext.cpu.memory import empty_cache
+
 
 class _CPUDevice(ModuleType):
     """Stand-in for `torch.cuda`: memory is the process's resident set, streams do not exist."""
@@ -45,9 +47,7 @@ class _CPUDevice(ModuleType):
     def synchronize(device: Any = None) -> None:
         return None
 
-    @staticmethod
-    def empty_cache() -> None:
-        return None
+    empty_cache = staticmethod(empty_cache)
 
     @staticmethod
     def memory_allocated(device: Any = None) -> int:
@@ -111,7 +111,7 @@ class CPUPlatform(PlatformBase):
         return None
 
     def empty_cache(self) -> None:
-        return None
+        empty_cache()
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None

@@ -148,7 +148,7 @@ class TransformersServer:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            room = 0 if self._changes else self.config.max_num_seqs - len(self._running)
+            room = 0 if self._changes or self._lacks_weights() else self.config.max_num_seqs - len(self._running)
             joining, self._waiting = self._waiting[:room], self._waiting[room:]
             if not joining and not self._running:
                 self._drained.set()
@@ -206,7 +206,11 @@ class TransformersServer:
     @torch.no_grad()
     def _copy(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in bucket:
-            self.parameters[name].copy_(tensor)
+            parameter = self.parameters[name]
+            if parameter.numel():
+                parameter.copy_(tensor)
+            else:  # dropped in sleep
+                parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
         self._batch.forget()
 
     async def set_global_steps(self, global_steps: int) -> None:
@@ -233,20 +237,30 @@ class TransformersServer:
         self._admit.set()
 
     async def sleep(self) -> None:
-        """Give back the memory of all keys and values. The weights stay where they are, on a GPU as well."""
-        await self._between_rows(self._release_cache)
+        """Once no row is running, leave the memory to the trainer's update: drop all keys and values.
 
-    def _release_cache(self) -> None:
+        With `free_cache_engine` drop the weights too, as verl's other engines do. Requests then wait until the next
+        weight sync has brought all of them.
+        """
+        await self._between_rows(self._release, self.config.free_cache_engine)
+
+    def _release(self, weights: bool) -> None:
         self._batch = self._new_batch()
+        if weights:
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.new_empty(0)
         get_torch_device().empty_cache()
 
+    def _lacks_weights(self) -> bool:
+        return any(parameter.numel() == 0 for parameter in self.parameters.values())
+
     async def clear_kv_cache(self) -> None:
-        await self.sleep()
+        await self._between_rows(self._release, False)
 
     async def release_kv_cache(self) -> None:
-        await self.sleep()
+        await self._between_rows(self._release, False)
 
-    # The cache grows again by itself.
+    # Nothing to restore: the cache grows with the rows that join, and weights come with the next sync.
     async def wake_up(self) -> None: ...
 
     async def resume_kv_cache(self) -> None: ...

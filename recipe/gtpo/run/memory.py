@@ -2,9 +2,8 @@
 
 A step has two peaks on a GPU that trains and generates in turn. In the *update* the trainer has all it needs (weights,
 gradients, Adam) and the sleeping vLLM next to nothing; in *generation* vLLM has the share that it was given, and the
-trainer what it does not offload. (`rollout=transformers` keeps its weights on the GPU in both phases, and its keys and
-values take what its trajectories need.) `choose` finds settings with which both fit; `proposals` says what to change
-where there are none.
+trainer what it does not offload. (`rollout=transformers` has no share: its weights, keys and values take what they
+need.) `choose` finds settings with which both fit; `proposals` says what to change where there are none.
 
 Weights are float32 masters and bfloat16 for computing (verl's FSDP2 engine and its defaults), the optimizer is AdamW,
 gradient checkpointing is on. The constants that no formula gives are at the top; the tests compare with the sizes that
@@ -200,7 +199,6 @@ def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, fl
         "gathered layers": 2 * (2 * shape.layer + shape.root),
         "activations and logits": max(activations + mask + logits, root_gradient),
         "contexts": ASLEEP,
-        **({"rollout's weights": 2 * shape.parameters} if settings.rows else {}),
     }
 
 

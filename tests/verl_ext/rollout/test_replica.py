@@ -62,8 +62,9 @@ def test_each_server_sees_the_device_of_its_worker_and_answers(policy):
         server = replica.server_handle
         seen = ray.get(server.__ray_call__.remote(environment))
         assert seen == {"CUDA_VISIBLE_DEVICES": devices[rank][0], "VERL_PLATFORM": "cpu"}
-        ray.get([server.sleep.remote(), server.release_kv_cache.remote(), server.wake_up.remote()])
         weights = ray.get(server.__ray_call__.remote(lambda server: list(server.parameters.items())))
+        ray.get([server.sleep.remote(), server.release_kv_cache.remote(), server.wake_up.remote()])
         ray.get(server.load_weights.remote([(name, torch.zeros_like(value)) for name, value in weights]))
-        output = ray.get(server.generate.remote([5, 6], {"temperature": 0.0, "max_tokens": 3}, request_id="any"))
+        asked = server.generate.remote([5, 6], {"temperature": 0.0, "max_tokens": 3}, request_id="any")
+        output = ray.get(asked, timeout=300)
         assert len(output.token_ids) <= 3 and isinstance(output.log_probs[0], float)

@@ -62,6 +62,7 @@ def save_model(folder, tokenizer, seed):
 def rollout_config(**changes):
     return RolloutConfig(
         **{"name": "transformers", "prompt_length": 8, "response_length": 40, "dtype": "float32", "max_num_seqs": 64}
+        | {"free_cache_engine": False}
         | changes
     )
 
@@ -443,6 +444,45 @@ async def test_weights_never_change_under_a_running_batch(server, path):
     assert (await running).token_ids == expected
     await loading
     assert not any(value.any() for value in server.parameters.values())
+
+
+@served
+async def test_a_sleeping_server_holds_no_keys_and_values(server, path):
+    """verl sends it to sleep after the rollout of a step, and asks again without a wake-up."""
+
+    def held():
+        return server._batch._kept_size + sum(layer.buffer.nbytes for layer in server._batch._layers)
+
+    expected = reference(server, PROMPTS[0], max_tokens=40).token_ids
+    running = await server.held_batch(PROMPTS[0])
+    sleeping = asyncio.create_task(server.sleep())
+    await asyncio.sleep(0.02)
+    assert not sleeping.done()  # a row is running
+    server.gate.set()
+    assert (await running).token_ids == expected
+    await sleeping
+    assert held() == 0
+    assert (await server.ask(PROMPTS[0], max_tokens=40)).token_ids == expected
+    assert held() > 0
+
+
+def test_a_sleeping_server_may_drop_its_weights_and_then_waits_for_all_of_them(path):
+    async def body():
+        async with Server(path, free_cache_engine=True) as server:
+            expected = reference(server, PROMPTS[0]).token_ids
+            weights = [(name, value.clone()) for name, value in server.parameters.items()]
+            assert len(weights) == 1 + len({id(value) for value in server.parameters.values()})  # a tied matrix
+            await server.sleep()
+            assert sum(value.nbytes for value in server.parameters.values()) == 0
+            asked = asyncio.create_task(server.ask(PROMPTS[0]))
+            await server.load_weights(weights[2:])
+            await asyncio.sleep(0.02)
+            assert not asked.done()
+            await server.load_weights(weights[:2])
+            assert (await asyncio.wait_for(asked, 60)).token_ids == expected
+            assert all(torch.equal(server.parameters[name], value) for name, value in weights)
+
+    asyncio.run(body())
 
 
 @served

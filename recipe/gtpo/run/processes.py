@@ -25,11 +25,12 @@ class Processes:
     Args:
         warm_up: a function of a module, called first in every process, such as one that imports what calls need: what
             it takes is not counted as a call's.
+        at_most: of them, where calls are short and what a process imports is large.
     """
 
-    def __init__(self, warm_up: Callable[[], None] | None = None) -> None:
+    def __init__(self, warm_up: Callable[[], None] | None = None, at_most: int = MAX_PROCESSES) -> None:
         self._pool = ProcessPool(
-            max_workers=max(1, min(MAX_PROCESSES, os.cpu_count() or 1)),
+            max_workers=max(1, min(at_most, os.cpu_count() or 1)),
             # the program has threads: a fork of it could inherit a held lock
             context=multiprocessing.get_context("spawn"),
             initializer=warm_up,

@@ -63,10 +63,17 @@ class ContinuousBatch:
         vocab_size: ids from here on are never sampled (rows of the embedding that no token names).
         pad_id: any valid id; its positions are masked.
         kept_bytes: the longest unused of the kept rows are dropped beyond this.
+        most_rows: of those that run at once, where that is known: slots are made in advance, and no more than that.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, vocab_size: int, pad_id: int = 0, kept_bytes: int = 256 << 20
+        self,
+        model: PreTrainedModel,
+        *,
+        vocab_size: int,
+        pad_id: int = 0,
+        kept_bytes: int = 128 << 20,
+        most_rows: int | None = None,
     ) -> None:
         self.model = model
         self.vocab_size = vocab_size
@@ -78,7 +85,7 @@ class ContinuousBatch:
             OrderedDict()
         )  # ids -> (layers, 2, heads, columns, size)
         self._kept_size = 0
-        self._layers = [_SlotLayer(model) for _ in range(model.config.num_hidden_layers)]
+        self._layers = [_SlotLayer(model, most_rows) for _ in range(model.config.num_hidden_layers)]
         self._cache = DynamicCache()
         self._cache.layers = self._layers
 
@@ -199,8 +206,9 @@ class _SlotLayer(DynamicLayer):
     transformers' own layer copies the whole cache for every token, and all its rows end at the same column.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, most_slots: int | None) -> None:
         super().__init__()
+        self.most_slots = most_slots
         c = model.config
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         #: (keys and values, slots, heads, columns, head size). Zeros: a masked column still enters the product of
@@ -212,7 +220,8 @@ class _SlotLayer(DynamicLayer):
         _, have_slots, heads, have_columns, size = self.buffer.shape
         if slots <= have_slots and columns < have_columns:
             return
-        old, shape = self.buffer, (2, max(slots, 2 * have_slots), heads, max(columns + 1, have_columns), size)
+        twice = 2 * have_slots if self.most_slots is None else min(2 * have_slots, self.most_slots)
+        old, shape = self.buffer, (2, max(slots, twice), heads, max(columns + 1, have_columns), size)
         self.buffer = old.new_zeros(shape)
         self.buffer[:, :have_slots, :, :have_columns] = old
 

@@ -84,7 +84,12 @@ class TransformersServer:
         self._loop_task: asyncio.Task | None = None
 
     def _new_batch(self) -> ContinuousBatch:
-        return ContinuousBatch(self.model, vocab_size=len(self.tokenizer), pad_id=self.tokenizer.pad_token_id or 0)
+        return ContinuousBatch(
+            self.model,
+            vocab_size=len(self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id or 0,
+            most_rows=self.config.max_num_seqs,
+        )
 
     async def ready(self) -> str:
         """Start serving; returns an address-like label (the server speaks Ray, not HTTP)."""

@@ -218,8 +218,8 @@ def generation(shape: Shape, machines: Machines, settings: Settings) -> dict[str
 def _transformers(shape: Shape, settings: Settings) -> float:
     """Bytes of verl_ext/rollout with all its rows: weights, keys and values, and reading all prompts at once."""
     rows, prompt = settings.rows, settings.prompt
-    # its buffers grow by doubling, and the old ones are there while the new ones are filled
-    cache = 3 * rows * settings.longest * shape.cache
+    # when its buffers grow, the old ones are there while the new ones are filled
+    cache = 2 * rows * settings.longest * shape.cache
     reading = rows * (prompt * shape.activations + 3 * prompt**2)
     return 2 * shape.parameters + cache + max(reading, rows * shape.vocabulary * SAMPLED_BYTES)
 

@@ -30,16 +30,17 @@ class Processes:
     Args:
         warm_up: a function of a module, called first in every process, such as one that imports what calls need: what
             it takes is not counted as a call's.
+        at_most: of them, where calls are short and what a process imports is large.
     """
 
-    def __init__(self, warm_up: Callable[[], None] | None = None) -> None:
-        self._warm_up = warm_up
+    def __init__(self, warm_up: Callable[[], None] | None = None, at_most: int = MAX_PROCESSES) -> None:
+        self._warm_up, self._at_most = warm_up, at_most
         self._pool = self._new_pool()
         atexit.register(self.end)
 
     def _new_pool(self) -> ProcessPool:
         return ProcessPool(
-            max_workers=max(1, min(MAX_PROCESSES, os.cpu_count() or 1)),
+            max_workers=max(1, min(self._at_most, os.cpu_count() or 1)),
             # the program has threads: a fork of it could inherit a held lock
             context=multiprocessing.get_context("spawn"),
             initializer=self._warm_up,

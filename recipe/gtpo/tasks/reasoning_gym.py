@@ -142,7 +142,7 @@ class ReasoningGym(PreparedTask):
 
 @functools.lru_cache(maxsize=1)
 def _processes() -> Processes:
-    return Processes(_warm_up)
+    return Processes(_warm_up, at_most=1)  # a verdict takes less than a millisecond, a process 120 MB
 
 
 def _warm_up() -> None:

@@ -138,7 +138,7 @@ def test_the_transformers_rollout_of_a_tiny_model_by_hand():
     machines, vllm = Machines(2, 10 * GB), Settings(tokens=100, longest=50, share=0.5)
     settings = replace(vllm, rows=3, prompt=20)
     assert update(shape, machines, settings) == update(shape, machines, vllm)
-    cache, reading = 3 * 3 * 50 * 16, 3 * (20 * 2 * (12 * 4 + 4 * 8) + 3 * 20**2)
+    cache, reading = 2 * 3 * 50 * 16, 3 * (20 * 2 * (12 * 4 + 4 * 8) + 3 * 20**2)
     assert generation(shape, machines, settings) == {
         "rollout": 2 * 404 + cache + reading,
         "trainer": 12 * 404 / 2,

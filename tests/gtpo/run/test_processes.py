@@ -111,3 +111,18 @@ def test_the_event_loop_goes_on_while_a_process_works(processes):
         await slow
 
     asyncio.run(ask())
+
+
+def test_there_may_be_fewer_than_processors():
+    one = Processes(at_most=1)
+
+    async def ask():
+        await one.call(os.getpid, seconds=LONG)
+        began = time.monotonic()
+        await asyncio.gather(*(one.call(time.sleep, 0.3, seconds=LONG) for _ in range(2)))
+        return time.monotonic() - began
+
+    try:
+        assert asyncio.run(ask()) >= 0.6  # one after the other
+    finally:
+        one.end()

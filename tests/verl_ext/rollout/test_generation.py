@@ -250,6 +250,15 @@ def test_weights_that_change_make_the_batch_forget(model):
     assert batch.prefix_hits == 0
 
 
+@pytest.mark.parametrize(("most_rows", "slots"), [(None, 6), (5, 5), (4, 4)])
+def test_slots_are_made_in_advance_up_to_the_most_rows(model, most_rows, slots):
+    batch = ContinuousBatch(model, vocab_size=VOCAB, most_rows=most_rows)
+    batch.add([Request(PROMPTS[0], 5, seed=seed) for seed in range(3)])
+    assert {layer.buffer.shape[1] for layer in batch._layers} == {3}
+    batch.add([Request(PROMPTS[0], 5, seed=3)])
+    assert {layer.buffer.shape[1] for layer in batch._layers} == {slots}
+
+
 def test_an_abort_keeps_what_was_generated(model):
     requests = [Request(p, 10, seed=3) for p in PROMPTS] + [Request([1], 2, seed=3)]
     batch = ContinuousBatch(model, vocab_size=VOCAB)

@@ -34,6 +34,7 @@ from recipe.gtpo.tasks.task import OwnData, load_task  # noqa: E402
 from verl_ext.tool_server.launch import ServerStartError  # noqa: E402
 
 _MADE = "made when a run starts, not looked at"
+_MISSING = "not looked at without a model"
 
 
 def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[str, Check]]:
@@ -47,11 +48,18 @@ def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[
     given = given_checks(config)
     files, path = config.data.train_files, config.actor_rollout_ref.model.path
     for name, look in given.items():
-        made = path is None or (name == "data" and files is None)
-        makes = config.model is not None or not _brings_nothing(config)
-        yield name, (lambda say: say(_MADE)) if made and makes else look
+        unset = files is None if name == "data" else path is None
+        missing = unset and _brings_nothing(config) and (name == "data" or config.model is None)
+        if not unset or (missing and name in ("data", "model and tokenizer")):  # their checks say what to set
+            yield name, look
+        else:
+            yield name, _passed_over(_MISSING if missing else _MADE)
     yield "verl's own checks", lambda say: validate(config)
     yield "tools", lambda say: _try_tools(config, say)
+
+
+def _passed_over(why: str) -> Check:
+    return lambda say: say(why)
 
 
 def _brings_nothing(config: DictConfig) -> bool:

@@ -68,6 +68,14 @@ def test_a_key_that_verl_has_not_got_is_named(config):
         cold_start(config, lambda line: None)
 
 
+def test_fewer_transcripts_than_a_batch_are_refused_before_anything_is_trained(config, tmp_path):
+    config = config.copy()
+    config.sft.verl, config.sft.out = {"data": {"train_batch_size": 8}}, str(tmp_path)
+    with pytest.raises(ConfigError, match=r"has 7 transcripts, fewer than one batch of 8: .* with N of 7 or less$"):
+        cold_start(config, lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_source_the_command_says_what_there_is(config):
     config = config.copy()
     config.sft.source = None

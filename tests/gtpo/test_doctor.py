@@ -99,6 +99,28 @@ def test_what_is_not_set_is_missing_where_the_task_makes_nothing(capsys):
 
 
 @pytest.mark.unit
+def test_what_needs_the_model_is_left_out_where_there_is_none(tmp_path, capsys):
+    files = write_parquet([make_row("sums", i, "What is 1+1?", "2") for i in range(128)], tmp_path / "rows.parquet")
+    doctor.main(["task=verl_data", NOWHERE, f"data.train_files={files}", f"data.val_files={files}"])
+    found = report(capsys.readouterr().out)
+    assert found["data"] == "ok    data: 128 training rows, 128 validation rows"
+    assert found["model and tokenizer"].startswith("FAIL  model and tokenizer: actor_rollout_ref.model.path is not set")
+    for name in ("memory", "disk", "context"):
+        assert found[name] == f"ok    {name}: not looked at without a model"
+
+
+@pytest.mark.unit
+def test_files_of_ones_own_are_looked_at_though_the_run_makes_the_model(tmp_path, capsys):
+    doctor.main(
+        ["model=smollm2", "task=verl_data", NOWHERE, "data.train_files=t.parquet", f"data.val_files={tmp_path}"]
+    )
+    found = report(capsys.readouterr().out)
+    assert found["data"].startswith("FAIL  data: data.train_files: t.parquet does not exist in ")
+    assert found["model and tokenizer"] == "ok    model and tokenizer: made when a run starts, not looked at"
+    assert found["disk"] == "ok    disk: made when a run starts, not looked at"
+
+
+@pytest.mark.unit
 def test_a_run_begins_with_the_same_checks():
     """They are not listed twice: each goes through what these functions return."""
     for user in (main.run, doctor.examinations):

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     reader = Reader(given.run_dir)
     files = reader.files(given.split)
     if not files:
-        print(f"{reader.dir}/{FOLDERS[given.split]}: no recorded step", file=sys.stderr)
+        rare = "; a run records the steps that its trajectory_freq divides" if given.split == "train" else ""
+        print(f"{reader.dir}/{FOLDERS[given.split]}: no recorded step{rare}", file=sys.stderr)
         return 1
     steps = tqdm(files.items(), unit="step", file=sys.stderr)
     records = (record for step, path in steps for record in reader.read_file(path, step, given.split))

@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -50,6 +56,12 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _no_such_key(cause)
+    if isinstance(error, OverrideParseException):
+        word = str(error.override)
+        return (
+            f"{word} is no override that Hydra can read. A value with spaces, brackets, commas or quotes needs quotes "
+            "of its own inside the shell's, as in 'task.answer=\"#### (.+)\"'"
+        )
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: there is no such choice.{near(name, error.options)} Valid: {', '.join(error.options)}"

@@ -153,6 +153,11 @@ def _expand(path: str) -> str:
 _REWARD = "reward.custom_reward_function"
 
 
+def _from_here(path: str) -> str:
+    """Where a relative path was looked for: the example scripts change to the repository's folder."""
+    return "" if "://" in path or Path(path).is_absolute() else f" in {Path.cwd()}: give an absolute path"
+
+
 def check_reward(config: DictConfig, task: Task) -> None:
     """Load the reward function as a worker will, and see that it takes what it is asked with."""
     section = config.reward.custom_reward_function
@@ -162,7 +167,7 @@ def check_reward(config: DictConfig, task: Task) -> None:
             raise ConfigError(f"{_REWARD}.path is not set: a Python file with compute_score(...)")
         return
     if not path.startswith("pkg://") and not Path(path.removeprefix("file://")).is_file():
-        raise ConfigError(f"{_REWARD}.path={path} does not exist")
+        raise ConfigError(f"{_REWARD}.path={path} does not exist{_from_here(path)}")
     try:
         function, kwargs = load_function(OmegaConf.to_container(section, resolve=True))  # type: ignore[arg-type]
     except SyntaxError as e:
@@ -245,7 +250,7 @@ def _files(config: DictConfig, key: str) -> list[str]:
         raise ConfigError(f"data.{key} is empty: at least one parquet or jsonl file in verl's format")
     for file in files:
         if not Path(file).is_file():
-            raise ConfigError(f"data.{key}: {file} does not exist; its columns: {_README}")
+            raise ConfigError(f"data.{key}: {file} does not exist{_from_here(file)}; its columns: {_README}")
     return files
 
 

@@ -319,6 +319,9 @@ def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[
     half = replace(settings, longest=settings.longest // 2)
     if choose(shape, machines, half):
         yield f"data.max_prompt_length + data.max_response_length of {half.longest} instead of {settings.longest}"
+    if machines.host is not None and (chosen := choose(shape, replace(machines, host=None), settings)):
+        needed = host(shape, machines, chosen)
+        yield f"{needed / GB:.0f} GB of the host's memory instead of {machines.host / GB:.0f}"
     more = (replace(machines, gpus=n) for n in (2, 4, 8) if n > machines.gpus)
     if fitting := next((m for m in more if choose(shape, m, settings)), None):
         yield f"{fitting.gpus} such GPUs"

@@ -54,6 +54,11 @@ def train(
     """
     rows = [{"messages": list(messages), "tools": list(tools)} for messages in transcripts]
     settings = sft_config(config)
+    if len(rows) < settings.data.train_batch_size:  # verl drops a part of a batch, and divides by their number
+        raise ConfigError(
+            f"the cold start has {len(rows)} transcripts, fewer than one batch of {settings.data.train_batch_size}: "
+            f"give more, or set 'sft.verl={{data: {{train_batch_size: N}}}}' with N of {len(rows)} or less"
+        )
     facts = {"transcripts": len(rows), "settings": OmegaConf.to_container(settings, resolve=True)}
     name = hashlib.sha256(json.dumps([rows, facts], sort_keys=True).encode()).hexdigest()[:12]
 

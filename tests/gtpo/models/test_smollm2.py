@@ -101,6 +101,15 @@ def test_another_task_takes_the_model_without_this_task_s_settings():
     assert config.model._target_.endswith("SmolLM2")
 
 
+def test_data_of_ones_own_have_sizes_for_two_processors_and_no_teacher():
+    config, choices = compose_with_choices("model=smollm2", "task=verl_data")
+    check(config, choices)
+    assert config.sft.source is None and config.trajectory_freq == 1
+    assert config.data.train_batch_size == config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert longest == config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu == 512
+
+
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [

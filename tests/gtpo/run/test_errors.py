@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from ray import cloudpickle as pickle
@@ -32,6 +33,14 @@ def sent(error: Exception, by: str = "ray::WorkerDict.init_model") -> Exception:
 
 class Patched:
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8)
+
+
+def test_an_override_that_hydra_cannot_read_is_told_how_to_quote():
+    cli_word = "task.answer=#### (.+)"
+    message = one_line(raised(OverridesParser.create().parse_overrides, [cli_word]))
+    assert message.startswith(f"{cli_word} is no override that Hydra can read.") and "\n" not in message
+    quoted = OverridesParser.create().parse_override('task.answer="#### (.+)"')  # what the message advises
+    assert quoted.value() == "#### (.+)" and """'task.answer="#### (.+)"'""" in message
 
 
 CAUSE = "AttributeError: 'GPT2Config' object has no attribute 'num_key_value_heads'"

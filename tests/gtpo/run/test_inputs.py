@@ -225,6 +225,17 @@ def test_a_reward_file_that_is_not_there_is_refused(reward, tmp_path):
     assert refusal(check_own, config) == f"reward.custom_reward_function.path={tmp_path}/my_reward.py does not exist"
 
 
+def test_of_a_relative_path_it_is_said_where_it_was_looked_for(reward, data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = reward()
+    config.reward.custom_reward_function.path = "absent.py"
+    assert refusal(check_own, config).endswith(f"absent.py does not exist in {tmp_path}: give an absolute path")
+    config = data()
+    config.data.train_files = "absent.parquet"
+    said = f"data.train_files: absent.parquet does not exist in {tmp_path}: give an absolute path; its columns: "
+    assert data_refusal(config).startswith(said)
+
+
 # -- paths ------------------------------------------------------------------------------------------------------------
 
 

@@ -280,6 +280,13 @@ def test_the_transformers_rollout_is_told_vllm_or_fewer_trajectories_at_once():
     assert not any("lora_rank" in one for one in found)  # it takes no adapter
 
 
+def test_where_only_the_host_is_too_small_its_memory_is_proposed():
+    small = replace(TWO, host=100 * GB)
+    assert choose(QWEN25["7B"], TWO, OURS) and not choose(QWEN25["7B"], small, OURS)
+    assert "122 GB of the host's memory instead of 100" in proposals(QWEN25["7B"], small, OURS)
+    assert not any("instead of 64" in one for one in proposals(QWEN25["7B"], replace(ONE, host=64 * GB), OURS))
+
+
 def test_the_table_says_the_same():
     lines = table(ONE, OURS).splitlines()
     assert lines[0].startswith("1 x 80 GB") and len(lines) == 1 + 2 * len(QWEN25)

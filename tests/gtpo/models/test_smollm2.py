@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 
 import pytest
@@ -108,6 +110,43 @@ def test_data_of_ones_own_have_sizes_for_two_processors_and_no_teacher():
     assert config.data.train_batch_size == config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
     longest = config.data.max_prompt_length + config.data.max_response_length
     assert longest == config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu == 512
+
+
+#: What 200 products of as many sizes leave behind, in KiB.
+PRODUCTS = """
+import psutil, torch
+from verl_ext.cpu.memory import empty_cache
+weight = torch.randn(1536, 576, dtype=torch.bfloat16)
+
+def held():
+    empty_cache()
+    return psutil.Process().memory_info().rss >> 10
+
+def products(counts):
+    for rows in counts:
+        torch.nn.functional.linear(torch.randn(rows, 576, dtype=torch.bfloat16), weight)
+
+products(range(100, 110))
+before = held()
+products(range(110, 310))
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(cpu_dtype() != "bfloat16", reason="needs a processor with bfloat16")
+def test_products_of_many_sizes_leave_little_behind():
+    """A micro-batch has a size of its own: with torch's defaults a training worker grows with every step."""
+    ours = compose(*SMALL).ray_kwargs.ray_init.runtime_env.env_vars
+    caches = {name: value for name, value in ours.items() if name.endswith("_CAPACITY")}
+    plain = {name: value for name, value in os.environ.items() if name not in caches} | {"OMP_NUM_THREADS": "1"}
+
+    def left(**more):
+        command = [sys.executable, "-c", PRODUCTS]
+        done = subprocess.run(command, env=plain | more, stdout=subprocess.PIPE, check=True, timeout=60)
+        return int(done.stdout)
+
+    kept = left()
+    assert kept > 60_000 and left(**caches) < kept / 4
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from recipe.gtpo.run.inputs import (
     Prompt,
     Say,
     check_choices,
+    check_counts,
     check_data,
     check_machine,
     check_reward,
@@ -136,6 +137,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     missing = sorted(OmegaConf.missing_keys(config) - _UNUSED_MANDATORY)
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set it on the command line ({missing[0]}=...)")
+    check_counts(config)
     check_choices(config)
     return options
 

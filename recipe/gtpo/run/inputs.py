@@ -86,6 +86,25 @@ _RESUME_MODES = ("auto", "disable", "resume_path")
 _LOGGER_PACKAGES = {"console": None, "file": None, "rl_insight": None, "vemlp_wandb": "volcengine_ml_platform"}
 
 
+#: Whole numbers that verl compares or divides by after it has started, without having looked at them.
+_COUNTS = (
+    "seed",
+    "trajectory_freq",
+    *(f"data.{key}" for key in ("train_batch_size", "max_prompt_length", "max_response_length")),
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    *(f"actor_rollout_ref.rollout.{key}" for key in ("n", "val_kwargs.n", "multi_turn.max_assistant_turns")),
+    *(f"trainer.{key}" for key in ("total_training_steps", "test_freq", "save_freq", "nnodes", "n_gpus_per_node")),
+)
+
+
+def check_counts(config: DictConfig) -> None:
+    """Raise ConfigError for a count that is no whole number; one that is not set is for others to judge."""
+    for key in _COUNTS:
+        value = OmegaConf.select(config, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{key}={value}: a whole number is needed")
+
+
 def check_choices(config: DictConfig) -> None:
     """Words that verl looks up when it needs them: the estimator after the first rollouts, a logger at the start of
     the training, the resume mode never."""

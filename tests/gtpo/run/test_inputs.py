@@ -107,6 +107,13 @@ def test_a_home_that_cannot_be_written_to_is_refused(machine, tmp_path):
 # -- words that verl looks up late ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("override", ["trainer.test_freq=ten", "data.train_batch_size=4.5", "seed=true"])
+def test_a_count_that_is_no_whole_number_is_refused(override):
+    key, value = override.split("=")
+    shown = {"true": "True"}.get(value, value)
+    assert refusal(check, *compose_with_choices(override)) == f"{key}={shown}: a whole number is needed"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

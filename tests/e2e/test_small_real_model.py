@@ -21,10 +21,11 @@ TOY = (
     "task.train_problems=64",
     "task.validation_problems=4",
     "sft.count=8",
+    "sft.verl.optim.lr=1e-4",  # the taught model calls its tool often enough for groups with different rewards
     "data.train_batch_size=2",
     "data.max_response_length=96",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
-    "actor_rollout_ref.rollout.n=2",
+    "actor_rollout_ref.rollout.n=4",
     "trainer.total_training_steps=2",
     "algorithm.rollout_correction.bypass_mode=false",  # else there is no gap to look at
     "trainer.test_freq=2",
@@ -50,10 +51,11 @@ def test_the_small_real_model_is_made_taught_and_trained(tmp_path):
     for metrics in steps:
         # rollout and update agree, as far as they compute in the same precision in other orders
         assert metrics["gtpo/log_prob_gap/mean"] < 0.1  # bfloat16; 0.035 was seen
-        assert metrics["actor/grad_norm"] > 0
+    # a step whose groups are all alike has none
+    assert max(metrics["actor/grad_norm"] for metrics in steps) > 0
     lines = (run.record.dir / "trajectories" / "2.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert len(records) == 4
+    assert len(records) == 8
     assert all("python(code: string)" not in turn["text"] for one in records for turn in one["turns"])
     (model,) = tmp_path.glob("sft.out/*/model.safetensors")
     assert model.stat().st_size > 500e6  # float32: bfloat16 would lose most of what a small rate changes

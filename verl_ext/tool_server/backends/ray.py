@@ -23,6 +23,8 @@ from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult
 NAMESPACE = "tool_server"
 REFRESH_SECONDS = 10.0  # how soon a node that joined is used
 START_SECONDS = 180.0  # building the tool runtime on a fresh node included
+# What a call of an actor raises that is gone: Ray has another error for one that it killed for its memory.
+_GONE = (RayActorError, OutOfMemoryError)
 
 
 class NodeExecutor:
@@ -102,7 +104,7 @@ class RayBackend:
             node.mine += 1
             try:
                 kind, content, load = await node.actor.run.remote(request.to_dict())
-            except (RayActorError, OutOfMemoryError):
+            except _GONE:
                 # The node or its actor is gone. A stateless request may simply go elsewhere.
                 self._nodes.pop(node.node_id, None)
                 self._refreshed = 0.0
@@ -142,7 +144,7 @@ class RayBackend:
         actor = await asyncio.to_thread(self._actor, node_id)
         try:
             workers = await asyncio.wait_for(actor.ready.remote(), START_SECONDS)
-        except (RayActorError, OutOfMemoryError, asyncio.TimeoutError):
+        except (*_GONE, asyncio.TimeoutError):
             return  # it left again, or is too slow to be of use
         except RayTaskError:
             # It cannot run code safely, and says why. It must not keep the name from one that can.

@@ -34,7 +34,7 @@ from recipe.gtpo.conversation import Conversation, Rules, was_cut
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.parsing import BREAK, THOUGHT, as_data, encode_data, opens_thought, read_tokens
-from recipe.gtpo.run.scoring import Score, ScoreError, load_score
+from recipe.gtpo.run.scoring import Score, ScoreError, load_score, reward_arguments
 from recipe.gtpo.run.tools import call_tool, schema_of
 from recipe.gtpo.tasks.task import load_task
 
@@ -257,13 +257,8 @@ class GTPOAgentLoop(AgentLoopBase):
         return ToolOutcome(outcome, text, time.perf_counter() - began)
 
     async def _score(self, text: str, row: Mapping[str, Any]) -> Any:
-        """What the reward function says of the final assistant turn. A key that the row has not got is None."""
-        return await self.score(
-            data_source=row.get("data_source"),
-            solution_str=text,
-            ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
-            extra_info=row.get("extra_info"),
-        )
+        """What the reward function says of the final assistant turn."""
+        return await self.score(**reward_arguments(text, row))
 
 
 def sampled_with(told: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from recipe.gtpo.main import tool_server, validate  # noqa: E402
 from recipe.gtpo.run import checks, memory  # noqa: E402
-from recipe.gtpo.run.checks import choose_model, compose, first_checks, given_checks  # noqa: E402
+from recipe.gtpo.run.checks import OF_DATA, choose_model, compose, first_checks, given_checks  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, one_line  # noqa: E402
 from recipe.gtpo.run.gpu import Check, machines_of  # noqa: E402
 from recipe.gtpo.run.inputs import Say, check_reward, expand_paths  # noqa: E402
@@ -48,7 +48,7 @@ def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[
     given = given_checks(config)
     files, path = config.data.train_files, config.actor_rollout_ref.model.path
     for name, look in given.items():
-        unset = files is None if name == "data" else path is None
+        unset = files is None if name in OF_DATA else path is None
         missing = unset and _brings_nothing(config) and (name == "data" or config.model is None)
         if not unset or (missing and name in ("data", "model and tokenizer")):  # their checks say what to set
             yield name, look

@@ -20,7 +20,8 @@ from recipe.gtpo.tasks.task import make_row, write_parquet
 
 NOWHERE = "tool_server.url=http://127.0.0.1:9"  # nothing answers there, and at once
 FIRST = ["config", "folders", "processors"]
-REST = ["reward function", "data", "model and tokenizer", "memory", "disk", "context", "verl's own checks", "tools"]
+GIVEN = ["data", "the reward function's answers", "model and tokenizer", "memory", "disk", "context"]
+REST = ["reward function", *GIVEN, "verl's own checks", "tools"]
 
 
 def report(output: str) -> dict[str, str]:

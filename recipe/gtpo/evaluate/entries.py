@@ -28,7 +28,7 @@ from recipe.gtpo.evaluate.request import (
 from recipe.gtpo.run import checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import machine_checks
-from recipe.gtpo.run.inputs import check_data, check_machine, check_reward, expand_paths, fill_open
+from recipe.gtpo.run.inputs import ask_reward, check_data, check_machine, check_reward, expand_paths, fill_open
 from recipe.gtpo.run.model import check_model
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.prepared import MANIFEST, PreparedTask
@@ -144,6 +144,7 @@ def check_entry(entry: Entry, models: Sequence[Model], request: Request) -> None
     config = entry.config
     checks.check(config, entry.choices)
     prompts = check_data(config, lambda text: None, keys=("val_files",))
+    ask_reward(config, prompts)
     for model in models:
         config.actor_rollout_ref.model.path = model.path
         check_model(config, prompts, lambda text: say(f"{entry.name}: {text}"), weights=request.endpoint is None)

@@ -33,6 +33,7 @@ from recipe.gtpo.run.identity import variant
 from recipe.gtpo.run.inputs import (
     Prompt,
     Say,
+    ask_reward,
     check_choices,
     check_counts,
     check_data,
@@ -277,6 +278,10 @@ def first_checks(config: DictConfig, choices: dict[str, Any]) -> dict[str, Check
     return {"config": composition, "folders": lambda say: check_machine(config), **machine_checks(config)}
 
 
+#: Those of `given_checks` that need the data and no model.
+OF_DATA = ("data", "the reward function's answers")
+
+
 def given_checks(config: DictConfig) -> dict[str, Check]:
     """What is looked at once a task has filled the config, by name, in this order: data, model, what both need."""
     prompts: list[Prompt] = []
@@ -290,7 +295,8 @@ def given_checks(config: DictConfig) -> dict[str, Check]:
         fit_memory(config, machines_of(config, gpus(), host_memory()), shape_of(config), say)
 
     return {
-        "data": lambda say: prompts.extend(check_data(config, say)),
+        OF_DATA[0]: lambda say: prompts.extend(check_data(config, say)),
+        OF_DATA[1]: lambda say: ask_reward(config, prompts),
         "model and tokenizer": lambda say: check_model(config, prompts, say),
         "memory": memory,
         "disk": lambda say: check_disk(config, shape_of(config)),

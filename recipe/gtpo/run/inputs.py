@@ -12,14 +12,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.gtpo.conversation import read_score
 from recipe.gtpo.run.errors import ConfigError, near, one_line
-from recipe.gtpo.run.scoring import load_function
+from recipe.gtpo.run.scoring import SPECIMEN, ScoreError, custom_score, load_function, try_score
 from recipe.gtpo.tasks.task import Task
 
 Say = Callable[[str], None]
@@ -211,9 +212,34 @@ def check_reward(config: DictConfig, task: Task) -> None:
         return  # of a compiled function nothing is known
 
 
+def ask_reward(config: DictConfig, prompts: Sequence[Prompt]) -> None:
+    """Ask the reward function, as a worker will, about one row of each data source of each file.
+
+    What it raises, or an answer that is no outcome, would lose every trajectory of such rows. Raises ConfigError.
+    """
+    score = custom_score(config) if prompts else None
+    if score is None:
+        return  # the task's own, or data that only a class of the user's own can read
+    first: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault((prompt.file, str(prompt.row.get("data_source"))), prompt)
+    rows = list(first.values())
+    for prompt, answer in zip(rows, try_score(score, [prompt.row for prompt in rows]), strict=True):
+        try:
+            if isinstance(answer, BaseException):
+                raise answer
+            read_score(answer)
+        except (ScoreError, ValueError) as e:
+            gold = "" if "reward_model" in prompt.row else "; the row has no reward_model, so ground_truth was None"
+            raise ConfigError(
+                f"{_REWARD}: {e} (asked about {prompt.where} with solution_str={SPECIMEN!r}{gold})"
+            ) from e
+
+
 # -- data -------------------------------------------------------------------------------------------------------------
 
-_LOOKED_AT = 1000  # prompts of a file whose form is checked
+_LOOKED_AT = 1000  # rows of a file whose form is checked
+_ASKED_WITH = ("data_source", "reward_model", "extra_info")  # columns that the reward function is asked with
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -223,6 +249,8 @@ class Prompt:
 
     where: str
     messages: Messages
+    file: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)  # what the reward function is asked with
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -280,7 +308,7 @@ class _Table:
     name: str  # with its key, for messages
     count: int
     columns: Sequence[str]
-    prompts: Sequence[Any]  # of the first rows
+    rows: Sequence[Mapping[str, Any]]  # the first, as far as they are looked at
     agents: set[Any]  # the values of the column agent_name
 
 
@@ -299,17 +327,18 @@ def _read_parquet(name: str, file: Path, prompt_key: str) -> _Table:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = table.schema_arrow.names
-            first = next(table.iter_batches(_LOOKED_AT, columns=[prompt_key]), None) if prompt_key in columns else None
+            wanted = [key for key in (prompt_key, *_ASKED_WITH) if key in columns]
+            first = next(table.iter_batches(_LOOKED_AT, columns=wanted), None) if wanted else None
             agents = table.read(columns=["agent_name"]).column(0).unique() if "agent_name" in columns else []
-            prompts = [] if first is None else first.column(0).to_pylist()
-            return _Table(name, table.metadata.num_rows, columns, prompts, {str(agent) for agent in agents})
+            rows = [] if first is None else first.to_pylist()
+            return _Table(name, table.metadata.num_rows, columns, rows, {str(agent) for agent in agents})
     except (pyarrow.ArrowException, OSError) as e:
         raise ConfigError(f"{name} is no parquet file: {one_line(e)}") from e
 
 
 def _read_json(name: str, file: Path, prompt_key: str) -> _Table:
     count, columns, agents = 0, set[str](), set[str]()
-    prompts: list[Any] = []
+    rows: list[Mapping[str, Any]] = []
     for where, row in _json_rows(name, file):
         if not isinstance(row, dict):
             raise ConfigError(
@@ -317,10 +346,10 @@ def _read_json(name: str, file: Path, prompt_key: str) -> _Table:
             )
         count += 1
         columns |= row.keys()
-        if len(prompts) < _LOOKED_AT:
-            prompts.append(row.get(prompt_key))
+        if len(rows) < _LOOKED_AT:
+            rows.append({key: row.get(key) for key in (prompt_key, *_ASKED_WITH) if key in row})
         agents.add(str(row.get("agent_name")))
-    return _Table(name, count, sorted(columns), prompts, agents if "agent_name" in columns else set())
+    return _Table(name, count, sorted(columns), rows, agents if "agent_name" in columns else set())
 
 
 def _json_rows(name: str, file: Path) -> Iterator[tuple[str, Any]]:
@@ -362,10 +391,11 @@ def _check_table(table: _Table, config: DictConfig, say: Say) -> list[Prompt]:
             f"{table.name}: its column 'agent_name' asks for the agent loop {others[0]!r}, and the turns that GTPO "
             f"needs are recorded by {loop!r} alone; drop the column, or set it to {loop!r} in every row"
         )
-    return [_prompt(f"row {row} of {table.name}", messages) for row, messages in enumerate(table.prompts)]
+    return [_prompt(f"row {i} of {table.name}", table.name, row, key) for i, row in enumerate(table.rows)]
 
 
-def _prompt(where: str, messages: Any) -> Prompt:
+def _prompt(where: str, file: str, row: Mapping[str, Any], key: str) -> Prompt:
+    messages = row.get(key)
     good = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
     if not good or not messages:
         found = "an empty list" if messages == [] else f"a {type(messages).__name__}"
@@ -374,7 +404,7 @@ def _prompt(where: str, messages: Any) -> Prompt:
             f"{where}: its prompt is {found}{inside}, not a list of chat messages: "
             '[{"role": "user", "content": "..."}]'
         )
-    return Prompt(where, messages)
+    return Prompt(where, messages, file, row)
 
 
 def _limited(count: int, config: DictConfig, key: str) -> int:

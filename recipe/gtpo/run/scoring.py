@@ -7,12 +7,13 @@ own, each in its main thread; one that takes too long is killed, and its traject
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,15 @@ def load_score(config: DictConfig, task: Task) -> Score | None:
 
     It takes verl's keyword arguments (data_source, solution_str, ground_truth, extra_info) and raises ScoreError.
     """
+    custom = custom_score(config)
+    return custom or (functools.partial(_ask_task, task) if task.scores else None)
+
+
+def custom_score(config: DictConfig) -> CustomScore | None:
+    """The config's own reward function, if there is one."""
     section = OmegaConf.select(config, "reward.custom_reward_function")
     if section is None or not section.get("path"):
-        return functools.partial(_ask_task, task) if task.scores else None
+        return None
     seconds = float(OmegaConf.select(config, "reward_timeout_seconds", default=60.0))
     return _custom(json.dumps(OmegaConf.to_container(section, resolve=True), sort_keys=True), seconds)
 
@@ -49,31 +56,71 @@ async def _ask_task(task: Task, **row: Any) -> Any:
         raise ScoreError(f"the score of task={task.name} raised {type(e).__name__}: {e}") from e
 
 
-@functools.lru_cache(maxsize=8)  # an agent loop is made for every trajectory; its processes serve them all
-def _custom(section: str, seconds: float) -> Score:
-    function, kwargs = load_function(json.loads(section))
-    what = f"the reward function {getattr(function, '__name__', function)}"
-    if inspect.iscoroutinefunction(function):
+class CustomScore:
+    """`reward.custom_reward_function`: a coroutine is awaited, anything else called in processes of its own.
 
-        async def ask(**row: Any) -> Any:
-            try:
-                return await function(**row, **kwargs)
-            except Exception as e:
-                raise ScoreError(f"{what} raised {type(e).__name__}: {e}") from e
+    Args:
+        section: the config's, as JSON. seconds: after which a call in a process is ended.
+    """
 
-        return ask
+    def __init__(self, section: str, seconds: float) -> None:
+        function, self._kwargs = load_function(json.loads(section))
+        self._section, self._seconds = section, seconds
+        self._coroutine = function if inspect.iscoroutinefunction(function) else None
+        self._what = f"the reward function {getattr(function, '__name__', function)}"
+        self._processes = Processes() if self._coroutine is None else None
 
-    processes = Processes()
-
-    async def ask_process(**row: Any) -> Any:
+    async def __call__(self, **row: Any) -> Any:
         try:
-            return await processes.call(_call, section, row, seconds=seconds)
+            if self._processes is not None:
+                return await self._processes.call(_call, self._section, row, seconds=self._seconds)
+            assert self._coroutine is not None
+            return await self._coroutine(**row, **self._kwargs)
         except TimeoutError as e:
-            raise ScoreError(f"{what} took longer than reward_timeout_seconds={seconds:g} and was ended") from e
+            if self._processes is None:
+                raise ScoreError(f"{self._what} raised TimeoutError: {e}") from e
+            raise ScoreError(
+                f"{self._what} took longer than reward_timeout_seconds={self._seconds:g} and was ended"
+            ) from e
         except Exception as e:  # what it raised, an answer that cannot be sent, or the death of its process
-            raise ScoreError(f"{what} raised {type(e).__name__}: {e}") from e
+            raise ScoreError(f"{self._what} raised {type(e).__name__}: {e}") from e
 
-    return ask_process
+    def end(self) -> None:
+        """End the processes. A later call starts new ones."""
+        if self._processes is not None:
+            self._processes.end()
+
+
+@functools.lru_cache(maxsize=8)  # an agent loop is made for every trajectory; its processes serve them all
+def _custom(section: str, seconds: float) -> CustomScore:
+    return CustomScore(section, seconds)
+
+
+#: What a reward function is asked about before a run starts: it must bear any text.
+SPECIMEN = r"I am not sure. My answer is \boxed{0}."
+
+
+def try_score(score: CustomScore, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What it says of SPECIMEN as the answer to each of these rows of the data; a ScoreError where it fails."""
+
+    async def ask() -> list[Any]:
+        asked = [score(**reward_arguments(SPECIMEN, row)) for row in rows]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        score.end()
+
+
+def reward_arguments(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """verl's keyword arguments for the final assistant turn of a row's trajectory. What the row has not got is None."""
+    return {
+        "data_source": row.get("data_source"),
+        "solution_str": text,
+        "ground_truth": (row.get("reward_model") or {}).get("ground_truth"),
+        "extra_info": row.get("extra_info"),
+    }
 
 
 def _call(section: str, row: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.run.checks import check
 from recipe.gtpo.run.errors import ConfigError
-from recipe.gtpo.run.inputs import check_data, check_machine, check_reward, expand_paths
+from recipe.gtpo.run.inputs import ask_reward, check_data, check_machine, check_reward, expand_paths
 from recipe.gtpo.tasks.task import OwnData, load_task, make_row, write_parquet
 
 pytestmark = pytest.mark.unit
@@ -241,6 +241,79 @@ def test_of_a_relative_path_it_is_said_where_it_was_looked_for(reward, data, mon
     config.data.train_files = "absent.parquet"
     said = f"data.train_files: absent.parquet does not exist in {tmp_path}: give an absolute path; its columns: "
     assert data_refusal(config).startswith(said)
+
+
+ASKED = """
+async def judge(data_source, solution_str, ground_truth, extra_info):
+    return {"score": 0.5} if ground_truth else [solution_str]
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if data_source == "slow":
+        while True: pass
+    return float(ground_truth) * extra_info["weight"] if data_source == "numbers" else ground_truth
+"""
+
+
+@pytest.fixture
+def ask(reward, data):
+    """(rows, name of the function, further keys of the config) -> None; asks as a run does."""
+
+    def run(rows, name="compute_score", **keys) -> None:
+        config = reward(ASKED, name)
+        for key in ("train_files", "val_files"):
+            config.data[key] = data(rows, "asked.jsonl").data.train_files
+        for key, value in keys.items():
+            config[key] = value
+        ask_reward(config, check_data(config, lambda text: None))
+
+    return run
+
+
+def rows_of(source, gold, count=200):
+    prompt = [{"role": "user", "content": "?"}]
+    asked = {"data_source": source, "reward_model": {"ground_truth": gold}, "extra_info": {"weight": 2}}
+    return [{"prompt": prompt, **asked}] * count
+
+
+@pytest.mark.parametrize("name", ["compute_score", "judge"])
+def test_a_reward_function_that_answers_with_an_outcome_passes(ask, name):
+    ask(rows_of("numbers", "3") + rows_of("words", 1.0), name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "cause"),
+    [
+        (
+            rows_of("numbers", "3") + rows_of("words", "three"),
+            "compute_score",
+            "the reward function returned 'three': an outcome is a finite number, .* [(]asked about row 200 of data",
+        ),
+        (
+            rows_of("numbers", "three"),
+            "compute_score",
+            "the reward function compute_score raised ValueError: could not convert string to float: 'three' "
+            "[(]asked about row 0 of data.train_files: .*asked.jsonl with solution_str='I am not sure",
+        ),
+        (
+            rows_of("any", ""),
+            "judge",
+            r"the reward function returned \['I am not sure. .* [(]asked about row 0 of data",
+        ),
+    ],
+)
+def test_one_that_would_lose_trajectories_is_refused_before_a_run(ask, rows, name, cause):
+    with pytest.raises(ConfigError, match=f"^reward.custom_reward_function: {cause}"):
+        ask(rows, name)
+
+
+def test_a_row_without_reward_model_is_named_where_the_reward_function_fails(ask):
+    with pytest.raises(ConfigError, match=r"'NoneType'.*; the row has no reward_model, so ground_truth was None[)]$"):
+        ask([{"prompt": row["prompt"], "data_source": "numbers"} for row in rows_of("numbers", "3")])
+
+
+def test_a_reward_function_that_hangs_is_ended_and_named(ask):
+    with pytest.raises(ConfigError, match=r"took longer than reward_timeout_seconds=0\.5 and was ended"):
+        ask(rows_of("slow", "1"), reward_timeout_seconds=0.5)
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------

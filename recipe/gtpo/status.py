@@ -112,6 +112,10 @@ def describe(record: RunRecord, now: float) -> tuple[list[str], bool]:
         f"{named['method']} on {named['task']}, seed {named['seed']}: {record.dir}",
         f"step {step} of {total or '?'}, {said}",
     ]
+    rollout = record.read_rollout()
+    if rollout is not None and not ended and rollout["done"] < rollout["of"]:
+        what = "validation" if rollout["split"] == "validation" else "rollout"
+        screen.append(f"  {what} of step {rollout['step']}: {rollout['done']} of {rollout['of']} prompts done")
     trained = [line for line in lines if "gtpo/acc/mean" in line["metrics"]]
     return screen + list(_curves(lines)) + (list(_health(trained)) if trained else []) + list(_odd(lines)), ended
 

@@ -31,9 +31,12 @@ from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Numbers, Row, Writer, training_lines, validation_lines
 from verl_ext.plugin import trainer_base
+from verl_ext.records.reader import Split
 
 #: Seconds between two looks for finished trajectories. verl's 2.0 is most of a small run's step.
 POLL_SECONDS = 0.1
+#: Seconds between two words on how far a rollout is.
+SAY_SECONDS = 2.0
 
 _Trainer: Any = trainer_base()
 
@@ -54,8 +57,8 @@ class GTPOTrainerMixin(_Trainer):
         self.similarity = make_similarity(self.options.shaping.similarity) if self.options.shaping.enable else None
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode
-        super().__init__(config)
         self.record = RunRecord(config.run_dir, compress=config.trajectory_zstd, keep=config.trajectory_keep)
+        super().__init__(config)
         self._writer = Writer(self.record)
         self._validated = False  # a batch of the present validation has been recorded
         self._lost = 0  # trajectories of this start
@@ -66,16 +69,25 @@ class GTPOTrainerMixin(_Trainer):
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
-        sample = buffer.sample
+        sample, wait = buffer.sample, buffer._wait_for_next_poll
+        rollout = RolloutProgress(self.record)
 
         def sample_and_record(global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
             # verl's `_validate` takes its rows here, and has cleared them when it is done.
+            rollout.begin(global_steps, "validation" if partition_id == "val" else "train", batch_size)
             batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            rollout.say(batch_size, at_once=True)
             if partition_id == "val":
                 self._record_validation(batch)
             return batch, metrics
 
+        def say_and_wait(partition_id: str, last_debug_time: float) -> float:
+            rollout.say(len(buffer.finished_keys[partition_id]) + len(buffer.failure_keys[partition_id]))
+            return wait(partition_id, last_debug_time)
+
         buffer.sample = sample_and_record
+        # verl has no public place that is passed while it waits; tests/gtpo/test_trainer.py breaks when this one moves.
+        buffer._wait_for_next_poll = say_and_wait
         return buffer
 
     def _init_dataloader(self) -> None:
@@ -265,6 +277,26 @@ class GTPOTrainerMixin(_Trainer):
             lines = validation_lines(self.global_steps, self.config.seed, trajectories, rows)
             self._writer.write(self.global_steps, lines, split="validation", more=self._validated)
             self._validated = True  # the data may come in several batches
+
+
+class RolloutProgress:
+    """Writes how many prompts of the present rollout are done, at most once every SAY_SECONDS."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._step, self._of = 0, 0
+        self._split: Split = "train"
+        self._said, self._at = -1, 0.0
+
+    def begin(self, step: int, split: Split, of: int) -> None:
+        self._step, self._split, self._of, self._said = step, split, of, -1
+        self.say(0, at_once=True)
+
+    def say(self, done: int, *, at_once: bool = False) -> None:
+        done = min(done, self._of)  # the async trainers sample more than one step takes
+        if done != self._said and (at_once or time.monotonic() >= self._at + SAY_SECONDS):
+            self._record.write_rollout(self._step, self._split, done, self._of)
+            self._said, self._at = done, time.monotonic()
 
 
 def describe_rows(batch: KVBatchMeta) -> list[Row]:

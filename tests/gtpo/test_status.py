@@ -40,6 +40,18 @@ def record(tmp_path):
     return record
 
 
+def test_a_rollout_that_goes_on_is_counted(record):
+    record.write_rollout(3, "train", 1, 4)
+    assert describe(record, record.last_write())[0][2] == "  rollout of step 3: 1 of 4 prompts done"
+    record.write_rollout(3, "validation", 3, 4)
+    assert describe(record, record.last_write())[0][2] == "  validation of step 3: 3 of 4 prompts done"
+    record.write_rollout(3, "validation", 4, 4)
+    assert "prompts done" not in "\n".join(describe(record, record.last_write())[0])
+    record.write_rollout(3, "train", 1, 4)
+    record.write_cause("interrupted")
+    assert "prompts done" not in "\n".join(describe(record, record.last_write())[0])
+
+
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(1, 50))
 def test_a_sparkline_has_a_bar_a_value_up_to_its_width_and_rises_with_them(values, width):
     drawn = sparkline(values, width)

@@ -24,7 +24,7 @@ from transfer_queue import KVBatchMeta
 from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleStorageManager
 from verl.trainer.ppo import padding_utils
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
-from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1 import replay_buffer, trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -568,6 +568,27 @@ def test_rows_of_a_validation_pass_the_record_on_their_way(queue, tmp_path, monk
         assert trainer.replay_buffer.sample(global_steps=1, partition_id=partition, batch_size=1) == (batch, {})
     trainer._writer.wait()
     assert Reader(tmp_path).steps("validation") == [1] and Reader(tmp_path).steps() == []
+
+
+def test_while_a_rollout_goes_on_its_prompts_are_counted(tmp_path, monkeypatch):
+    """Also breaks when verl no longer waits in ReplayBuffer._wait_for_next_poll."""
+    trainer, seen = make_trainer(tmp_path), []
+    monkeypatch.setattr(glue, "SAY_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.replay_buffer, "poll_interval", 0.0)
+    looks = iter(["running pending pending", "finished pending running", "finished failure running", "finished " * 3])
+
+    def prompts() -> dict[str, dict]:
+        seen.append(RunRecord(tmp_path).read_rollout())  # as the look before has left it
+        tags = zip("abc", next(looks).split(), strict=True)
+        return {"val": {uid: {"is_prompt": True, "global_steps": 3, "status": word} for uid, word in tags}}
+
+    monkeypatch.setattr(replay_buffer.tq, "kv_list", prompts)
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda **kwargs: None)
+    monkeypatch.setattr(trainer, "_record_validation", lambda batch: None)
+    trainer.replay_buffer.sample(global_steps=3, partition_id="val", batch_size=3)
+    seen.append(RunRecord(tmp_path).read_rollout())
+    assert [one["done"] for one in seen] == [0, 0, 1, 2, 3]
+    assert {(one["step"], one["split"], one["of"]) for one in seen} == {(3, "validation", 3)}
 
 
 def test_trajectories_are_written_every_so_many_steps(queue, tmp_path):

@@ -24,6 +24,7 @@ _SHOWN = {
 #: Said once, where there are any: rows whose prompt is longer than data.max_prompt_length (`dataset.py`).
 _TOO_LONG = {"training": "gtpo/data/too_long_total", "validation": "gtpo/validation/too_long_total"}
 _POLL_SECONDS = 0.5
+_SAY_SECONDS = 15.0  # between two words on a validation that goes on
 
 
 class Progress:
@@ -38,6 +39,7 @@ class Progress:
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._bar: tqdm | None = None
         self._warned = False
+        self._rollout, self._said_at = record.read_rollout(), time.monotonic()  # of an earlier start
         before = record.read_metrics()
         self._seen = before[-1]["step"] if before else -1
 
@@ -79,6 +81,16 @@ class Progress:
                 self._bar = tqdm(total=self._total, initial=step - 1, desc="training", unit="step", file=self._out)
             self._bar.set_postfix_str(" ".join(f"{k}={v:.3g}" for k, v in shown.items()), refresh=False)
             self._bar.update(step - self._bar.n)
+        self._say_validation()
+
+    def _say_validation(self) -> None:
+        """One takes minutes where a model is large, and has no line until it is done."""
+        rollout = self._record.read_rollout()
+        if rollout is None or rollout == self._rollout or time.monotonic() < self._said_at + _SAY_SECONDS:
+            return
+        self._rollout, self._said_at = rollout, time.monotonic()
+        if rollout["split"] == "validation" and rollout["done"] < rollout["of"]:
+            self._print(f"step {rollout['step']}: validation, {rollout['done']} of {rollout['of']} prompts done")
 
     def _warn(self, metrics: Mapping[str, float]) -> None:
         left_out = [f"{metrics[key]:.0f} {what} rows" for what, key in _TOO_LONG.items() if metrics.get(key)]

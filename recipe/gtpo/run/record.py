@@ -10,7 +10,8 @@
         validation/<step>.jsonl    the same of every validation
         checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
                                    between the checkpoint and the step's line, the next start makes the line of them
-        logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
+        rollout.json               how far the rollout of the present step or validation is, in prompts
+    logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
                                    driver.txt, the traceback of a command that failed
         evaluations.jsonl          trainer.val_only: one line an evaluation, {"step": n, "metrics": {...}}
         cause.txt                  why the latest start ended early, in one line
@@ -76,6 +77,7 @@ class RunRecord:
         self._evaluation_report = self.dir / "evaluation.json"
         self._cause = self.dir / "cause.txt"
         self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
+        self._rollout = self.dir / "rollout.json"
         self._said: set[str] = set()
 
     # -- starts ------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class RunRecord:
 
     def last_write(self) -> float:
         """When the run last wrote anything of its own, in seconds since the epoch; 0.0 before its first start."""
-        files = [self.metrics_path, self._versions, self._checkpoint_metrics, self._summary, self._cause]
+        files = [self.metrics_path, self._versions, self._checkpoint_metrics, self._rollout, self._summary, self._cause]
         folders = [self.dir / name for name in FOLDERS.values()]  # a file that is replaced changes its folder's time
         return max((path.stat().st_mtime for path in files + folders if path.exists()), default=0.0)
 
@@ -173,6 +175,15 @@ class RunRecord:
         """What is known of a step when it is saved: `complete` makes the line of it if the run dies before it does."""
         self.dir.mkdir(parents=True, exist_ok=True)
         _replace(self._checkpoint_metrics, _json(_line(step, metrics)))
+
+    def write_rollout(self, step: int, split: Split, done: int, of: int) -> None:
+        """How many prompts of a step's rollout are done: all their trajectories have ended."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        _replace(self._rollout, _json({"step": step, "split": split, "done": done, "of": of}))
+
+    def read_rollout(self) -> dict[str, Any] | None:
+        """The latest; None before the first."""
+        return _read_json(self._rollout, dict)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines and trajectories of later steps (-1: of all): a resumed run does these steps again.

@@ -33,6 +33,17 @@ def record(tmp_path):
     return RunRecord(tmp_path)
 
 
+def test_a_validation_that_takes_long_says_how_far_it_is(record, monkeypatch):
+    monkeypatch.setattr(progress, "_SAY_SECONDS", 0.0)
+    record.write_rollout(0, "validation", 9, 96)  # of an earlier start: not said
+    out = io.StringIO()
+    shown = Progress(record, 4, out)
+    for split, done in [("validation", 9), ("validation", 24), ("validation", 24), ("validation", 96), ("train", 1)]:
+        record.write_rollout(0, split, done, 96)
+        shown._draw()
+    assert out.getvalue() == "step 0: validation, 24 of 96 prompts done\n"
+
+
 def test_accuracy_is_the_mean_over_validation_sets():
     metrics = {"val-core/a/acc/mean@2": 0.25, "val-core/b/acc/mean@4": 0.75, "val-core/a/reward/mean@2": 9.0}
     assert validation_accuracy(metrics) == 0.5

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from recipe.gtpo.run.environment import settle
 
@@ -128,6 +129,35 @@ def train(config: DictConfig, record: RunRecord) -> None:
         raise
 
 
+class Terminated(SystemExit):
+    """SIGTERM: of `kill`, a batch system, a container that ends. It goes up through every `finally`."""
+
+
+def end_on_sigterm() -> None:
+    def terminate(*_: object) -> None:
+        raise Terminated(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+class TaskRunnerAfterRay:
+    """What verl starts as its task runner, once Ray has come up in this process.
+
+    Ray has taken SIGTERM over then: its handler ends Ray's servers first, and the process aborts over their loss
+    without a last line. So ours takes its place again.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def options(self, **kwargs: Any) -> TaskRunnerAfterRay:
+        return TaskRunnerAfterRay(self._runner.options(**kwargs))
+
+    def remote(self) -> Any:
+        end_on_sigterm()
+        return self._runner.remote()
+
+
 def _train(config: DictConfig, record: RunRecord) -> None:
     from verl.trainer.main_ppo import run_ppo
 
@@ -146,7 +176,7 @@ def _train(config: DictConfig, record: RunRecord) -> None:
         with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
             try:
                 with naming_lost_part(server, record), Progress(record, config.trainer.total_training_steps):
-                    run_ppo(config, task_runner_class=GTPOTaskRunner)
+                    run_ppo(config, task_runner_class=TaskRunnerAfterRay(GTPOTaskRunner))
             finally:
                 ending.set()
                 keep_logs(record)
@@ -206,6 +236,9 @@ def run(config: DictConfig) -> int:
             return _end(cause)
         record.write_cause("interrupted")
         return _end("interrupted", status=130)
+    except Terminated:
+        record.write_cause("terminated (SIGTERM)")
+        return _end("terminated (SIGTERM)", status=143)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
         record.write_cause(end_of(e))  # unless there is one
@@ -235,5 +268,5 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     gc.disable()  # the imports to come leave no garbage, and looking for it takes a second of their five
     register()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     call_hydra(main, "gtpo")

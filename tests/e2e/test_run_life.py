@@ -83,12 +83,17 @@ def test_a_run_that_loses_a_part_ends_and_names_it(life, title, named):
         assert run.left_behind() == []
 
 
-def test_ctrl_c_leaves_no_process(life):
+@pytest.mark.parametrize(
+    ("number", "status", "cause"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated (SIGTERM)")],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_a_run_that_is_told_to_end_says_so_and_leaves_no_process(life, number, status, cause):
     with life.training() as run:
-        run.process.send_signal(signal.SIGINT)
-        assert run.wait(60) == 130
-        assert run.last_line() == "gtpo: error: interrupted"
-        assert life.record.read_cause() == "interrupted"
+        run.process.send_signal(number)
+        assert run.wait(60) == status
+        assert run.last_line() == f"gtpo: error: {cause}"
+        assert life.record.read_cause() == cause
         assert run.left_behind() == []
     assert life.saved >= life.record.read_metrics()[-1]["step"] >= 1
 

@@ -10,13 +10,13 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.environment import CONFIG_DIR
-from recipe.gtpo.run.errors import ConfigError
+from recipe.gtpo.run.errors import ConfigError, is_null_group, one_line
 from recipe.gtpo.run.gpu import (
     Check,
     attention,
@@ -93,7 +93,12 @@ def compose(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """
     register()
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = hydra_compose("gtpo_trainer", overrides=list(overrides), return_hydra_config=True)
+        try:
+            config = hydra_compose("gtpo_trainer", overrides=list(overrides), return_hydra_config=True)
+        except ValueError as e:
+            if is_null_group(e):
+                raise HydraException(one_line(e)) from e
+            raise
     choices = dict(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]

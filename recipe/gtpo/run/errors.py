@@ -40,6 +40,15 @@ def call_hydra(main: Callable[[], None], program: str) -> None:
         main()
     except (HydraException, OmegaConfBaseException) as e:
         sys.exit(f"{program}: error: {plain(one_line(e))}")
+    except ValueError as e:
+        if not is_null_group(e):
+            raise
+        sys.exit(f"{program}: error: {one_line(e)}")
+
+
+def is_null_group(error: ValueError) -> bool:
+    """Whether it is hydra's word on a group that an override sets to null, which is no error of its own kind."""
+    return str(error).startswith("Config group override must be a string or a list")
 
 
 def plain(text: str) -> str:
@@ -65,6 +74,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: there is no such choice.{near(name, error.options)} Valid: {', '.join(error.options)}"
+    if isinstance(error, ValueError) and is_null_group(error):
+        return "a group (model=..., experiment=...) cannot be set to null by an override: leave it out"
     for _ in range(_DEEPEST):
         inner = error.__cause__ if isinstance(error, InstantiationException) else getattr(error, "cause", None)
         if not isinstance(inner, BaseException) or inner is error:

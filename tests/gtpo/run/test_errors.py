@@ -5,7 +5,9 @@ from __future__ import annotations
 import traceback
 
 import pytest
+from composition import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from ray import cloudpickle as pickle
@@ -41,6 +43,11 @@ def test_an_override_that_hydra_cannot_read_is_told_how_to_quote():
     assert message.startswith(f"{cli_word} is no override that Hydra can read.") and "\n" not in message
     quoted = OverridesParser.create().parse_override('task.answer="#### (.+)"')  # what the message advises
     assert quoted.value() == "#### (.+)" and """'task.answer="#### (.+)"'""" in message
+
+
+def test_a_group_that_is_set_to_null_is_named_and_no_traceback():
+    with pytest.raises(HydraException, match="cannot be set to null by an override: leave it out"):
+        compose("model=null")
 
 
 CAUSE = "AttributeError: 'GPT2Config' object has no attribute 'num_key_value_heads'"

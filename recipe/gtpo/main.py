@@ -37,6 +37,7 @@ from recipe.gtpo.run.tools import check_tools  # noqa: E402
 from verl_ext.cpu.memory import empty_cache  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError  # noqa: E402
 
+_TERMINATED = "terminated (SIGTERM)"
 _PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
 
 
@@ -122,6 +123,7 @@ def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> b
 def train(config: DictConfig, record: RunRecord) -> None:
     """One run, from the tool server to the summary. Raises what ended it early."""
     record.write_start(config.seed)
+    end_on_sigterm(record)
     try:
         _train(config, record)
     except (ConfigError, ServerStartError) as e:
@@ -129,13 +131,17 @@ def train(config: DictConfig, record: RunRecord) -> None:
         raise
 
 
-class Terminated(SystemExit):
-    """SIGTERM: of `kill`, a batch system, a container that ends. It goes up through every `finally`."""
+def end_on_sigterm(record: RunRecord | None = None) -> None:
+    """SIGTERM (of `kill`, a batch system, a container that ends) goes up through every `finally`, as SystemExit.
 
+    The cause is written at once: where Ray's servers get the signal too, their loss may abort the process.
+    """
 
-def end_on_sigterm() -> None:
     def terminate(*_: object) -> None:
-        raise Terminated(143)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way up takes seconds, and is not to be cut short
+        if record is not None:
+            record.write_cause(_TERMINATED)
+        raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, terminate)
 
@@ -147,14 +153,14 @@ class TaskRunnerAfterRay:
     without a last line. So ours takes its place again.
     """
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, record: RunRecord) -> None:
+        self._runner, self._record = runner, record
 
     def options(self, **kwargs: Any) -> TaskRunnerAfterRay:
-        return TaskRunnerAfterRay(self._runner.options(**kwargs))
+        return TaskRunnerAfterRay(self._runner.options(**kwargs), self._record)
 
     def remote(self) -> Any:
-        end_on_sigterm()
+        end_on_sigterm(self._record)
         return self._runner.remote()
 
 
@@ -176,7 +182,7 @@ def _train(config: DictConfig, record: RunRecord) -> None:
         with watch_machine(server, record, config.watchdog.poll_seconds) as ending:
             try:
                 with naming_lost_part(server, record), Progress(record, config.trainer.total_training_steps):
-                    run_ppo(config, task_runner_class=TaskRunnerAfterRay(GTPOTaskRunner))
+                    run_ppo(config, task_runner_class=TaskRunnerAfterRay(GTPOTaskRunner, record))
             finally:
                 ending.set()
                 keep_logs(record)
@@ -236,9 +242,8 @@ def run(config: DictConfig) -> int:
             return _end(cause)
         record.write_cause("interrupted")
         return _end("interrupted", status=130)
-    except Terminated:
-        record.write_cause("terminated (SIGTERM)")
-        return _end("terminated (SIGTERM)", status=143)
+    except SystemExit:  # of `end_on_sigterm`; Ray, which it meets at work, makes one of its own of it
+        return _end(_TERMINATED, status=143)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
         record.write_cause(end_of(e))  # unless there is one

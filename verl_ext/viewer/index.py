@@ -44,9 +44,10 @@ CREATE TABLE files (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, split TEXT, step INTEGER, read INTEGER, seen TEXT, last TEXT,
     lines INTEGER, skipped INTEGER, why TEXT);
 CREATE TABLE groups (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT, step INTEGER, label TEXT, prompt_key TEXT, prompt TEXT,
+    id INTEGER PRIMARY KEY, split TEXT, step INTEGER, label TEXT, place INTEGER, prompt_key TEXT, prompt TEXT,
     size INTEGER, solved INTEGER, flags INTEGER, tokens INTEGER, top REAL, spread REAL, turns INTEGER,
     UNIQUE (split, step, label));
+CREATE INDEX groups_step ON groups (split, step, place);
 CREATE INDEX groups_prompt ON groups (prompt_key);
 CREATE TABLE trajectories (
     id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER, grp INTEGER, split TEXT, step INTEGER, position INTEGER,
@@ -190,12 +191,12 @@ class Index:
         found = db.execute("SELECT id FROM groups WHERE split = ? AND step = ? AND label = ?", key).fetchone()
         if found:
             return int(found[0])
-        head = _utf8(records.prompt_head(record))
-        new = db.execute(
-            "INSERT INTO groups (split, step, label, prompt_key, prompt) VALUES (?, ?, ?, ?, ?)",
-            (*key, records.prompt_key(record), head),
+        number = group_number(*key)
+        db.execute(
+            "INSERT INTO groups (id, split, step, label, place, prompt_key, prompt) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (number, *key, file["lines"], records.prompt_key(record), _utf8(records.prompt_head(record))),
         )
-        return int(new.lastrowid or 0)
+        return number
 
     def _save(self, db: sqlite3.Connection, file: dict[str, Any], touched: set[int], seen: str) -> None:
         for group in touched:
@@ -206,6 +207,14 @@ class Index:
         )
         db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (time.time_ns(),))
         db.commit()
+
+
+def group_number(split: str, step: int, label: str) -> int:
+    """The number of a group: the same in every index of the run, so that a link still shows it when one is made anew.
+
+    48 bits, which a page's numbers hold. Groups are ordered by `place`, the line of the first trajectory.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps([split, step, label]).encode()).digest()[:6], "big")
 
 
 def _utf8(text: str) -> str:

@@ -105,7 +105,7 @@ function Help({ close }) {
     ["/", "search"], ["?", "this page"], ["Esc", "close; leave a field"],
   ];
   const signs = [
-    ["✓", "the tool ran the code"], ["✗", "the code failed"], ["⏱", "time limit"], ["⚠", "malformed call"], ["⊘", "call not run: over the limit"],
+    ["✓", "the tool ran the code"], ["✗", "the code failed"], ["◷", "time limit"], ["⚠", "malformed call"], ["⊘", "call not run: over the limit"],
     ["⚡", "the tool server failed"], ["●", "right answer"], ["○", "wrong answer"], ["·", "no call, no answer"], ["…", "cut by a limit"],
   ];
   return (

@@ -201,6 +201,8 @@ class Index:
     def _save(self, db: sqlite3.Connection, file: dict[str, Any], touched: set[int], seen: str) -> None:
         for group in touched:
             _summarise(db, group)
+        if touched:  # where the gradient of the step goes is worked out anew
+            db.execute("DELETE FROM gradient WHERE split = ? AND step = ?", (file["split"], file["step"]))
         db.execute(
             "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ? WHERE id = ?",
             (file["read"], seen, file["last"], file["lines"], file["skipped"], _utf8(file["why"]), file["id"]),
@@ -255,6 +257,7 @@ def _forget(db: sqlite3.Connection, file: int) -> None:
     groups = [row[0] for row in db.execute("SELECT DISTINCT grp FROM trajectories WHERE file = ?", (file,))]
     db.execute("DELETE FROM numbers WHERE id IN (SELECT id FROM trajectories WHERE file = ?)", (file,))
     db.execute("DELETE FROM trajectories WHERE file = ?", (file,))
+    db.execute("DELETE FROM gradient WHERE (split, step) IN (SELECT split, step FROM files WHERE id = ?)", (file,))
     db.execute("DELETE FROM files WHERE id = ?", (file,))
     for group in groups:
         _summarise(db, group)

@@ -213,6 +213,21 @@ def test_every_hostile_text_is_read_and_comes_back_as_it_was(tmp_path):
     assert cut == {"text": "A" * queries.TEXT_LIMIT, "length": 10_000_000}
 
 
+def test_where_the_gradient_goes_is_worked_out_anew_when_a_step_is_done_again_grows_or_goes(run):
+    def of_step(step: int) -> float:
+        run.update()
+        return sum(one["weight"] for one in queries.gradient(run) if one["step"] == step)
+
+    assert of_step(1) == pytest.approx(52.0)
+    write(run.path, {1: MIXED[:1]})
+    assert of_step(1) == pytest.approx(13.0)
+    with (run.path / "trajectories" / "1.jsonl").open("a") as file:
+        file.write(json.dumps(MIXED[2]) + "\n")
+    assert of_step(1) == pytest.approx(39.0)
+    (run.path / "trajectories" / "1.jsonl").unlink()
+    assert of_step(1) == 0.0
+
+
 def test_where_the_gradient_goes_is_advantage_times_tokens_of_the_update(run):
     cut = MIXED[0] | {
         "group": "masked",

@@ -76,7 +76,7 @@ function Turn({ turn, m, row, answer, mixed, where, most, dark, open, here, choo
         {turn.tokens && <button class="quiet" aria-pressed={byToken} onClick={(e) => { e.stopPropagation(); setByToken(!byToken); }}>log-prob gap</button>}
         <Copy text={whole(turn.text, { ...where, path: `turns/${m}/text` })} />
       </h4>
-      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
+      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} all={numbers.tokens} /> : prose && <Prose text={prose} math={!raw} />}
       <Cut text={turn.text} {...where} path={`turns/${m}/text`} />
       {turn.calls.map((call, c) => <Call {...{ call, c, m, where, open }} />)}
     </article>
@@ -104,9 +104,10 @@ function Call({ call, c, m, where, open }) {
 }
 
 // Every token shaded by how far the sampler's log-probability is from the actor's.
-function Tokens({ tokens }) {
+function Tokens({ tokens, all }) {
   return (
     <div class="prose tokens">
+      {tokens.length < all && <p class="note">{tokens.length.toLocaleString("en")} of {all.toLocaleString("en")} tokens</p>}
       {tokens.map(([text, gap]) => (
         <span title={gap === null ? "no gap recorded" : `log p of the rollout − of the policy: ${signed(gap, 4)}`}
           style={gap ? { background: `color-mix(in srgb, var(--gap) ${Math.min(100, Math.round(Math.abs(gap) * 200))}%, transparent)` } : {}}>{visible(text)}</span>))}

@@ -6,8 +6,9 @@ It keeps where each trajectory's line is, the numbers that grid, ledger and what
 texts; texts themselves stay in the run's files. It lies in the user's cache folder, never in the run's, and can be
 deleted at any time. Processes fill it one at a time, while others read.
 
-A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed
-run does steps again) is read again from its start. A line that is no record is counted (`files.skipped`) and said.
+A line is taken when its end is there: the writer may be in the middle of it, or was killed there (`files.torn`). A file
+that was written anew (a resumed run does steps again) is read again from its start. A line that is no record is counted
+(`files.skipped`) and said.
 
 `verl_ext.records.Reader` reads whole files; here a file is read on from where the last look ended, by bytes.
 """
@@ -42,7 +43,7 @@ _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE files (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, split TEXT, step INTEGER, read INTEGER, seen TEXT, last TEXT,
-    lines INTEGER, skipped INTEGER, why TEXT);
+    lines INTEGER, skipped INTEGER, why TEXT, torn INTEGER);
 CREATE TABLE groups (
     id INTEGER PRIMARY KEY, split TEXT, step INTEGER, label TEXT, place INTEGER, prompt_key TEXT, prompt TEXT,
     size INTEGER, solved INTEGER, flags INTEGER, tokens INTEGER, top REAL, spread REAL, turns INTEGER,
@@ -152,8 +153,10 @@ class Index:
         _skip(file, known["read"])
         touched: set[int] = set()
         began, new = time.monotonic(), 0
+        known["torn"] = 0
         for line in file:
-            if not line.endswith(b"\n"):  # the writer may be in the middle of it
+            if not line.endswith(b"\n"):
+                known["torn"] = 1
                 break
             try:
                 record = records.parse(line, known["step"], known["split"])
@@ -204,8 +207,17 @@ class Index:
         if touched:  # where the gradient of the step goes is worked out anew
             db.execute("DELETE FROM gradient WHERE split = ? AND step = ?", (file["split"], file["step"]))
         db.execute(
-            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ? WHERE id = ?",
-            (file["read"], seen, file["last"], file["lines"], file["skipped"], _utf8(file["why"]), file["id"]),
+            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ?, torn = ? WHERE id = ?",
+            (
+                file["read"],
+                seen,
+                file["last"],
+                file["lines"],
+                file["skipped"],
+                _utf8(file["why"]),
+                file["torn"],
+                file["id"],
+            ),
         )
         db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (time.time_ns(),))
         db.commit()

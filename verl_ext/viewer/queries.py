@@ -45,6 +45,7 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for split, step in db.execute("SELECT DISTINCT split, step FROM groups ORDER BY split, step"):
                 steps.setdefault(split, []).append(step)
             lines, skipped = db.execute("SELECT TOTAL(lines), TOTAL(skipped) FROM files").fetchone()
+            torn = [row[0] for row in db.execute("SELECT name FROM files WHERE torn ORDER BY id")]
             why = db.execute("SELECT name, why FROM files WHERE skipped > 0 ORDER BY id LIMIT 1").fetchone()
             revision = db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()
         found.append(
@@ -55,6 +56,7 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "steps": steps,
                 "trajectories": int(lines - skipped),
                 "skipped": int(skipped),
+                "torn": torn,  # files whose last line has no end
                 "why": why and f"{why['name']}, {why['why']}",
                 "revision": revision and revision[0],
                 "settings": run.settings,

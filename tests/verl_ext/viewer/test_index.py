@@ -55,10 +55,12 @@ def test_a_line_is_read_once_its_end_is_there(run):
     with path.open("a") as file:
         file.write(line[:50])
     assert run.update() == 0
+    assert queries.overview([run])["runs"][0]["torn"] == ["trajectories/2.jsonl"]
     with path.open("a") as file:
         file.write(line[50:] + "\n")
     assert run.update() == 1
     assert labels(run, step=2) == ["pears", "plums", "late"]
+    assert queries.overview([run])["runs"][0]["torn"] == []
 
 
 def test_two_viewers_of_one_run_read_every_line_once(run, tmp_path):

@@ -220,6 +220,18 @@ def test_the_command_exports_a_run_or_says_that_there_is_nothing(tmp_path, capsy
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["step"].to_pylist() == [3, 4, 4, 4]
 
 
+def test_every_field_says_what_it_is():
+    schema = json_schema()
+    parts = {"Record": schema, **schema["$defs"]}
+    said = {
+        f"{part}.{name}"
+        for part, of in parts.items()
+        for name, field in of["properties"].items()
+        if "description" in field
+    }
+    assert {f"{part}.{name}" for part, of in parts.items() for name in of["properties"]} - said == set()
+
+
 def test_the_schema_that_is_shipped_is_the_codes():
     shipped = json.loads(Path(module.__file__).with_name("schema.json").read_text())
     assert shipped == json_schema(), "python -m verl_ext.records --schema > verl_ext/records/schema.json"

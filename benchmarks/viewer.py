@@ -194,7 +194,8 @@ def use(viewer: Viewer, count: int) -> None:
         {"q": " ".join(words[at : at + 3])} for at in range(len(words) - 3)
     ]
     print("search:", viewer.seconds("api/0/groups", searches))
-    groups = [{"id": 1 + at * (count // GROUP // 50)} for at in range(50)]
+    lists = [viewer.get("api/0/groups", offset=at * (count // GROUP // 50)) for at in range(50)]
+    groups = [{"id": json.loads(found)["groups"][0]["id"]} for found in lists]
     print("open a group of another step:", viewer.seconds("api/0/group", groups))
     settings = json.dumps({"gamma": 0.5, "baseline": "turn", "scale": "batch_std", "shaping.enable": False})
     print(

@@ -22,10 +22,12 @@ pytestmark = pytest.mark.e2e
 
 #: The group of the README's picture. Its last row (the fourth there) solved the problem after a malformed call.
 PICTURE = [json.loads(line) for line in (ROOT / "docs" / "credit_group.jsonl").read_text().splitlines()]
+#: As many groups as need two pages of the list.
+MANY = [trajectory(f"nuts {number}", say("x")) for number in range(130)]
 #: Rollout correction left out its first turn and three of the ten tokens of its second, which two steps sampled.
 MASKED = trajectory(
     "masked",
-    say("x") | {"masked": 10, "weights": [3, 3]},
+    say(r"\(x^2\)") | {"masked": 10, "weights": [3, 3]},
     say("x") | {"masked": 3, "weights": [3, 4]},
     advantages=[0.5, -0.5],
 )
@@ -62,17 +64,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder, tmp_path_factory) -> Iterator[str]:
-    """Of a viewer that has read the run."""
+def other(tmp_path_factory) -> Path:
+    """Another run: it solved plums in step 2, where the first did not."""
+    solved = [one | {"acc": 1.0} for one in EQUAL]
+    return write(tmp_path_factory.mktemp("other"), {2: solved, 5: EQUAL, 6: MANY})
+
+
+@pytest.fixture(scope="module")
+def address(folder, other, tmp_path_factory) -> Iterator[str]:
+    """Of a viewer that has read both runs."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "verl_ext.viewer", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "verl_ext.viewer", str(folder), str(other), "--port", "0"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None and process.stderr is not None
         url = process.stdout.readline().strip()
-        assert "lines read" in process.stderr.readline()
+        for _ in (folder, other):
+            assert "lines read" in process.stderr.readline()
         yield url
     finally:
         process.terminate()
@@ -135,6 +145,107 @@ def test_a_reader_finds_a_group_and_asks_what_if(page, address):
     expect(cell(page, 7, 0)).to_contain_text("+0.07")
 
 
+def test_the_ledger_works_out_every_number_where_it_stands(page, address):
+    page.goto(address)
+    page.locator("ol.groups button").first.click()
+    cell(page, 0, 1).click()
+    ledger = page.locator(".ledger")
+    # By the picture: 23 turns of the prompt; the return, the mean, the divisor and the advantage, each worked out.
+    expect(ledger).to_contain_text("of 23 returns: all turns of the prompt")
+    expect(ledger.locator(".right")).to_have_count(4)
+    ledger.get_by_text("the returns").click()
+    expect(ledger.locator(".pool dd")).to_have_count(8)
+    assert sum(len(line.split()) for line in ledger.locator(".pool dd").all_inner_texts()) == 23
+    page.get_by_label("method").select_option("gtpo_turn")
+    expect(ledger).to_contain_text("of 8 returns: this turn of the prompt")
+    page.get_by_label("method").select_option("gtpo_bootstrap")
+    expect(ledger).to_contain_text("turns of the prompt whose tools had said the same")
+    expect(ledger).to_contain_text("taken from all siblings that its tools led to the same state")
+    assert "undefined" not in ledger.inner_text()
+
+
+def test_a_conversation_has_formulas_coloured_code_and_the_code_that_shaping_compares_with(page, address):
+    page.goto(address)
+    page.locator("ol.groups button").first.click()
+    cell(page, 0, 0).click()
+    expect(page.locator(".talk .hljs-number").first).to_have_text("1350")
+    page.locator(".partners .chip").first.click()
+    expect(page.locator(".diff .added").first).to_contain_text("+")
+    page.goto(f"{address}#step=3")
+    page.locator("ol.groups button", has_text="sum of masked").click()
+    expect(page.locator(".talk math")).to_have_count(1)
+
+
+def test_a_text_is_copied_whole_and_all_of_a_conversation_opens(page, address):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address.rstrip("/"))
+    page.goto(f"{address}#step=3")
+    page.locator("ol.groups button").first.click()
+    cell(page, len(HOSTILE) - 1, 0).click()
+    turn = page.locator(".talk article").first
+    expect(turn).to_contain_text("20,000 of 200,000 characters")
+    turn.locator("h4").get_by_role("button", name="copy").click()
+    expect(turn.locator("h4").get_by_role("button", name="copied")).to_have_count(1)
+    assert page.evaluate("navigator.clipboard.readText()") == "A" * 200_000
+
+    folds = page.locator(".talk details")
+    shut = page.locator(".talk details:not([open])")
+    expect(shut).not_to_have_count(0)
+    page.get_by_role("button", name="open all").click()
+    expect(shut).to_have_count(0)
+    page.keyboard.press("e")
+    expect(shut).to_have_count(folds.count())
+
+
+def test_the_same_prompt_is_laid_side_by_side_in_the_steps_that_both_runs_have(page, address):
+    page.goto(address)
+    page.locator("ol.groups button", has_text="sum of plums").click()
+    page.get_by_role("link", name="same prompt").click()
+    rows = page.locator("table.pairs > tbody > tr")
+    expect(rows).to_have_count(3)
+    expect(rows.nth(0)).to_contain_text("1 steps together")
+    expect(rows.nth(0)).to_contain_text("2/2 solved: 100 % (+100 points)")
+    assert [row.locator("> th").inner_text() for row in rows.all()[1:]] == ["step 2", "step 5"]
+    expect(rows.nth(1).locator("table.grid")).to_have_count(2)
+    expect(rows.nth(2).locator("table.grid")).to_have_count(1)
+    rows.nth(2).locator("button.cell").nth(1).click()
+    expect(page.get_by_label("run", exact=True)).to_have_value("1")
+    expect(page.locator(".title")).to_contain_text("step 5")
+    expect(page.locator("tr.here th")).to_have_text("2")
+
+
+def test_n_and_p_go_on_where_the_list_ends_or_has_the_group_elsewhere(page, address):
+    page.goto(f"{address}#run=1&step=6")
+    page.locator("ol.groups button").nth(99).click()
+    title = page.locator(".title h2")
+    expect(title).to_contain_text("nuts 99?")
+    page.keyboard.press("n")
+    expect(title).to_contain_text("nuts 100?")
+    expect(page.locator("ol.groups button")).to_have_count(30)
+    page.keyboard.press("p")
+    expect(title).to_contain_text("nuts 99?")
+    expect(page.locator("ol.groups button")).to_have_count(100)
+    page.keyboard.press("n")
+    expect(title).to_contain_text("nuts 100?")
+    other = page.context.new_page()  # a link to a group that the list has on its second page
+    other.goto(re.sub("&offset=100", "", page.url))
+    expect(other.locator("ol.groups button")).to_have_count(100)
+    expect(other.locator(".title h2")).to_contain_text("nuts 100?")
+    other.keyboard.press("n")
+    expect(other.locator(".title h2")).to_contain_text("nuts 101?")
+    other.close()
+
+
+def test_the_address_has_the_order_of_the_siblings(page, address):
+    page.goto(address)
+    page.locator("ol.groups button").first.click()
+    page.get_by_label("order of siblings").select_option("outcome")
+    first = page.locator("table.grid tbody th").first
+    expect(first).not_to_have_text("1")
+    number = first.inner_text()
+    page.reload()
+    expect(first).to_have_text(number)
+
+
 def test_tokens_that_rollout_correction_masked_are_drawn_apart(page, address):
     page.goto(address)
     page.locator("ol.groups button", has_text="sum of masked").click()
@@ -183,6 +294,7 @@ def test_other_views_are_drawn(page, address):
     expect(page.locator("main")).to_contain_text("by reward part")
     page.goto(f"{address}#view=runs")
     expect(page.locator("main")).to_contain_text("Fewer than two runs with a config")
+    expect(page.locator("table.plain tbody tr").first).to_contain_text("0.000 (step 0) → 0.300 (step 3)")
     page.locator("header button").first.click()
     theme = page.locator("html").get_attribute("data-theme")
     page.locator("header button").first.click()
@@ -239,10 +351,20 @@ def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_p
     expect(page.locator(".ledger")).to_contain_text("gives the same advantage")
     page.get_by_label("method").select_option("grpo_sum")
     expect(cell(page, 7, 0)).to_contain_text("+0.79")
-    page.locator("#search").fill("sum of plums")
-    expect(page.locator("ol.groups button")).to_have_count(1)
+    for typed, count in {
+        "sum of plums": 1,
+        '"of sum"': 0,
+        "plum": 1,
+        "plum ": 0,
+        "language": 0,
+        "PEARS malformed": 0,
+    }.items():
+        page.locator("#search").fill(typed)  # as the server takes words, and nothing but the texts
+        expect(page.locator("ol.groups button")).to_have_count(count)
     page.goto(f"{out.as_uri()}#view=groups&step=3")
     page.locator("ol.groups button").first.click()
-    cell(page, 0, 0).click()
-    expect(page.locator(".talk")).to_contain_text("<script>window.hacked")
-    assert page.evaluate("window.hacked") is None
+    for row in range(len(HOSTILE)):
+        cell(page, row, 0).click()
+        expect(page.locator(".talk h3")).to_contain_text(f"Trajectory {row + 1}")
+        assert page.evaluate("window.hacked === undefined && location.protocol === 'file:'")
+    expect(page.locator(".talk")).to_contain_text("cut after 20,000 of 10,000,000 characters")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from trajectories import trajectory, turn
 
-from recipe.gtpo import trainer
+from recipe.gtpo import status, trainer
 from recipe.gtpo.method.advantage import turn_advantages
 from recipe.gtpo.method.credit import REASONS, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
+from recipe.gtpo.method.turns import validation_info
 
 pytestmark = pytest.mark.unit
 
@@ -24,6 +25,15 @@ def test_the_page_names_every_metric_and_no_other():
     page = (ROOT / "docs" / "metrics.md").read_text()
     named = set(re.findall(r"^\| `(gtpo/[^`]+)`", page, flags=re.MULTILINE))
     assert named == logged()
+
+
+def test_the_page_explains_what_status_draws_and_what_a_validation_says():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert [metric for metric in status.CURVES.values() if f"| `{metric}`" not in page] == []
+    numbers = {name for name, value in validation_info(trajectory(turn(0, 2))).items() if not isinstance(value, str)}
+    section = page.split("## Validation")[1].split("## ")[0]
+    named = {name for row in re.findall(r"^\| (`[^|]+) \|", section, flags=re.MULTILINE) for name in row.split(", ")}
+    assert named == {f"`{name}`" for name in numbers - {"acc"}}
 
 
 def logged() -> set[str]:

@@ -24,8 +24,9 @@ COLUMNS: dict[str, pyarrow.DataType] = {
     "session": pyarrow.int64(),
     "index": pyarrow.int64(),
     "data_source": pyarrow.string(),
+    "seed": pyarrow.int64(),
     "prompt": pyarrow.string(),  # JSON of the messages
-    "gold": pyarrow.string(),
+    "gold": pyarrow.string(),  # JSON where it is no text
     "finish": pyarrow.string(),
     "acc": pyarrow.float64(),
     "pred": pyarrow.string(),
@@ -37,19 +38,28 @@ COLUMNS: dict[str, pyarrow.DataType] = {
     "tokens": pyarrow.int64(),
     "text": pyarrow.string(),
     "code": pyarrow.string(),  # what it ran
-    "outcomes": pyarrow.list_(pyarrow.string()),
+    "outcomes": pyarrow.list_(pyarrow.string()),  # of its calls, in order; so are the next two
+    "outputs": pyarrow.list_(pyarrow.string()),
+    "seconds": pyarrow.list_(pyarrow.float64()),
     "broken": pyarrow.string(),
+    "ended_by": pyarrow.string(),
     "reward": pyarrow.float64(),
+    "reward_outcome": pyarrow.float64(),  # these three add up to reward
+    "reward_shaping": pyarrow.float64(),
+    "reward_format": pyarrow.float64(),
     "return": pyarrow.float64(),
     "pool_mean": pyarrow.float64(),
     "pool_std": pyarrow.float64(),
+    "divisor": pyarrow.float64(),
     "advantage": pyarrow.float64(),
+    "masked": pyarrow.int64(),
     "log_prob": pyarrow.float64(),
     "log_prob_gap": pyarrow.float64(),
     "weights": pyarrow.list_(pyarrow.int64()),  # first and last step whose weights sampled it
 }
 _BATCH = 4096  # rows
 _DID_NOT_RUN = ("malformed", "over_limit")
+_PARTS = ("outcome", "shaping", "format")
 
 
 def turn_rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -57,13 +67,17 @@ def turn_rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     for record in records:
         prompt = None if record.prompt is None else json.dumps([message.model_dump() for message in record.prompt])
         about = {name: getattr(record, name) for name in list(COLUMNS)[: list(COLUMNS).index("turn")]}
-        about |= {"prompt": prompt, "gold": None if record.gold is None else str(record.gold)}
+        gold = record.gold if record.gold is None or isinstance(record.gold, str) else json.dumps(record.gold)
+        about |= {"prompt": prompt, "gold": gold}
         for k, turn in enumerate(record.turns):
             ran = zip(turn.calls, turn.outcomes, strict=False)
             code = [str(call.arguments.get("code", "")) for call, o in ran if o.outcome not in _DID_NOT_RUN]
             own = {name: getattr(turn, name, None) for name in list(COLUMNS)[list(COLUMNS).index("text") :]}
             own |= {"turn": k, "turns": len(record.turns), "tokens": turn.end - turn.start, "return": turn.return_}
+            own |= {f"reward_{part}": (turn.rewards or {}).get(part) for part in _PARTS}
             own |= {"code": "\n".join(code), "outcomes": [outcome.outcome for outcome in turn.outcomes]}
+            own |= {"outputs": [_text(outcome.output) for outcome in turn.outcomes]}
+            own |= {"seconds": [outcome.seconds for outcome in turn.outcomes]}
             yield {name: _text(value) for name, value in (about | own).items()}
 
 

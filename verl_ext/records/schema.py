@@ -26,25 +26,25 @@ class _Part(BaseModel):
 class Message(_Part):
     """A chat message. Its content may be a list of parts (text, images), as chat templates take it."""
 
-    role: str
-    content: Any
+    role: str = Field(description="system, user, ...: the chat template's word")
+    content: Any = Field(description="text, or a list of parts")
 
 
 class Call(_Part):
     """A tool call as the policy wrote it."""
 
-    name: str
-    arguments: dict[str, Any] = {}
+    name: str = Field(description="of the tool; empty: it could not be read")
+    arguments: dict[str, Any] = Field({}, description="by name; code of a tool that runs code is in `code`")
     error: str | None = Field(None, description="why it is no valid call; null: it is one")
-    detail: str = ""
+    detail: str = Field("", description="what the policy was told about a call that is not valid")
 
 
 class Outcome(_Part):
     """What became of the call at the same place in `Turn.calls`."""
 
     outcome: str = Field(description="ok, error, timeout, ...: the tool's word; malformed, over_limit: it did not run")
-    output: str
-    seconds: float
+    output: str = Field(description="what the policy was told")
+    seconds: float = Field(description="wall time of the call, its waiting included")
 
 
 class Turn(_Part):
@@ -52,9 +52,9 @@ class Turn(_Part):
 
     start: int = Field(description="first token, counted from the response's first")
     end: int = Field(description="behind the last token")
-    text: str
-    calls: list[Call] = []
-    outcomes: list[Outcome] = []
+    text: str = Field(description="its tokens decoded, special ones as text, without the one that ended it")
+    calls: list[Call] = Field([], description="in the order of the text; those in thoughts are none")
+    outcomes: list[Outcome] = Field([], description="one a call; fewer where a limit ended the trajectory")
     broken: str | None = Field(None, description="how the turn breaks the format; null: it does not")
     ended_by: str = Field("", description="the control token that ended it; empty: it was cut")
     overrun: int = Field(
@@ -67,12 +67,12 @@ class Turn(_Part):
     rewards: dict[str, float] | None = Field(
         None, description="by part: outcome, shaping, format; they add up to reward"
     )
-    reward: float | None = None
+    reward: float | None = Field(None, description="of this turn, all parts")
     return_: float | None = Field(None, alias="return", description="discounted, of GTPO; null: another estimator")
     pool_mean: float | None = Field(None, description="of the returns that this one is compared with")
     pool_std: float | None = Field(None, description="standard deviation of the same")
     divisor: float | None = Field(None, description="advantage = (return - pool_mean) / divisor, or 0 in a flat pool")
-    advantage: float | None = None
+    advantage: float | None = Field(None, description="what each of its tokens was trained with")
     masked: int | None = Field(None, description="of its tokens, how many rollout correction left out of the update")
     log_prob: float | None = Field(None, description="mean over its tokens, of the policy that is updated")
     log_prob_gap: float | None = Field(None, description="mean of |rollout's - policy's| over its tokens")
@@ -82,8 +82,8 @@ class Turn(_Part):
 class Partner(_Part):
     """A solved sibling whose code a failed trajectory's was compared with."""
 
-    session: int
-    similarity: float
+    session: int = Field(description="of the sibling, as in `Record.session`")
+    similarity: float = Field(description="of the two programs, 0 to 1")
 
 
 class Record(_Part):
@@ -91,25 +91,25 @@ class Record(_Part):
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
-    version: int = 0
-    step: int | None = None
-    split: Literal["train", "validation"] = "train"
+    version: int = Field(0, description="of this schema, as listed above")
+    step: int | None = Field(None, description="the training step, from 1; a validation before training is 0")
+    split: Literal["train", "validation"] = Field("train", description="nothing is trained on a validation")
     group: str = Field(description="equal for the trajectories of one prompt in one step")
     session: int | None = Field(None, description="which of the group's rollouts")
     index: int | None = Field(None, description="the row of the data")
-    data_source: str = ""
-    prompt: list[Message] | None = None
+    data_source: str = Field("", description="the row's, as metrics name it")
+    prompt: list[Message] | None = Field(None, description="the messages before the first turn")
     gold: Any = Field(None, description="the row's ground truth")
     seed: int | None = Field(None, description="of the run")
     weights: list[int] = Field([], description="the first and last step whose weights sampled it")
-    turns: list[Turn]
+    turns: list[Turn] = Field(description="in order")
     finish: str = Field(description="answer, turn_limit, length, infra, fault")
     acc: float = Field(description="1: solved; never shaped")
-    pred: str = ""
+    pred: str = Field("", description="the answer that was read; empty: none")
     outcome: float | None = Field(None, description="what the reward function said; null: acc")
     shaped: float | None = Field(None, description="what the last turn's outcome and shaping add up to")
     partners: list[Partner] = Field([], description="whom its code was compared with, to be shaped")
-    fault: str = ""
+    fault: str = Field("", description="finish=fault: what failed, and on which row")
     dropped: bool = Field(False, description="left out of the update: the tool server failed it, or truncated=drop")
 
 

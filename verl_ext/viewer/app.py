@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from aiohttp import web
 
 from verl_ext.viewer import queries
 from verl_ext.viewer.runs import Run
+
+logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 POLICY = (
@@ -69,6 +72,11 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         answer = web.json_response({"error": f"not there: {error}"}, status=404)
     except (ValueError, RuntimeError) as error:
         answer = web.json_response({"error": str(error)}, status=400)
+    except FileNotFoundError as error:  # trajectory_keep, or somebody who makes room
+        answer = web.json_response({"error": f"no longer there: {error.filename}"}, status=404)
+    except Exception as error:
+        logger.exception(f"viewer: {request.path_qs}")
+        answer = web.json_response({"error": f"{type(error).__name__}: {error}"}, status=500)
     answer.headers.update(HEADERS)
     return answer
 

@@ -6,8 +6,9 @@ It keeps where each trajectory's line is, the numbers that grid, ledger and what
 texts; texts themselves stay in the run's files. It lies in the user's cache folder, never in the run's, and can be
 deleted at any time. Processes fill it one at a time, while others read.
 
-A line is taken when its end is there: the writer may be in the middle of it. A file that was written anew (a resumed
-run does steps again) is read again from its start. A line that is no record is counted (`files.skipped`) and said.
+A line is taken when its end is there: the writer may be in the middle of it, or was killed there (`files.torn`). A file
+that was written anew (a resumed run does steps again) is read again from its start. A line that is no record is counted
+(`files.skipped`) and said.
 
 `verl_ext.records.Reader` reads whole files; here a file is read on from where the last look ended, by bytes.
 """
@@ -42,11 +43,12 @@ _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE files (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, split TEXT, step INTEGER, read INTEGER, seen TEXT, last TEXT,
-    lines INTEGER, skipped INTEGER, why TEXT);
+    lines INTEGER, skipped INTEGER, why TEXT, torn INTEGER);
 CREATE TABLE groups (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, split TEXT, step INTEGER, label TEXT, prompt_key TEXT, prompt TEXT,
+    id INTEGER PRIMARY KEY, split TEXT, step INTEGER, label TEXT, place INTEGER, prompt_key TEXT, prompt TEXT,
     size INTEGER, solved INTEGER, flags INTEGER, tokens INTEGER, top REAL, spread REAL, turns INTEGER,
     UNIQUE (split, step, label));
+CREATE INDEX groups_step ON groups (split, step, place);
 CREATE INDEX groups_prompt ON groups (prompt_key);
 CREATE TABLE trajectories (
     id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER, grp INTEGER, split TEXT, step INTEGER, position INTEGER,
@@ -151,8 +153,10 @@ class Index:
         _skip(file, known["read"])
         touched: set[int] = set()
         began, new = time.monotonic(), 0
+        known["torn"] = 0
         for line in file:
-            if not line.endswith(b"\n"):  # the writer may be in the middle of it
+            if not line.endswith(b"\n"):
+                known["torn"] = 1
                 break
             try:
                 record = records.parse(line, known["step"], known["split"])
@@ -190,22 +194,41 @@ class Index:
         found = db.execute("SELECT id FROM groups WHERE split = ? AND step = ? AND label = ?", key).fetchone()
         if found:
             return int(found[0])
-        head = _utf8(records.prompt_head(record))
-        new = db.execute(
-            "INSERT INTO groups (split, step, label, prompt_key, prompt) VALUES (?, ?, ?, ?, ?)",
-            (*key, records.prompt_key(record), head),
+        number = group_number(*key)
+        db.execute(
+            "INSERT INTO groups (id, split, step, label, place, prompt_key, prompt) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (number, *key, file["lines"], records.prompt_key(record), _utf8(records.prompt_head(record))),
         )
-        return int(new.lastrowid or 0)
+        return number
 
     def _save(self, db: sqlite3.Connection, file: dict[str, Any], touched: set[int], seen: str) -> None:
         for group in touched:
             _summarise(db, group)
+        if touched:  # where the gradient of the step goes is worked out anew
+            db.execute("DELETE FROM gradient WHERE split = ? AND step = ?", (file["split"], file["step"]))
         db.execute(
-            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ? WHERE id = ?",
-            (file["read"], seen, file["last"], file["lines"], file["skipped"], _utf8(file["why"]), file["id"]),
+            "UPDATE files SET read = ?, seen = ?, last = ?, lines = ?, skipped = ?, why = ?, torn = ? WHERE id = ?",
+            (
+                file["read"],
+                seen,
+                file["last"],
+                file["lines"],
+                file["skipped"],
+                _utf8(file["why"]),
+                file["torn"],
+                file["id"],
+            ),
         )
         db.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?)", (time.time_ns(),))
         db.commit()
+
+
+def group_number(split: str, step: int, label: str) -> int:
+    """The number of a group: the same in every index of the run, so that a link still shows it when one is made anew.
+
+    48 bits, which a page's numbers hold. Groups are ordered by `place`, the line of the first trajectory.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps([split, step, label]).encode()).digest()[:6], "big")
 
 
 def _utf8(text: str) -> str:
@@ -246,6 +269,7 @@ def _forget(db: sqlite3.Connection, file: int) -> None:
     groups = [row[0] for row in db.execute("SELECT DISTINCT grp FROM trajectories WHERE file = ?", (file,))]
     db.execute("DELETE FROM numbers WHERE id IN (SELECT id FROM trajectories WHERE file = ?)", (file,))
     db.execute("DELETE FROM trajectories WHERE file = ?", (file,))
+    db.execute("DELETE FROM gradient WHERE (split, step) IN (SELECT split, step FROM files WHERE id = ?)", (file,))
     db.execute("DELETE FROM files WHERE id = ?", (file,))
     for group in groups:
         _summarise(db, group)

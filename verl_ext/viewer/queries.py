@@ -11,12 +11,12 @@ from verl_ext.viewer.runs import Run
 
 #: Orders of the list of groups.
 SORTS = {
-    "step": "step, id",
-    "latest": "step DESC, id",
-    "spread": "spread DESC, id",
-    "largest": "top DESC, id",
-    "tokens": "tokens DESC, id",
-    "least solved": "CAST(solved AS REAL) / size, id",
+    "step": "step, place",
+    "latest": "step DESC, place",
+    "spread": "spread DESC, step, place",
+    "largest": "top DESC, step, place",
+    "tokens": "tokens DESC, step, place",
+    "least solved": "CAST(solved AS REAL) / size, step, place",
 }
 #: Characters of one text that a page gets at once; the rest is asked for.
 TEXT_LIMIT = 20_000
@@ -39,22 +39,24 @@ def overview(runs: Sequence[Run]) -> dict[str, Any]:
 def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every run: its steps, how much is read, how it is set."""
     found = []
-    for number, run in enumerate(runs):
+    for number, (run, name) in enumerate(zip(runs, run_names(runs), strict=True)):
         with run.index.connect() as db:
             steps: dict[str, list[int]] = {}
             for split, step in db.execute("SELECT DISTINCT split, step FROM groups ORDER BY split, step"):
                 steps.setdefault(split, []).append(step)
             lines, skipped = db.execute("SELECT TOTAL(lines), TOTAL(skipped) FROM files").fetchone()
+            torn = [row[0] for row in db.execute("SELECT name FROM files WHERE torn ORDER BY id")]
             why = db.execute("SELECT name, why FROM files WHERE skipped > 0 ORDER BY id LIMIT 1").fetchone()
             revision = db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()
         found.append(
             {
                 "run": number,
-                "name": run.name,
+                "name": name,
                 "path": str(run.path),
                 "steps": steps,
                 "trajectories": int(lines - skipped),
                 "skipped": int(skipped),
+                "torn": torn,  # files whose last line has no end
                 "why": why and f"{why['name']}, {why['why']}",
                 "revision": revision and revision[0],
                 "settings": run.settings,
@@ -62,6 +64,14 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Their folders' names, with as many of the folders above as tell them apart: ("a/seed1", "b/seed1")."""
+    parts = [run.path.parts for run in runs]
+    most = max(map(len, parts), default=1)
+    tails = [["/".join(one[-count:]) for one in parts] for count in range(1, most + 1)]
+    return next((names for names in tails if len({*names}) == len({*parts})), tails[-1])
 
 
 def config_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -85,7 +95,7 @@ def groups(
     offset: int = 0,
     limit: int = PAGE,
 ) -> dict[str, Any]:
-    """{"total", "groups"}: those with a trajectory that has all `flags` and one that has all words of `text`.
+    """{"total", "groups"}: those that have, of whatever trajectories, all `flags`, and one with all words of `text`.
 
     Raises ValueError, naming it, on a flag or an order that does not exist.
     """
@@ -118,7 +128,7 @@ def groups(
 def all_groups(run: Run) -> list[dict[str, Any]]:
     """Every group as lists have it, in the order of the record."""
     with run.index.connect() as db:
-        rows = db.execute("SELECT * FROM groups ORDER BY split, step, id").fetchall()
+        rows = db.execute("SELECT * FROM groups ORDER BY split, step, place").fetchall()
     return [dict(row) | {"flags": _names(row["flags"])} for row in rows]
 
 
@@ -167,11 +177,12 @@ def _matching(run: Run, trajectories: Sequence[int], text: str) -> set[int]:
 def neighbours(run: Run, number: int) -> dict[str, int | None]:
     """The groups before and after, in the order of the record."""
     with run.index.connect() as db:
-        key = db.execute("SELECT split, step, id FROM groups WHERE id = ?", (number,)).fetchone()
+        key = db.execute("SELECT split, step, place FROM groups WHERE id = ?", (number,)).fetchone()
         if key is None:
             raise KeyError(number)
-        after = "SELECT id FROM groups WHERE split = ? AND (step, id) > (?, ?) ORDER BY step, id LIMIT 1"
-        before = "SELECT id FROM groups WHERE split = ? AND (step, id) < (?, ?) ORDER BY step DESC, id DESC LIMIT 1"
+        of = "SELECT id FROM groups WHERE split = ? AND (step, place)"
+        before = f"{of} < (?, ?) ORDER BY step DESC, place DESC LIMIT 1"
+        after = f"{of} > (?, ?) ORDER BY step, place LIMIT 1"
         found = [db.execute(query, tuple(key)).fetchone() for query in (before, after)]
     return {"before": found[0] and found[0][0], "after": found[1] and found[1][0]}
 
@@ -200,7 +211,8 @@ def conversation(run: Run, trajectory: int, limit: int = TEXT_LIMIT) -> dict[str
     record = run.record(trajectory)
     found = _cut(records.conversation(record), limit)
     for turn, gaps in zip(found["turns"], records.gaps(record), strict=True):
-        turn["tokens"] = None if gaps is None else [(run.token(number), gap) for number, gap in gaps[:limit]]
+        ids, gap_of = zip(*gaps[:limit], strict=True) if gaps else ((), ())
+        turn["tokens"] = list(zip(run.tokens(ids), gap_of, strict=True)) if gaps else None
     return found
 
 
@@ -228,14 +240,14 @@ def _cut(node: Any, limit: int) -> Any:
 def same_prompt(runs: Sequence[Run], key: str) -> list[dict[str, Any]]:
     """Every group that was given this prompt, over runs and steps."""
     found = []
-    for number, run in enumerate(runs):
+    for number, (run, name) in enumerate(zip(runs, run_names(runs), strict=True)):
         with run.index.connect() as db:
             rows = db.execute(
                 "SELECT id, split, step, label, size, solved, flags, top, spread, tokens FROM groups "
-                "WHERE prompt_key = ? ORDER BY split, step, id LIMIT ?",
-                (key, PAGE),
+                "WHERE prompt_key = ? ORDER BY split, step, place",
+                (key,),
             ).fetchall()
-        found += [{"run": number, "name": run.name, **dict(row), "flags": _names(row["flags"])} for row in rows]
+        found += [{"run": number, "name": name, **dict(row), "flags": _names(row["flags"])} for row in rows]
     return found
 
 

@@ -127,11 +127,16 @@ def executed(record: Record) -> list[str]:
 
 
 def searchable(record: Record) -> Iterator[str]:
-    """Every text of a trajectory that search finds."""
+    """Every text of a trajectory that search finds.
+
+    Code of several lines is in a turn's text as JSON, where a line begins in the middle of a word ("\\nprint").
+    """
     for message in prompt(record):
         yield message["content"]
     for turn in record.turns:
         yield turn.text
+        for call in turn.calls:
+            yield from (value for value in call.arguments.values() if isinstance(value, str) and "\n" in value)
         for outcome in turn.outcomes:
             yield outcome.output
 

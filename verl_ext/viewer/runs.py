@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,17 @@ class Run:
         self.path, self.whatif = path.resolve(), whatif
         self.name = self.path.name
         self.index = Index(self.path, index_folder)
+        self._tokenizer: Any | None = None
+        self._config: dict[str, Any] | None = None
         self._rows: tuple[Any, list[dict[str, Any]]] | None = None
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any] | None:
-        """Full key -> value, as the run was started; None where the run left no config.json."""
+        """Full key -> value, as the run was started; None where the run left no config.json, or has not yet."""
         path = self.path / "config.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if self._config is None and path.exists():
+            self._config = json.loads(path.read_text())
+        return self._config
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -89,16 +92,14 @@ class Run:
         found = (self.record(row["id"]) for row in self.rows(split, step))
         return ["\n".join(code for code in records.executed(record) if code) for record in found]
 
-    def token(self, number: int) -> str:
-        """A token as text, where the policy's tokenizer lies where the run had it; else its number."""
-        if self._tokenizer is None:
-            return f"{number} "
-        return self._tokenizer.decode([number], skip_special_tokens=False)
-
-    @cached_property
-    def _tokenizer(self) -> Any | None:
+    def tokens(self, numbers: Sequence[int]) -> list[str]:
+        """Tokens as text, where the policy's tokenizer lies where the run had it; else their numbers."""
         path = Path(str((self.config or {}).get("actor_rollout_ref.model.path"))) / "tokenizer.json"
-        return Tokenizer.from_file(str(path)) if path.is_file() else None
+        if self._tokenizer is None and path.is_file():
+            self._tokenizer = Tokenizer.from_file(str(path))
+        if self._tokenizer is None:
+            return [f"{number} " for number in numbers]
+        return [self._tokenizer.decode([number], skip_special_tokens=False) for number in numbers]
 
     # -- where the gradient goes ---------------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from verl_ext.records import VERSION, Reader, Record, json_schema, read_run, to_dataframe, write_parquet
 from verl_ext.records import schema as module
 from verl_ext.records.__main__ import main
+from verl_ext.records.export import COLUMNS
 from verl_ext.records.files import open_lines, write_lines
-from verl_ext.records.schema import NewerRecordError, upgrade
+from verl_ext.records.schema import NewerRecordError, Turn, upgrade
 
 pytestmark = pytest.mark.unit
 
@@ -190,8 +191,24 @@ def test_a_table_has_a_row_a_turn(tmp_path):
     assert table["code"].tolist() == ["print(1)", "", "print(1)"] and table["tokens"].tolist() == [4, 3, 4]
     assert table["advantage"].tolist() == [-0.5, 0.5, 1.0]
     assert pandas.isna(table["return"][0]) and table["return"][2] == 0.9
+    assert table["outputs"].map(list).tolist() == [["1\n"], [], ["1\n"]] and table["seconds"][0].tolist() == [0.1]
+    parts = [f"reward_{part}" for part in NEW["turns"][0]["rewards"]]
+    assert pandas.isna(table["reward_outcome"][0]) and table[parts].sum(axis=1)[2] == pytest.approx(table["reward"][2])
+    assert (table["divisor"][2], table["masked"][2], table["seed"][2]) == (0.400001, 1, 1)
     assert write_parquet(records * 3000, tmp_path / "t.parquet") == 9000
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pandas()[:3].equals(table)
+
+
+def test_a_table_has_every_number_of_a_record_but_those_by_token():
+    of_turn = set(Turn.model_fields) - {"calls", "rewards", "overrun", "start", "end", "token_ids", "log_prob_gaps"}
+    of_record = set(Record.model_fields) - {"version", "turns", "partners", "fault", "weights"}
+    of_turn = {field.removesuffix("_") for field in of_turn}
+    assert (of_turn | of_record) <= set(COLUMNS), "a new field of the record has no column"
+
+
+def test_a_gold_answer_that_is_no_text_is_json():
+    table = to_dataframe([Record.model_validate(NEW | {"gold": gold}) for gold in ("1", ["a", "b"], 2)])
+    assert table["gold"].tolist() == ["1", '["a", "b"]', "2"]
 
 
 def test_the_command_exports_a_run_or_says_that_there_is_nothing(tmp_path, capsys):
@@ -201,6 +218,18 @@ def test_the_command_exports_a_run_or_says_that_there_is_nothing(tmp_path, capsy
     assert main([str(tmp_path), str(tmp_path / "t.parquet")]) == 0
     assert "4 turns of 2 steps, 0 lines skipped" in capsys.readouterr().out
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["step"].to_pylist() == [3, 4, 4, 4]
+
+
+def test_every_field_says_what_it_is():
+    schema = json_schema()
+    parts = {"Record": schema, **schema["$defs"]}
+    said = {
+        f"{part}.{name}"
+        for part, of in parts.items()
+        for name, field in of["properties"].items()
+        if "description" in field
+    }
+    assert {f"{part}.{name}" for part, of in parts.items() for name in of["properties"]} - said == set()
 
 
 def test_the_schema_that_is_shipped_is_the_codes():

@@ -11,6 +11,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from viewer_runs import MIXED, hostile, write
 
+from verl_ext.viewer import queries
 from verl_ext.viewer.app import POLICY, STATIC, build_app
 from verl_ext.viewer.runs import Run
 
@@ -88,6 +89,21 @@ def test_other_names_are_not(ask, host, path):
 def test_a_refusal_is_one_line_of_json(ask, path, status, said):
     found, _, body = ask(path)
     assert found == status and said in json.loads(body)["error"]
+
+
+def test_a_file_that_the_run_has_removed_is_said_to_be_gone(ask, tmp_path):
+    (tmp_path / "run" / "trajectories" / "1.jsonl").unlink()
+    status, headers, body = ask("/api/0/conversation?id=1")
+    assert (status, headers["Content-Security-Policy"]) == (404, POLICY)
+    assert json.loads(body)["error"].startswith("no longer there: ")
+
+
+def test_a_fault_of_the_viewer_is_an_answer_too_and_in_its_log(ask, monkeypatch, caplog):
+    monkeypatch.setattr(queries, "gradient", lambda run: 1 / 0)
+    status, headers, body = ask("/api/0/gradient")
+    assert (status, headers["Content-Security-Policy"]) == (500, POLICY)
+    assert json.loads(body)["error"] == "ZeroDivisionError: division by zero"
+    assert "/api/0/gradient" in caplog.text
 
 
 def test_a_text_of_the_model_is_never_a_page(ask):

@@ -55,10 +55,12 @@ def test_a_line_is_read_once_its_end_is_there(run):
     with path.open("a") as file:
         file.write(line[:50])
     assert run.update() == 0
+    assert queries.overview([run])["runs"][0]["torn"] == ["trajectories/2.jsonl"]
     with path.open("a") as file:
         file.write(line[50:] + "\n")
     assert run.update() == 1
     assert labels(run, step=2) == ["pears", "plums", "late"]
+    assert queries.overview([run])["runs"][0]["torn"] == []
 
 
 def test_two_viewers_of_one_run_read_every_line_once(run, tmp_path):
@@ -66,6 +68,29 @@ def test_two_viewers_of_one_run_read_every_line_once(run, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(lambda other: other.index.update(), others)) == 9
     assert queries.overview([run])["runs"][0]["trajectories"] == 9
+
+
+def numbers(run: Run) -> dict[str, int]:
+    return {group["label"]: group["id"] for group in queries.groups(run)["groups"]}
+
+
+def test_a_link_shows_the_same_group_in_an_index_that_was_filled_in_another_order(run, tmp_path):
+    run.update()
+    first = (run.path / "trajectories" / "1.jsonl").rename(tmp_path / "1.jsonl")
+    late = Run(run.path, None, tmp_path / "other cache")
+    late.update()
+    shutil.move(first, run.path / "trajectories")
+    late.update()
+    assert numbers(late) == numbers(run) and labels(late) == labels(run) == ["apples", "pears", "plums"]
+    assert max(numbers(run).values()) < 2**53  # what a page's numbers hold
+
+
+def test_a_group_of_a_step_that_was_done_again_keeps_its_number(run):
+    run.update()
+    before = numbers(run)
+    write(run.path, {1: [EQUAL[0], *MIXED]})
+    run.update()
+    assert labels(run, step=1) == ["plums", "apples"] and numbers(run)["apples"] == before["apples"]
 
 
 def test_a_sibling_that_comes_later_joins_its_group(run):
@@ -87,7 +112,7 @@ def test_a_line_that_is_no_record_is_counted_and_hides_no_other(run):
     assert (said["skipped"], said["trajectories"]) == (4, 9)
     assert said["why"].startswith("trajectories/1.jsonl, line 1: a record of version 1000000")
     assert queries.groups(run, step=1)["groups"][0]["size"] == 3
-    talk = queries.conversation(run, queries.group(run, 1)["rows"][0]["id"])
+    talk = queries.conversation(run, run.rows("train", 1)[0]["id"])
     assert talk["turns"][1]["text"] == r"It is \boxed{7}."
 
 
@@ -135,7 +160,7 @@ def test_a_record_of_before_this_schema_is_shown(tmp_path):
     run = Run(tmp_path, None, tmp_path / "cache")
     run.update()
     recorded = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
-    rows = queries.group(run, 1)["rows"]
+    rows = run.rows("train", 3)
     for row, record in zip(rows, recorded, strict=True):
         assert [turn["advantage"] for turn in row["turns"]] == record["advantages"]
         assert [turn["reward"] for turn in row["turns"]] == record["turn_rewards"]
@@ -188,6 +213,21 @@ def test_every_hostile_text_is_read_and_comes_back_as_it_was(tmp_path):
         assert queries.full_text(run, row["id"], "turns/0/calls/0/output") == text
     cut = queries.conversation(run, rows[-1]["id"])["turns"][0]["calls"][0]["output"]
     assert cut == {"text": "A" * queries.TEXT_LIMIT, "length": 10_000_000}
+
+
+def test_where_the_gradient_goes_is_worked_out_anew_when_a_step_is_done_again_grows_or_goes(run):
+    def of_step(step: int) -> float:
+        run.update()
+        return sum(one["weight"] for one in queries.gradient(run) if one["step"] == step)
+
+    assert of_step(1) == pytest.approx(52.0)
+    write(run.path, {1: MIXED[:1]})
+    assert of_step(1) == pytest.approx(13.0)
+    with (run.path / "trajectories" / "1.jsonl").open("a") as file:
+        file.write(json.dumps(MIXED[2]) + "\n")
+    assert of_step(1) == pytest.approx(39.0)
+    (run.path / "trajectories" / "1.jsonl").unlink()
+    assert of_step(1) == 0.0
 
 
 def test_where_the_gradient_goes_is_advantage_times_tokens_of_the_update(run):

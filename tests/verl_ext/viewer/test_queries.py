@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from viewer_runs import EQUAL, FAULTY, MIXED, say, trajectory, write
+from viewer_runs import EQUAL, FAULTY, MIXED, call, say, trajectory, write
 
 from verl_ext.viewer import queries, records
 from verl_ext.viewer.runs import Run
@@ -64,6 +64,11 @@ def labels(run: Run, **question) -> list[str]:
     return [group["label"] for group in queries.groups(run, **question)["groups"]]
 
 
+def number(run: Run, label: str) -> int:
+    (found,) = [group["id"] for group in queries.groups(run)["groups"] if group["label"] == label]
+    return found
+
+
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
@@ -109,46 +114,71 @@ def test_a_question_that_cannot_be_is_refused_by_name(run, question, message):
         queries.groups(run, **question)
 
 
+def test_code_is_found_word_by_word_though_a_turn_has_it_as_json(run):
+    code = trajectory("figs", call("total = 3\nprint(total)"), say("x"))
+    write(run.path, {3: [code]})
+    run.update()
+    assert "\\nprint" in code["turns"][0]["text"] and labels(run, text="print ", step=3) == ["figs"]
+
+
+def test_a_prompt_is_found_however_often_it_was_given(tmp_path):
+    steps = {step: [trajectory("figs", say("x"))] for step in range(1, 131)}
+    run = Run(write(tmp_path, steps), None, tmp_path / "cache")
+    run.update()
+    found = queries.same_prompt([run], queries.group(run, queries.groups(run)["groups"][0]["id"])["prompt_key"])
+    assert [one["step"] for one in found] == list(steps)
+
+
 def test_an_opened_group_says_which_siblings_have_the_words(run):
-    assert [row["found"] for row in queries.group(run, 1, "so boxed")["rows"]] == [False, True, False]
-    assert not any(row["found"] for row in queries.group(run, 1)["rows"])
+    apples = number(run, "apples")
+    assert [row["found"] for row in queries.group(run, apples, "so boxed")["rows"]] == [False, True, False]
+    assert not any(row["found"] for row in queries.group(run, apples)["rows"])
 
 
 def test_neighbours_follow_the_record(run):
-    assert queries.neighbours(run, 1) == {"before": None, "after": 2}
-    assert queries.neighbours(run, 2) == {"before": 1, "after": 3}
-    assert queries.neighbours(run, 3) == {"before": 2, "after": None}
+    apples, pears, plums = (number(run, label) for label in ("apples", "pears", "plums"))
+    assert queries.neighbours(run, apples) == {"before": None, "after": pears}
+    assert queries.neighbours(run, pears) == {"before": apples, "after": plums}
+    assert queries.neighbours(run, plums) == {"before": pears, "after": None}
     with pytest.raises(KeyError):
         queries.neighbours(run, 99)
 
 
 def test_what_if_is_asked_of_the_whole_step_and_answers_for_the_group(run):
-    answers = queries.what_if(run, 2, {"factor": 3.0})
-    rows = queries.group(run, 2)["rows"]
+    pears = number(run, "pears")
+    answers = queries.what_if(run, pears, {"factor": 3.0})
+    rows = queries.group(run, pears)["rows"]
     assert list(answers) == [str(row["id"]) for row in rows]
     assert [turn["advantage"] for turn in answers[str(rows[1]["id"])]["turns"]] == [3.0, -3.0]
     assert answers[str(rows[1]["id"])]["code"] == "while True: pass"
     assert answers[str(rows[2]["id"])]["code"] == ""  # a malformed call never ran
     with pytest.raises(ValueError, match="factor"):
-        queries.what_if(run, 2, {"factor": -1})
+        queries.what_if(run, pears, {"factor": -1})
 
 
 def test_without_a_method_what_if_says_so(run, tmp_path):
     run = Run(run.path, None, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"verl_ext\.viewer"):
-        queries.what_if(run, 1, {})
+        queries.what_if(run, number(run, "apples"), {})
 
 
 def test_the_same_prompt_is_found_in_other_runs_and_steps(run, tmp_path):
     later = Run(write(tmp_path / "later", {7: MIXED, 9: [*EQUAL, MIXED[0]]}), None, tmp_path / "cache")
     later.update()
-    key = queries.group(run, 1)["prompt_key"]
+    key = queries.group(run, number(run, "apples"))["prompt_key"]
     found = queries.same_prompt([run, later], key)
     assert [(one["name"], one["step"], one["size"]) for one in found] == [
         ("run", 1, 3),
         ("later", 7, 3),
         ("later", 9, 1),
     ]
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(run, tmp_path):
+    runs = [Run(write(tmp_path / name, {}), None, tmp_path / "cache") for name in ("a/seed1", "b/seed1")]
+    assert queries.run_names(runs) == ["a/seed1", "b/seed1"]
+    assert queries.run_names([run, runs[0]]) == ["run", "seed1"]
+    assert queries.run_names([run, run]) == ["run", "run"]  # the same folder twice
 
 
 def test_configs_are_compared_by_key(run, tmp_path):
@@ -161,6 +191,12 @@ def test_configs_are_compared_by_key(run, tmp_path):
         {"key": "new", "values": [None, None, True]},
         {"key": "seed", "values": [None, 1, 2]},
     ]
+
+
+def test_a_config_that_comes_after_the_viewer_is_read(run):
+    assert run.settings == {"factor": 1.0}
+    (run.path / "config.json").write_text(json.dumps({"factor": 3.0}))
+    assert run.settings == {"factor": 3.0}
 
 
 def test_curves_are_the_metrics_of_every_run_and_torn_lines_are_passed_over(run):
@@ -178,7 +214,7 @@ def test_curves_are_the_metrics_of_every_run_and_torn_lines_are_passed_over(run)
 
 
 def test_a_text_is_given_by_its_path_and_nothing_else_is(run):
-    first = queries.group(run, 1)["rows"][0]["id"]
+    first = queries.group(run, number(run, "apples"))["rows"][0]["id"]
     assert queries.full_text(run, first, "turns/0/calls/0/output") == "7\n"
     for path in ("turns", "turns/9/text", "turns/x/text", "nothing", "", "turns/0/text/0"):
         with pytest.raises(KeyError):
@@ -193,5 +229,6 @@ def test_every_flag_has_a_bit_of_its_own():
 def test_a_trajectory_without_an_advantage_is_not_called_equal(tmp_path):
     run = Run(write(tmp_path, {1: [trajectory("new", say("x"))]}), None, tmp_path / "cache")
     run.update()
-    assert queries.group(run, 1)["flags"] == ["no first call"]
-    assert queries.group(run, 1)["rows"][0]["turns"][0]["advantage"] is None  # unassigned is not zero
+    group = queries.group(run, number(run, "new"))
+    assert group["flags"] == ["no first call"]
+    assert group["rows"][0]["turns"][0]["advantage"] is None  # unassigned is not zero

@@ -80,6 +80,7 @@ export function App() {
         <span class="state">
           {run.trajectories.toLocaleString("en")} trajectories
           {run.skipped > 0 && <strong class="bad" title={run.why}> · {run.skipped} lines are no records, left out</strong>}
+          {run.torn.length > 0 && <span title={`${run.torn.join(", ")}: it is being written, or its writer was killed`}> · {run.torn.length} unfinished line{run.torn.length > 1 && "s"}</span>}
           {error && <strong class="bad"> · not updated: {error}</strong>}
         </span>
         <button class="quiet" onClick={toggleDark} title="light or dark">{dark ? "☀ light" : "☾ dark"}</button>
@@ -105,7 +106,7 @@ function Help({ close }) {
     ["/", "search"], ["?", "this page"], ["Esc", "close; leave a field"],
   ];
   const signs = [
-    ["✓", "the tool ran the code"], ["✗", "the code failed"], ["⏱", "time limit"], ["⚠", "malformed call"], ["⊘", "call not run: over the limit"],
+    ["✓", "the tool ran the code"], ["✗", "the code failed"], ["◷", "time limit"], ["⚠", "malformed call"], ["⊘", "call not run: over the limit"],
     ["⚡", "the tool server failed"], ["●", "right answer"], ["○", "wrong answer"], ["·", "no call, no answer"], ["…", "cut by a limit"],
   ];
   return (

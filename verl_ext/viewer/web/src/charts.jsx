@@ -23,8 +23,21 @@ function Plot({ title, data, series, dark, height = 220, range, bands }) {
   return <div class="plot" ref={at} />;
 }
 
+// Names without the words that they begin and end with alike, for a legend: "gtpo", "grpo" of "sums-gtpo-1", "sums-grpo-1".
+export function short(names) {
+  const words = names.map((name) => name.split(/(?<=[-/])|(?=[-/])/));
+  const alike = (at) => new Set(words.map((one) => one.at(at))).size === 1;
+  const least = Math.min(...words.map((one) => one.length));
+  let from = 0, to = 0;
+  while (from < least && alike(from)) from++;
+  while (from + to < least && alike(-1 - to)) to++;
+  const cut = words.map((one) => one.slice(from, one.length - to).join("").replace(/^[-/]+|[-/]+$/g, ""));
+  return cut.every(Boolean) ? cut : names;
+}
+
+export const ACCURACY = /^val-core\/.*acc/;
 // What to begin with, as far as a run has it.
-const FIRST = [/^val-core\/.*acc/, /^gtpo\/acc\/mean$/, /^gtpo\/turns\/mean$/, /^gtpo\/reward\/mean$/, /^gtpo\/advantage\/std$/, /^gtpo\/pools\/zero_spread$/,
+const FIRST = [ACCURACY, /^gtpo\/acc\/mean$/, /^gtpo\/turns\/mean$/, /^gtpo\/reward\/mean$/, /^gtpo\/advantage\/std$/, /^gtpo\/pools\/zero_spread$/,
   /^gtpo\/format\/first_turn_no_call$/, /^gtpo\/tool\/error_rate$/, /^timing_s\/step$/];
 
 export function Curves({ overview, run, route, dark }) {
@@ -35,6 +48,7 @@ export function Curves({ overview, run, route, dark }) {
   const [found] = useAnswer(() => (chosen.length ? get("api/curves", { name: chosen }) : null), [chosen.join(), run.revision]);
   if (!all) return <p class="empty">{error ?? "reading …"}</p>;
   if (!names.length) return <p class="empty">No run here has a metrics.jsonl.</p>;
+  const labels = short(overview.runs.map((one) => one.name));
   return (
     <main class="page">
       <p class="row">
@@ -48,7 +62,7 @@ export function Curves({ overview, run, route, dark }) {
           const curves = found.curves[name];
           const steps = [...new Set(curves.flatMap((curve) => curve.map(([step]) => step)))].sort((a, b) => a - b);
           const data = [steps, ...curves.map((curve) => { const by = new Map(curve); return steps.map((step) => by.get(step) ?? null); })];
-          const series = overview.runs.map((one, at) => ({ label: one.name, stroke: SERIES[at % SERIES.length], width: 2, spanGaps: true, points: { show: steps.length < 40 } }));
+          const series = overview.runs.map((one, at) => ({ label: labels[at], stroke: SERIES[at % SERIES.length], width: 2, spanGaps: true, points: { show: steps.length < 40 } }));
           return <figure class="card"><Plot {...{ title: name, data, series, dark }} />
             <button class="quiet" onClick={() => go({ metrics: chosen.filter((one) => one !== name).join(",") })}>remove</button></figure>;
         })}

@@ -4,9 +4,9 @@ import { get } from "./api.js";
 import { colour, signed } from "./colour.js";
 import { sign } from "./grid.jsx";
 import { useAnswer } from "./route.js";
-import { Code, Copy, Cut, Diff, Prose, start, visible } from "./text.jsx";
+import { Code, Copy, Cut, Diff, Prose, start, visible, whole } from "./text.jsx";
 
-export function Conversation({ run, row, answer, k, rows, open, dark, most, choose, words }) {
+export function Conversation({ run, row, answer, k, rows, open, toggle, dark, most, choose, words }) {
   const [talk, error] = useAnswer(() => get(`api/${run.run}/conversation`, { id: row.id }), [run.run, row.id]);
   const at = useRef();
   useEffect(() => { at.current?.querySelector(`[data-turn="${k}"]`)?.scrollIntoView({ block: "nearest" }); }, [k, talk]);
@@ -17,6 +17,7 @@ export function Conversation({ run, row, answer, k, rows, open, dark, most, choo
   return (
     <section class="talk" ref={at}>
       <h3>Trajectory {row.at + 1} <span class="faint">ended by {row.finish.replaceAll("_", " ")}{row.weights?.length > 0 && ` · weights of step ${[...new Set(row.weights)].join(" to ")}`}{row.index !== null && row.index !== undefined && ` · data row ${row.index}`}{row.pred && ` · answered ${visible(row.pred)}`}</span>
+        <button class="quiet" title="open or close everything (e)" onClick={toggle}>{open ? "close all" : "open all"}</button>
         <Copy text={() => JSON.stringify(talk, null, 1)} label="copy as JSON" /></h3>
       {talk.fault && <p><strong class="bad">{visible(talk.fault)}</strong></p>}
       {talk.prompt.map((message, m) => (
@@ -66,16 +67,16 @@ function Turn({ turn, m, row, answer, mixed, where, most, dark, open, here, choo
   const shade = advantage ? colour(advantage, most, dark) : {};
   return (
     <article class={here ? "turn here" : "turn"} data-turn={m} style={{ borderLeftColor: shade.background }}>
-      <h4 onClick={() => choose(row.id, m)}>
+      <h4 onClick={() => choose(row.at + 1, m)}>
         turn {m} <span class="faint">{sign(row, m)[1]} · {numbers.tokens} tokens
           {mixed && turn.weights && ` · weights of step ${[...new Set(turn.weights)].join(" to ")}`}
           {numbers.broken && ` · breaks the format: ${numbers.broken.replaceAll("_", " ")}`}</span>
         {advantage !== null && advantage !== undefined && <span class="pill" style={shade} title={answer ? "what if" : "as recorded"}>A {signed(advantage)}{answer && "?"}</span>}
         {calls && <button class="quiet" onClick={(e) => { e.stopPropagation(); setRaw(!raw); }}>{raw ? "as cards" : "as written"}</button>}
         {turn.tokens && <button class="quiet" aria-pressed={byToken} onClick={(e) => { e.stopPropagation(); setByToken(!byToken); }}>log-prob gap</button>}
-        <Copy text={text} />
+        <Copy text={whole(turn.text, { ...where, path: `turns/${m}/text` })} />
       </h4>
-      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} /> : prose && <Prose text={prose} math={!raw} />}
+      {turn.tokens && byToken ? <Tokens tokens={turn.tokens} all={numbers.tokens} /> : prose && <Prose text={prose} math={!raw} />}
       <Cut text={turn.text} {...where} path={`turns/${m}/text`} />
       {turn.calls.map((call, c) => <Call {...{ call, c, m, where, open }} />)}
     </article>
@@ -88,7 +89,7 @@ function Call({ call, c, m, where, open }) {
   return (
     <div class="call">
       <div class="bar-title"><b>{visible(call.name || "call")}</b>
-        {call.error && <span class="tag bad">{call.error.replaceAll("_", " ")}</span>}<Copy text={start(call.arguments)} /></div>
+        {call.error && <span class="tag bad">{call.error.replaceAll("_", " ")}</span>}<Copy text={whole(call.arguments, { ...where, path: `${path}/arguments` })} /></div>
       {start(call.arguments) !== "{}" && <Code text={start(call.arguments)} language={call.language} />}
       <Cut text={call.arguments} {...where} path={`${path}/arguments`} />
       {call.detail && <p class="note">{visible(call.detail)}</p>}
@@ -103,9 +104,10 @@ function Call({ call, c, m, where, open }) {
 }
 
 // Every token shaded by how far the sampler's log-probability is from the actor's.
-function Tokens({ tokens }) {
+function Tokens({ tokens, all }) {
   return (
     <div class="prose tokens">
+      {tokens.length < all && <p class="note">{tokens.length.toLocaleString("en")} of {all.toLocaleString("en")} tokens</p>}
       {tokens.map(([text, gap]) => (
         <span title={gap === null ? "no gap recorded" : `log p of the rollout − of the policy: ${signed(gap, 4)}`}
           style={gap ? { background: `color-mix(in srgb, var(--gap) ${Math.min(100, Math.round(Math.abs(gap) * 200))}%, transparent)` } : {}}>{visible(text)}</span>))}

@@ -30,7 +30,7 @@ function answer(data, [first, second], p) {
   if (second === "group") {
     const near = (by) => (run.groups[at + by]?.split === group.split ? run.groups[at + by].id : null);
     const words = wordsOf(p.q);
-    const found = (row) => words.length > 0 && has(run, row, words);
+    const found = (row) => words !== null && has(run, row, words);
     return { ...group, rows: step.filter((row) => row.grp === group.id).map((row) => ({ ...row, found: found(row) })), before: near(-1), after: near(1) };
   }
   if (second === "whatif") {
@@ -40,20 +40,34 @@ function answer(data, [first, second], p) {
   throw new Error(`an exported page has no ${path}`);
 }
 
+const recorded = (a, b) => a.step - b.step || a.place - b.place;
 const ORDERS = {
-  step: (a, b) => a.step - b.step || a.id - b.id,
-  latest: (a, b) => b.step - a.step || a.id - b.id,
-  spread: (a, b) => b.spread - a.spread || a.id - b.id,
-  largest: (a, b) => b.top - a.top || a.id - b.id,
-  tokens: (a, b) => b.tokens - a.tokens || a.id - b.id,
-  "least solved": (a, b) => a.solved / a.size - b.solved / b.size || a.id - b.id,
+  step: recorded,
+  latest: (a, b) => b.step - a.step || recorded(a, b),
+  spread: (a, b) => b.spread - a.spread || recorded(a, b),
+  largest: (a, b) => b.top - a.top || recorded(a, b),
+  tokens: (a, b) => b.tokens - a.tokens || recorded(a, b),
+  "least solved": (a, b) => a.solved / a.size - b.solved / b.size || recorded(a, b),
 };
 
-const wordsOf = (text) => (text ?? "").toLowerCase().replaceAll('"', " ").split(/\s+/).filter(Boolean);
-const has = (run, row, words) => {
-  const text = JSON.stringify(run.conversations[row.id]).toLowerCase();
-  return words.every((word) => text.includes(word));
-};
+// As the server's index takes words (SQLite's unicode61 with _): letters and digits, without case and accents.
+const plain = (text) => ` ${text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase().replace(/[^\p{L}\p{N}\p{Co}_]+/gu, " ").trim()} `;
+
+// All words and "quoted phrases", the last one possibly a beginning; null where nothing is asked for.
+function wordsOf(typed = "") {
+  if (!typed.trim()) return null;
+  const terms = [...typed.matchAll(/"([^"]+)"|(\S+)/g)].map(([, quoted, word]) => plain(quoted ?? word)).filter((term) => term.trim());
+  if (terms.length && !/[\s"]$/.test(typed)) terms.push(terms.pop().slice(0, -1));
+  return terms;
+}
+
+const textOf = (text) => (typeof text === "string" ? text : text?.text ?? "");
+function has(run, row, words) {
+  const { prompt, turns } = run.conversations[row.id];
+  const texts = [...prompt.map((message) => message.content), ...turns.flatMap((turn) => [turn.text, ...turn.calls.flatMap((call) => [call.arguments, call.output])])];
+  const text = texts.map((one) => plain(textOf(one))).join("");
+  return words.length > 0 && words.every((word) => text.includes(word));
+}
 
 function list(run, p) {
   const words = wordsOf(p.q);
@@ -62,7 +76,8 @@ function list(run, p) {
     g.split === (p.split ?? "train") &&
     (!p.step || g.step === Number(p.step)) &&
     [p.flag ?? []].flat().every((flag) => g.flags.includes(flag)) &&
-    (!words.length || rows(g).some((row) => has(run, row, words))));
+    (!p.prompt || g.prompt_key === p.prompt) &&
+    (words === null || rows(g).some((row) => has(run, row, words))));
   found.sort(ORDERS[p.sort ?? "step"]);
   const offset = Number(p.offset ?? 0);
   return { total: found.length, groups: found.slice(offset, offset + PAGE) };

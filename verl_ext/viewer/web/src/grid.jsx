@@ -1,7 +1,7 @@
 // The group grid: siblings as rows, turns as columns, one cell a turn.
 import { colour, signed } from "./colour.js";
 
-const TOOLS = { ok: "✓", malformed: "⚠", over_limit: "⊘", timeout: "⏱", infra: "⚡" };
+const TOOLS = { ok: "✓", malformed: "⚠", over_limit: "⊘", timeout: "◷", infra: "⚡" };
 const WORDS = { ok: "the tool ran", malformed: "malformed call", over_limit: "call over the limit", timeout: "time limit", infra: "the tool server failed" };
 
 // [sign, words] of a turn: what its tool calls came to, or what it answered.
@@ -32,7 +32,7 @@ const size = (row) => row.turns.reduce((sum, turn) => sum + turn.tokens, 0);
 export const orders = Object.keys(ORDERS);
 export const sorted = (rows, order) => rows.map((row, at) => ({ ...row, at: row.at ?? at })).sort(ORDERS[order] ?? ORDERS["as recorded"]);
 
-// answers: {id: answer of the what-if}, or null for the record.
+// rows: `sorted`. answers: {id: answer of the what-if}, or null for the record. choose(number of the sibling, turn).
 export function Grid({ rows, answers = null, most, dark, selected, choose, small = false }) {
   const turns = Math.max(1, ...rows.map((row) => row.turns.length));
   const widest = Math.max(1, ...rows.flatMap((row) => row.turns.map((turn) => turn.tokens)));
@@ -41,13 +41,13 @@ export function Grid({ rows, answers = null, most, dark, selected, choose, small
       {!small && <thead><tr><th /><th>outcome</th>{Array.from({ length: turns }, (_, k) => <th>turn {k}</th>)}</tr></thead>}
       <tbody>
         {rows.map((row) => {
-          const here = selected?.row === row.id;
+          const here = selected?.row === row.at;
           return (
             <tr class={here ? "here" : ""}>
-              <th scope="row" title={row.found ? "found by the search" : undefined}>{row.found && <span class="found">⌕</span>}{(row.at ?? 0) + 1}</th>
+              <th scope="row" title={row.found ? "found by the search" : undefined}>{row.found && <span class="found">⌕</span>}{row.at + 1}</th>
               <td class="outcome"><Outcome row={row} answer={answers?.[row.id]} /></td>
               {Array.from({ length: turns }, (_, k) => (
-                <td>{k < row.turns.length && <Cell row={row} k={k} {...{ answers, most, dark, widest, choose }} here={here && selected.turn === k} />}</td>))}
+                <td>{k < row.turns.length && <Cell row={row} k={k} {...{ answers, most, dark, widest, choose, small }} here={here && selected.turn === k} />}</td>))}
             </tr>);
         })}
       </tbody>
@@ -63,7 +63,7 @@ function Outcome({ row, answer }) {
   return <span>○ wrong{shaped > 0 && shaped !== row.outcome ? <span class="faint"> +{shaped.toFixed(2)}</span> : ""}</span>;
 }
 
-function Cell({ row, k, answers, most, dark, widest, choose, here }) {
+function Cell({ row, k, answers, most, dark, widest, choose, here, small }) {
   const turn = row.turns[k];
   const [glyph, words] = sign(row, k);
   const answer = answers?.[row.id];
@@ -77,16 +77,16 @@ function Cell({ row, k, answers, most, dark, widest, choose, here }) {
     (state === "unassigned" ? " · no advantage was assigned" : state === "dropped" ? " · dropped" : ` · advantage ${signed(value, 4)}`) +
     (masked ? ` · ${masked} tokens masked by rollout correction` : "") +
     (moved ? ` (recorded ${signed(turn.advantage, 4)})` : "");
-  const share = Math.max(20, (100 * turn.tokens) / widest);
+  const share = Math.max(20, (100 * turn.tokens) / widest), room = small ? 88 : 64;
   const text = <span class="value">{state === "dropped" ? "×" : state === "unassigned" ? "" : signed(value)}</span>;
   return (
-    <button class={`cell ${here ? "here" : ""} ${moved ? "moved" : ""}`} title={title} aria-label={`turn ${k}: ${title}`} onClick={() => choose?.(row.id, k)}>
+    <button class={`cell ${here ? "here" : ""} ${moved ? "moved" : ""}`} title={title} aria-label={`turn ${k}: ${title}`} onClick={() => choose?.(row.at + 1, k)}>
       <span class={`bar ${state}`} style={{ ...shade, width: `${share}%` }}>
         {masked > 0 && <i class="masked" style={{ width: `${(100 * masked) / turn.tokens}%` }} />}
         <span class={turn.broken ? "glyph broken" : "glyph"}>{glyph}</span>
-        {share >= 64 && text}
+        {share >= room && text}
       </span>
-      {share < 64 && text}
+      {share < room && text}
     </button>
   );
 }

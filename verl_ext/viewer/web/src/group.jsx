@@ -1,5 +1,5 @@
 // One group: grid, ledger of the chosen turn, what-if, and the conversation of the chosen sibling.
-import { useLayoutEffect, useState } from "preact/hooks";
+import { useLayoutEffect } from "preact/hooks";
 import { get } from "./api.js";
 import { Conversation } from "./conversation.jsx";
 import { Grid, Legend, orders, sorted, strongest } from "./grid.jsx";
@@ -20,24 +20,25 @@ export function GroupView({ overview, run, route, dark }) {
   const ask = (wanted) => (trains && wanted && group?.id === id ? get(`api/${run.run}/whatif`, { id, settings: JSON.stringify(wanted) }) : null);
   const [own] = useAnswer(() => ask(run.settings), [group, trains]);
   const [answers, whatifError] = useAnswer(() => ask(settings), [group, trains, route.whatif]);
-  const [order, setOrder] = useState("as recorded");
-  const [open, setOpen] = useState(null);
+  const order = route.order ?? orders[0];
+  const open = { all: true, none: false }[route.open] ?? null;
+  const toggle = () => go({ open: read().open === "all" ? "none" : "all" }, { replace: true });
 
   const rows = group ? sorted(group.rows, order) : [];
-  const row = rows.find((one) => String(one.id) === route.row) ?? rows.find((one) => one.found) ?? rows[0];
+  const row = rows.find((one) => String(one.at + 1) === route.row) ?? rows.find((one) => one.found) ?? rows[0];
   const k = Math.min(Number(route.turn ?? 0), Math.max(0, (row?.turns.length ?? 1) - 1));
   const askIf = (next) => go({ whatif: next ? JSON.stringify(next) : "" }, { replace: true });
-  const choose = (which, turn) => go({ row: which, turn }, { replace: true });
+  const choose = (sibling, turn) => go({ row: sibling, turn }, { replace: true });
 
   useLayoutEffect(() => {
     const pressed = ({ detail }) => {
-      if (detail === "e") setOpen((now) => !now);
+      if (detail === "e") toggle();
       const down = { j: 1, k: -1 }[detail] ?? 0, right = { ArrowRight: 1, ArrowLeft: -1 }[detail] ?? 0;
       if (!rows.length || !(down || right)) return;
       const now = read();
-      const at = Math.max(0, rows.findIndex((one) => (now.row ? String(one.id) === now.row : one.id === row.id)));
+      const at = Math.max(0, rows.findIndex((one) => (now.row ? String(one.at + 1) === now.row : one.at === row.at)));
       const next = rows[Math.max(0, Math.min(rows.length - 1, at + down))];
-      choose(next.id, Math.max(0, Math.min(next.turns.length - 1, Number(now.turn ?? 0) + right)));
+      choose(next.at + 1, Math.max(0, Math.min(next.turns.length - 1, Number(now.turn ?? 0) + right)));
     };
     addEventListener("viewer-key", pressed);
     return () => removeEventListener("viewer-key", pressed);
@@ -63,19 +64,19 @@ export function GroupView({ overview, run, route, dark }) {
           <Copy text={() => location.href} label="link" />
           {group.prompt_key && <a title="in other runs and steps" href={`#${new URLSearchParams({ run: run.run, view: "prompt", prompt: group.prompt_key, group: id })}`}>same prompt</a>}
           {trains && <Methods {...{ overview, settings }} change={askIf} />}
-          <label>order <select aria-label="order of siblings" value={order} onChange={(e) => setOrder(e.target.value)}>{orders.map((one) => <option>{one}</option>)}</select></label>
+          <label>order <select aria-label="order of siblings" value={order} onChange={(e) => go({ order: e.target.value === orders[0] ? "" : e.target.value }, { replace: true })}>{orders.map((one) => <option>{one}</option>)}</select></label>
         </p>
       </div>
-      <div class="scroll"><Grid {...{ rows, answers: shown, most, dark, choose }} selected={{ row: row?.id, turn: k }} /></div>
+      <div class="scroll"><Grid {...{ rows, answers: shown, most, dark, choose }} selected={{ row: row?.at, turn: k }} /></div>
       {most > 0 && <Legend most={most} dark={dark} />}
       {group.split !== "train" && <p class="note">Validation: nothing is assigned, because nothing is trained on it.</p>}
       <div class="stack">
-        {row?.turns.length > 0 && <Ledger row={row} k={k} own={own?.[row.id]} settings={shown ? settings : run.settings} answer={shown?.[row.id]} />}
+        {row?.turns.length > 0 && <Ledger {...{ rows, row, k, own }} settings={shown ? settings : run.settings} answers={shown} />}
         {group.split === "train" && <WhatIf {...{ overview, run, settings }} error={whatifError} change={askIf} />}
       </div>
      </div>
      <div class="pane">
-      {row && <Conversation key={row.id} answer={shown?.[row.id]} {...{ run, row, k, rows, open, dark, most, choose }} words={route.q} />}
+      {row && <Conversation key={row.id} answer={shown?.[row.id]} {...{ run, row, k, rows, open, toggle, dark, most, choose }} words={route.q} />}
      </div>
     </div>
   );

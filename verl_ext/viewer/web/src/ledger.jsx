@@ -1,45 +1,51 @@
 // How one turn's advantage came about, with every number recomputed in place from the ones before it.
 import { signed } from "./colour.js";
+import { poolOf, shapedBy } from "./pool.js";
 
 const near = (a, b) => Math.abs(a - b) <= 1e-3 * Math.max(1, Math.abs(a), Math.abs(b));
 const number = (value) => (value === null || value === undefined ? "–" : (value < 0 ? "−" : "") + Math.abs(value).toFixed(4));
+const total = (values) => Object.values(values).reduce((a, b) => a + (b ?? 0), 0);
 
-// recorded: the row; own: what the method's code makes of the record with the run's settings (null without a method).
-export function Ledger({ row, k, own, settings, answer }) {
-  const turn = row.turns[k];
-  const counted = (answer ?? own)?.turns[k];
-  const shown = answer ? "what if" : "record";
+function Check({ computed, shown }) {
+  return near(computed, shown) ? <span class="right"> ✓</span> : <strong class="bad"> ≠ {number(computed)}</strong>;
+}
+
+// rows: the group's; own, answers: what the method's code makes of each of them with the run's settings, and with others
+// ({id: answer}; null without a method, and where nothing else was asked for).
+export function Ledger({ rows, row, k, own, settings, answers }) {
+  const turn = row.turns[k], answer = answers?.[row.id];
+  const source = (answers ?? own)?.[row.id], counted = source?.turns[k];
   const masked = turn.masked ?? 0, trained = turn.tokens - masked;
   const rewards = answer ? counted?.rewards : turn.rewards ?? counted?.rewards;
   const of = (name) => (answer ? counted?.[name] : turn[name] ?? counted?.[name]);
-  const reward = rewards ? Object.values(rewards).reduce((a, b) => a + (b ?? 0), 0) : turn.reward;
-  const source = answer ?? own;
-  const later = source?.turns.slice(k).map((one) => Object.values(one.rewards).reduce((a, b) => a + b, 0));
-  const whole = settings !== null && settings?.estimator !== "gtpo";
-  const all = source?.turns.map((one) => Object.values(one.rewards).reduce((a, b) => a + b, 0));
-  const gamma = settings?.gamma;
+  const reward = rewards ? total(rewards) : turn.reward;
   const divisor = of("divisor") ?? null;
   const computed = of("mean") === null || of("mean") === undefined || divisor === null ? null : (of("return") - of("mean")) / divisor;
   const advantage = answer ? counted?.advantage ?? null : turn.advantage;
+  const pool = poolOf(rows, answers ?? own, row, k, settings, counted?.count);
+  const few = counted?.count < settings?.min_pool;
   if (answer ? answer.dropped : row.dropped) {
     return <section class="card"><h3>Ledger of turn {k}</h3><p>The trajectory was dropped ({row.finish.replaceAll("_", " ")}): no reward of it is compared with anything, and none of its tokens is trained on.</p></section>;
   }
   return (
     <section class="card ledger">
-      <h3>Ledger of turn {k} <span class="faint">{shown}</span></h3>
+      <h3>Ledger of turn {k} <span class="faint">{answer ? "what if" : "record"}</span></h3>
       <table>
         <tbody>
           {rewards && Object.entries(rewards).map(([part, value]) => (
             <tr class={value ? "" : "faint"}><th>{part}</th><td>{value === null || value === undefined ? "unassigned" : number(value)}</td>
               <td class="how">{part === "format" && turn.broken ? turn.broken.replaceAll("_", " ") : ""}
-                {part === "shaping" && value ? "alpha / |P| × sum of similarities" : ""}</td></tr>))}
+                {part === "shaping" && value ? <Shaping {...{ rows, row, value, settings }} answers={answers ?? own} /> : ""}</td></tr>))}
           <tr class="sum"><th>reward r</th><td>{reward === null || reward === undefined ? "unassigned" : number(reward)}</td><td class="how">{rewards ? "sum of its parts" : "parts not recorded"}</td></tr>
           <tr class="sum"><th>return R</th><td>{number(of("return"))}</td>
-            <td class="how">{whole && all ? `sum over the trajectory: ${all.map(number).join(" + ")}`
-              : later && gamma !== undefined ? later.map((r, m) => (m === 0 ? number(r) : `${gamma}${m > 1 ? `^${m}` : ""}·${number(r)}`)).join(" + ") : ""}</td></tr>
+            <td class="how">{source && <Return turns={source.turns} value={of("return")} {...{ k, settings }} />}</td></tr>
           <tr><th>pool mean</th><td>{number(of("mean"))}</td>
-            <td class="how">{counted?.count ? `of ${counted.count} returns: ${poolName(settings)}${counted.count < settings?.min_pool ? ", too few" : ""}` : of("mean") === null ? "the method compares in no single pool" : ""}</td></tr>
-          <tr><th>divided by</th><td>{number(divisor)}</td><td class="how">{divisor === null ? "" : divisorName(settings)}</td></tr>
+            <td class="how">{counted?.count ? `of ${counted.count} returns: ${poolName(settings)}${few ? ", too few" : ""}` : of("mean") === null ? "the method compares in no single pool" : ""}
+              {pool && <Check computed={pool.mean} shown={of("mean")} />}
+              {pool && <details><summary>the returns</summary>
+                <dl class="pool">{pool.lines.map(([at, values]) => <><dt>{at}</dt><dd>{values.map(number).join("  ")}</dd></>)}</dl></details>}</td></tr>
+          <tr><th>divided by</th><td>{number(divisor)}</td><td class="how">{divisor === null ? "" : divisorName(settings)}
+            {pool && scaleOf(settings) === "std" && <Check computed={pool.std + 1e-6} shown={divisor} />}</td></tr>
           <tr class="sum"><th>advantage A</th><td>{advantage === null || advantage === undefined ? "unassigned" : signed(advantage, 4)}</td>
             <td class="how">{computed !== null && `(${number(of("return"))} − ${number(of("mean"))}) / ${number(divisor)} = ${signed(computed, 4)}`}
               {computed !== null && advantage !== null && (near(computed, advantage) ? <span class="right"> ✓</span>
@@ -48,18 +54,42 @@ export function Ledger({ row, k, own, settings, answer }) {
           <tr><th>weight</th><td>{advantage === null || advantage === undefined ? "–" : number(Math.abs(advantage) * trained)}</td><td class="how">|A| × {trained} tokens{masked > 0 && `; ${masked} more are masked: rollout correction left them out of the update`}</td></tr>
         </tbody>
       </table>
-      {!answer && own && <p class="note">{near(own.turns[k]?.advantage ?? 0, advantage ?? 0)
+      {!answer && counted && <p class="note">{near(counted.advantage ?? 0, advantage ?? 0)
         ? "The method's own code, run on the record, gives the same advantage."
-        : <strong class="bad">The method's own code gives {signed(own.turns[k]?.advantage, 4)} from the record with this run's settings.</strong>}</p>}
+        : <strong class="bad">The method's own code gives {signed(counted.advantage, 4)} from the record with this run's settings.</strong>}</p>}
     </section>
   );
 }
 
-const divisorName = (settings) => {
-  const scale = settings?.estimator === "grpo" ? (settings.divide ? "std" : "none") : settings?.estimator === "rloo" ? "none" : settings?.scale;
-  return { std: "the pool's standard deviation + 1e-6", batch_std: "one standard deviation for the batch + 1e-6", none: "nothing" }[scale] ?? "";
-};
+function Shaping({ rows, answers, row, value, settings }) {
+  const found = shapedBy(rows, answers, row), alpha = settings?.["shaping.alpha"];
+  if (!found || alpha === undefined) return "alpha / |P| × sum of similarities";
+  const [close, solved] = found, outcome = row.outcome ?? 0;
+  const computed = Math.max(outcome, (alpha / solved) * close.reduce((sum, one) => sum + Math.min(1, Math.max(0, one)), 0)) - outcome;
+  return <>{alpha} / {solved} × ({close.map((one) => one.toFixed(3)).join(" + ")}){outcome ? ` − ${number(outcome)}` : ""}<Check computed={computed} shown={value} /></>;
+}
 
-const poolName = (settings) => settings?.estimator !== "gtpo" ? "one a trajectory of the prompt"
-  : { group: "all turns of the prompt", turn: "this turn of the prompt", batch: "all turns of the step" }[settings?.baseline] +
-    (settings?.leave_one_out ? ", without its own trajectory's" : "");
+function Return({ turns, k, value, settings }) {
+  const rewards = turns.map((one) => total(one.rewards));
+  if (settings && settings.estimator !== "gtpo") return `sum over the trajectory: ${rewards.map(number).join(" + ")}`;
+  const gamma = settings?.gamma;
+  if (gamma === undefined) return "";
+  if (settings.bootstrap > 0) {
+    return `with ${settings.bootstrap} of what follows a turn taken from all siblings that its tools led to the same state; this trajectory alone: ${number(discounted(rewards, k, gamma))}`;
+  }
+  return <>{rewards.slice(k).map((r, m) => (m === 0 ? number(r) : `${gamma}${m > 1 ? `^${m}` : ""}·${number(r)}`)).join(" + ")}
+    <Check computed={discounted(rewards, k, gamma)} shown={value} /></>;
+}
+
+const discounted = (rewards, k, gamma) => rewards.slice(k).reduceRight((rest, r) => r + gamma * rest, 0);
+
+const scaleOf = (settings) => settings?.estimator === "grpo" ? (settings.divide ? "std" : "none") : settings?.estimator === "rloo" ? "none" : settings?.scale;
+const divisorName = (settings) =>
+  ({ std: "the pool's standard deviation + 1e-6", batch_std: "one standard deviation for the batch + 1e-6", none: "nothing" })[scaleOf(settings)] ?? "";
+
+function poolName(settings) {
+  if (settings?.estimator !== "gtpo") return "one a trajectory of the prompt";
+  const state = `turns of the prompt whose tools had said the same${settings.state_prior > 0 ? `; the state before counts as ${settings.state_prior}` : ""}`;
+  const names = { group: "all turns of the prompt", turn: "this turn of the prompt", state, batch: "all turns of the step" };
+  return names[settings.baseline] + (settings.leave_one_out ? ", without its own trajectory's" : "");
+}

@@ -18,17 +18,28 @@ export function GroupList({ overview, run, route }) {
   const selected = useRef();
   useEffect(() => { selected.current?.scrollIntoView({ block: "nearest" }); }, [route.group, groups.length]);
 
+  const move = async (step) => {
+    const now = read().group, at = groups.findIndex((group) => String(group.id) === now);
+    const open = (id, changes = {}) => id && go({ group: id, row: "", turn: "", ...changes });
+    if (at < 0 && now && found.total > PAGE && !flags.length && !route.q) {  // on another page: its neighbours in the record
+      const group = await get(`api/${run.run}/group`, { id: now });
+      return open(step > 0 ? group.after : group.before);
+    }
+    const next = groups[at < 0 ? 0 : at + step];
+    if (next) return open(next.id);
+    const there = offset + step * PAGE;
+    if (there < 0 || there >= found.total) return;
+    const more = await get(`api/${run.run}/groups`, { ...question, offset: there });
+    open(more.groups.at(step > 0 ? 0 : -1)?.id, { offset: there || "" });
+  };
   useLayoutEffect(() => {  // a key may come as soon as the list is there
     const pressed = ({ detail }) => {
       const step = { n: 1, p: -1 }[detail];
-      if (!step || !groups.length) return;
-      const at = groups.findIndex((group) => String(group.id) === read().group);
-      const next = groups[at < 0 ? 0 : Math.max(0, Math.min(groups.length - 1, at + step))];
-      go({ group: next.id, row: "", turn: "" });
+      if (step && groups.length) move(step);
     };
     addEventListener("viewer-key", pressed);
     return () => removeEventListener("viewer-key", pressed);
-  }, [groups]);
+  });
 
   const toggle = (flag) =>
     go({ flags: (flags.includes(flag) ? flags.filter((f) => f !== flag) : [...flags, flag]).join(","), offset: "" });

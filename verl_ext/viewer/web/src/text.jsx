@@ -70,8 +70,17 @@ export function Diff({ from, to, names }) {
   );
 }
 
+// The text for a copy: all of it where a server has it, also where the page shows its start only.
+export const whole = (text, { run, id, path }) => (typeof text === "string" || !text || exported ? start(text)
+  : async () => { const answer = await fetch(textUrl(run, id, path)); if (!answer.ok) throw new Error(answer.statusText); return answer.text(); });
+
 export function Copy({ text, label = "copy" }) {
-  const [done, setDone] = useState(false);
-  const copy = () => navigator.clipboard?.writeText(typeof text === "function" ? text() : text).then(() => setDone(true), () => setDone(false));
-  return <button class="quiet" onClick={(event) => { event.stopPropagation(); copy(); }} onBlur={() => setDone(false)}>{done ? "copied" : label}</button>;
+  const [said, setSaid] = useState(null);
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(typeof text === "function" ? await text() : text);
+      setSaid("copied");
+    } catch { setSaid("not copied: the browser refuses it here"); }  // no clipboard outside of https and this machine
+  };
+  return <button class="quiet" onClick={(event) => { event.stopPropagation(); copy(); }} onBlur={() => setSaid(null)}>{said ?? label}</button>;
 }

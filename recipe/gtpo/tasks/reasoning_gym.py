@@ -40,12 +40,12 @@ class ReasoningGym(PreparedTask):
     r"""Answers in `\boxed{}`. A verifier that gives partial credit counts only when it gives all of it.
 
     Args:
-        generators: name -> settings of that generator.
+        generators: name -> settings of that generator; null: it is left out, which a config cannot say otherwise.
         train_problems, validation_problems: of all generators together, in equal parts.
         train_seed, validation_seed: of the first problem of each generator.
     """
 
-    generators: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    generators: Mapping[str, Mapping[str, Any] | None] = field(hash=False)
     train_problems: int
     validation_problems: int
     train_seed: int
@@ -56,6 +56,8 @@ class ReasoningGym(PreparedTask):
     templated = True
 
     def __post_init__(self) -> None:
+        wanted = {name: settings for name, settings in self.generators.items() if settings is not None}
+        object.__setattr__(self, "generators", wanted)
         if not self.generators:
             raise ValueError("task.generators is empty: at least one, such as chain_sum")
         known = _package().factory.DATASETS
@@ -85,7 +87,7 @@ class ReasoningGym(PreparedTask):
 
     def _generator(self, name: str, seeds: range) -> Sequence[Mapping[str, Any]]:
         try:
-            settings = {**self.generators[name], "seed": seeds.start, "size": max(1, len(seeds))}
+            settings = {**(self.generators[name] or {}), "seed": seeds.start, "size": max(1, len(seeds))}
             return _package().create_dataset(name, **settings)
         except (TypeError, AssertionError) as e:  # how generators refuse a setting
             raise ValueError(f"task.generators.{name}: {e}") from e

@@ -337,7 +337,7 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
     queue = [(cell, 1) for cell in cells if not cell.complete]
     running: list[_Started] = []
     total = sum(cell.steps or 0 for cell, _ in queue)
-    bar = tqdm(total=total or len(queue), unit="step" if total else "cell", desc="matrix", file=out, smoothing=0.05)
+    bar = tqdm(total=total or len(queue), unit="step" if total else "cell", desc="matrix", file=out, smoothing=0)
     try:
         while queue or running:
             while queue and len(running) < parallel:

@@ -42,6 +42,14 @@ def test_a_run_makes_its_data_and_makes_them_again_when_the_settings_differ(tmp_
     assert problems(files["data.train_files"]) != first
 
 
+def test_a_generator_set_to_null_is_left_out(tmp_path):
+    files = task("task.generators.lcm=null", "task.generators.products=null", folder=tmp_path / "data").prepare()
+    rows = pyarrow.parquet.read_table(files["data.train_files"]).to_pylist()
+    assert {row["data_source"] for row in rows} == {"chain_sum", "simple_equations"}
+    with pytest.raises(ValueError, match="task.generators is empty"):
+        task(*(f"task.generators.{name}=null" for name in ("lcm", "products", "chain_sum", "simple_equations")))
+
+
 def test_no_problem_is_in_both_splits_and_metrics_are_grouped_by_generator(tmp_path):
     files = task("task.train_problems=400", folder=tmp_path / "data").prepare()
     (validation,) = files["data.val_files"]

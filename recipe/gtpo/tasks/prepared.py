@@ -123,7 +123,12 @@ class PreparedTask(Task):
 
 
 def text(value: Any) -> str:
-    """A number or a text of a published row as the text that a solver would write; "" where there is none."""
+    """A number or a text of a published row as the text that a solver would write; "" where there is none.
+
+    Raises Unusable for anything else.
+    """
+    if not isinstance(value, str | int | float | None):
+        raise Unusable(f"a {type(value).__name__} where a text or a number should be")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return "" if value is None else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+    return "" if value is None or value != value else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())

@@ -69,6 +69,7 @@ class PreparedTask(Task):
     system: str
     validation: Sequence[str] | None = field(default=None, hash=False)
 
+    finds = True
     training: ClassVar[tuple[DataSet, ...]]
     evaluation: ClassVar[tuple[DataSet, ...]]
     templated: ClassVar[bool] = False  # problems share their words by design: only equal ones are the same
@@ -116,6 +117,8 @@ class PreparedTask(Task):
             if name not in sets["evaluation"]:
                 known = ", ".join(sets["evaluation"]) or "none"
                 raise ValueError(f"task.validation: {name!r} is not in {self.folder}, which has {known}; {remedy}")
+        if not wanted:
+            raise ValueError(f"task.folder={self.folder} has no evaluation set to validate on; {remedy}")
         return {
             "data.train_files": str(folder / TRAIN_FILE),
             "data.val_files": [str(folder / f"{name}.parquet") for name in wanted],

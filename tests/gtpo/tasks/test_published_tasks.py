@@ -88,6 +88,13 @@ def test_a_folder_that_does_not_fit_is_refused_with_the_remedy(folder, settings,
         make_task("math", [f"task.folder={folder}"]).prepare()
 
 
+def test_a_folder_without_an_evaluation_set_is_refused(tmp_path):
+    write_jsonl(tmp_path / "gsm8k/train.jsonl", [{"question": "What is 2+3?", "answer": "#### 5"}])
+    prepare(make_task("gsm8k"), tmp_path / "out", local=tmp_path)
+    with pytest.raises(ValueError, match="has no evaluation set to validate on; make them first"):
+        make_task("gsm8k", [f"task.folder={tmp_path}/out"]).prepare()
+
+
 # -- gsm8k, math ------------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,20 @@ def test_sources_that_there_are_not(tmp_path):
             list(open_source(source, task, str))
 
 
+def test_a_set_of_the_hub_may_have_a_config(monkeypatch):
+    asked = []
+
+    def load(name, config, split, streaming):
+        asked.append((name, config, split))
+        return [{"messages": said("user", "assistant")}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for source in ("owner/name", "owner/name-1.5:tools"):
+        (one,) = open_source(source, None, None)
+        assert [message["role"] for message in one()] == ["user", "assistant"]
+    assert asked == [("owner/name", None, "train"), ("owner/name-1.5", "tools", "train")]
+
+
 def test_a_local_file_and_a_run_s_folder_are_read(tmp_path):
     import json
 

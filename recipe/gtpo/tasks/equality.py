@@ -145,7 +145,9 @@ _SEVERAL = re.compile(r",|\\cup|\\begin")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?\.?")
 _GOLD_CHOICE = re.compile(r"\(?[A-J]\)?\.?")
-_CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[.):]|$))\s*(.*)", re.I | re.DOTALL)
+_CHOSEN = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[.):]|$))(?!\s*[+*/^=<>_])\s*(.*)", re.I | re.DOTALL
+)
 _OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:or|and|not)\b")
 _COUNT = re.compile(r"([-+]?[\d.,/]+)\s+([A-Za-z]{2,}(?: [A-Za-z]{2,}){0,3})")
 #: Words that say more of a number than what it counts.

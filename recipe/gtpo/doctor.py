@@ -2,8 +2,9 @@
 
 The checks are the run's own (recipe/gtpo/run): a run stops at the first that fails, this goes through all of them, says
 what to do about each, and ends with 1 if one failed. It starts the tool server for one call, nothing else, and writes
-nothing. What a task makes when a run starts (the embedded policy and its data) is not made here. On GPUs a table
-follows of what fits them, by arithmetic (recipe/gtpo/run/memory.py).
+nothing. Data that `recipe.gtpo.data` has prepared are looked at; what a task makes when a run starts (the embedded
+policy and its data) is not made here. On GPUs a table follows of what fits them, by arithmetic
+(recipe/gtpo/run/memory.py).
 """
 
 from __future__ import annotations
@@ -26,48 +27,60 @@ from recipe.gtpo.run import checks, memory  # noqa: E402
 from recipe.gtpo.run.checks import OF_DATA, choose_model, compose, first_checks, given_checks  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, one_line  # noqa: E402
 from recipe.gtpo.run.gpu import Check, machines_of  # noqa: E402
-from recipe.gtpo.run.inputs import Say, check_reward, expand_paths  # noqa: E402
+from recipe.gtpo.run.inputs import Say, check_reward, expand_paths, fill_open  # noqa: E402
 from recipe.gtpo.run.machine import gpus, host_memory  # noqa: E402
 from recipe.gtpo.run.memory import Settings  # noqa: E402
 from recipe.gtpo.run.tools import check_tools  # noqa: E402
-from recipe.gtpo.tasks.task import OwnData, load_task  # noqa: E402
+from recipe.gtpo.tasks.prepared import PreparedTask  # noqa: E402
+from recipe.gtpo.tasks.task import OwnData, Task, load_task  # noqa: E402
 from verl_ext.tool_server.launch import ServerStartError  # noqa: E402
 
 _MADE = "made when a run starts, not looked at"
-_MISSING = "not looked at without a model"
+_NO_DATA = "not looked at without data"
+_NO_MODEL = "not looked at without a model"
 
 
 def examinations(config: DictConfig, choices: dict[str, str]) -> Iterator[tuple[str, Check]]:
     """(what is looked at, the check): the run's, in its order."""
     yield from first_checks(config, choices).items()
     yield "reward function", lambda say: check_reward(config, load_task(config))
+    task: Task | None = None
     chosen: list[str] = []  # what is said of a model that nobody named
     with suppress(Exception):  # its own check names what is wrong with the task
-        choose_model(config, load_task(config), chosen.append)
+        task = load_task(config)
+        choose_model(config, task, chosen.append)
+    if task is not None and task.finds and config.data.train_files is None:
+        finds = task
+        yield "prepared data", lambda say: _find_data(config, finds)
     yield from (("default model", lambda say, line=line: say(line)) for line in chosen)
     given = given_checks(config)
     files, path = config.data.train_files, config.actor_rollout_ref.model.path
+    asks_for_data = task is None or isinstance(task, OwnData)  # of a task that did not load nothing is known
+    asks_for_model = (task is None or isinstance(task, OwnData | PreparedTask)) and config.model is None
     for name, look in given.items():
-        unset = files is None if name in OF_DATA else path is None
-        missing = unset and _brings_nothing(config) and (name == "data" or config.model is None)
-        if not unset or (missing and name in ("data", "model and tokenizer")):  # their checks say what to set
+        if name in OF_DATA:
+            unset, missing = files is None, asks_for_data or (task is not None and task.finds)
+            without, says_what_to_set = _NO_DATA, name == "data" and asks_for_data
+        else:
+            unset, missing = path is None, asks_for_model
+            without, says_what_to_set = _NO_MODEL, name == "model and tokenizer" and asks_for_model
+        if not unset or says_what_to_set:
             yield name, look
         else:
-            yield name, _passed_over(_MISSING if missing else _MADE)
+            yield name, _passed_over(without if missing else _MADE)
     yield "verl's own checks", lambda say: validate(config)
     yield "tools", lambda say: _try_tools(config, say)
 
 
+def _find_data(config: DictConfig, task: Task) -> None:
+    try:
+        fill_open(config, task.prepare())
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+
+
 def _passed_over(why: str) -> Check:
     return lambda say: say(why)
-
-
-def _brings_nothing(config: DictConfig) -> bool:
-    """Whether the task makes neither model nor data: then what is not set is missing."""
-    try:
-        return isinstance(load_task(config), OwnData)
-    except Exception:  # its own check names what is wrong with it
-        return True
 
 
 def _try_tools(config: DictConfig, say: Say) -> None:

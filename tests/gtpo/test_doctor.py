@@ -12,8 +12,11 @@ import sys
 import pytest
 import ray
 from gpus import nvidia_smi
+from published import gsm8k, write_jsonl
 
 from recipe.gtpo import doctor, main
+from recipe.gtpo.data.__main__ import make_task
+from recipe.gtpo.data.prepare import prepare
 from recipe.gtpo.run import checks
 from recipe.gtpo.run.machine import driver_cuda, gpus
 from recipe.gtpo.tasks.task import make_row, write_parquet
@@ -119,6 +122,35 @@ def test_files_of_ones_own_are_looked_at_though_the_run_makes_the_model(tmp_path
     assert found["data"].startswith("FAIL  data: data.train_files: t.parquet does not exist in ")
     assert found["model and tokenizer"] == "ok    model and tokenizer: made when a run starts, not looked at"
     assert found["disk"] == "ok    disk: made when a run starts, not looked at"
+
+
+@pytest.mark.unit
+def test_prepared_data_are_looked_at_and_their_absence_has_its_remedy(tmp_path, capsys):
+    asked = ["task=gsm8k", f"task.folder={tmp_path}/out", NOWHERE, "data.train_batch_size=2"]
+    assert doctor.main(asked) == 1
+    found = report(capsys.readouterr().out)
+    assert found["prepared data"] == (
+        f"FAIL  prepared data: task.folder={tmp_path}/out has no prepared data; make them first: "
+        f"python -m recipe.gtpo.data prepare task=gsm8k out={tmp_path}/out"
+    )
+    assert found["data"] == "ok    data: not looked at without data"
+    assert found["model and tokenizer"].startswith("FAIL  model and tokenizer: actor_rollout_ref.model.path is not set")
+    for split, sums in {"train": range(4), "test": range(10, 12)}.items():
+        write_jsonl(tmp_path / f"gsm8k/{split}.jsonl", [gsm8k(f"What is {i}+1?", i + 1) for i in sums])
+    prepare(make_task("gsm8k"), tmp_path / "out", local=tmp_path)
+    capsys.readouterr()
+    doctor.main(asked)
+    found = report(capsys.readouterr().out)
+    assert found["prepared data"] == "ok    prepared data"
+    assert found["data"] == "ok    data: 4 training rows, 2 validation rows"
+
+
+@pytest.mark.unit
+def test_a_task_that_makes_its_data_is_not_asked_to(tmp_path, capsys):
+    doctor.main(["task=reasoning_gym", f"task.folder={tmp_path}/out", "model=smollm2", NOWHERE])
+    found = report(capsys.readouterr().out)
+    assert "prepared data" not in found and found["data"] == "ok    data: made when a run starts, not looked at"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.unit

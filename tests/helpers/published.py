@@ -30,8 +30,10 @@ MATH_FORMS: dict[str, dict[str, Any]] = {
     "AIME 2025, opencompass": {"question": "What is 2+3?", "answer": "5"},
     "AMC 2023, math-ai": {"id": 1, "question": "What is 2+3?", "answer": 5.0, "url": "2023_AMC_12A_Problems"},
     "OlympiadBench": {"question": "What is 2+3?", "final_answer": ["$5$"], "unit": None, "answer_type": "Numerical"},
+    "OlympiadBench, one text": {"question": "What is 2+3?", "final_answer": "5"},
     "SVAMP": {"Body": "What is", "Question": "2+3?", "Answer": "5.0", "Equation": "", "question_concat": ""},
     "MAWPS": {"input": "What is 2+3?", "target": 5.0},
+    "MAWPS, its authors'": {"iIndex": 1, "sQuestion": "What is 2+3?", "lEquations": ["X=2+3"], "lSolutions": [5.0]},
     "Calc-MAWPS": {"id": "1", "question": "What is 2+3?", "chain": "", "result": "5", "equation": ""},
     "GSM8K": {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
 }

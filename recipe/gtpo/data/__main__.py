@@ -6,7 +6,8 @@
 
 Keys:
     task        gsm8k, math, commonsense, code, reasoning_gym, or one of yours that extends PreparedTask
-    source      training problems from elsewhere: a file (.jsonl, .json, .parquet) or a hub id  (the task's own)
+    source      training problems from elsewhere: a file (.jsonl, .json, .jsonl.gz, .parquet) or a hub id,
+                with :CONFIG after it where it has several                                          (the task's own)
     local       a folder with local copies, <set>/<split>.jsonl, instead of the hub
     evaluation  comma-separated evaluation sets                                                 (all of the task's)
     out         the folder to write                                                             (the task's own)

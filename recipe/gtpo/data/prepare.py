@@ -23,7 +23,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from recipe.gtpo.data.overlap import Known, key
-from recipe.gtpo.data.sources import SourceError, local_file, read_file, read_hub
+from recipe.gtpo.data.sources import SUFFIXES, SourceError, local_file, read_file, read_hub
 from recipe.gtpo.tasks.prepared import MANIFEST, TRAIN_FILE, DataSet, Example, PreparedTask, Unusable
 from recipe.gtpo.tasks.unit_tests import close_client
 
@@ -64,7 +64,8 @@ def prepare(
     """Write the task's files into the folder `out`, which appears whole or not at all.
 
     Args:
-        source: training problems from elsewhere: a file, or a data set of the hub (its split `train`).
+        source: training problems from elsewhere: a file, or a data set of the hub (its split `train`), with
+            `:CONFIG` after its id where it has several.
         local: a folder with copies of the sets (`sources.local_file`); what is not there is left out, and said.
         evaluation: names of evaluation sets; None: all of the task's.
 
@@ -128,6 +129,7 @@ async def _prepare(
     say: Say,
     progress: bool,
 ) -> None:
+    trains = _training(task, source, local)  # before anything is read: what cannot be had is said at once
     known = Known(partial=not task.templated)
     manifest: dict[str, Any] = {"task": task.name, "settings": task.settings, "evaluation": {}}
     try:
@@ -142,11 +144,12 @@ async def _prepare(
                 say_counts(test.name, found[0], counts, test.sizes, say)
                 if counts.kept:
                     manifest["evaluation"][test.name] = {"rows": counts.kept, "samples": test.samples}
-            trains = _training(task, source, local)
             with _Table(folder / TRAIN_FILE) as table:
                 counts = await _write(task, trains, known, None, table, dropped, progress)
             where = " and ".join(one for _, (one, _) in trains)
-            sizes = trains[0][0].sizes if source is None and len(trains) == 1 else {}
+            sizes = trains[0][0].sizes if len(trains) == 1 else {}
+            if source is not None and counts.read not in sizes:  # of any size
+                sizes = {}
             say_counts("training problems", where, counts, sizes, say)
             manifest["train"] = {"rows": counts.kept}
     finally:
@@ -175,9 +178,10 @@ def _training(task: PreparedTask, source: str | None, local: Path | None) -> lis
     if source is not None:
         if Path(source).is_file():
             return [(first, (source, read_file(Path(source))))]
-        if Path(source).exists() or source.count("/") != 1 or Path(source).suffix in (".jsonl", ".json", ".parquet"):
-            raise SourceError(f"source={source} is no file (.jsonl, .json, .parquet) and no hub id (OWNER/NAME)")
-        return [(first, (source, read_hub(source, "train", None)))]
+        if Path(source).exists() or source.count("/") != 1 or source.endswith(SUFFIXES):
+            raise SourceError(f"source={source} is no file ({', '.join(SUFFIXES)}) and no hub id (OWNER/NAME)")
+        name, _, config = source.partition(":")
+        return [(first, (source, read_hub(name, "train", config or None)))]
     found = [(train, _rows(task, train, local, training=True)) for train in task.training]
     there = [(train, rows) for train, rows in found if rows is not None]
     if not there:
@@ -234,6 +238,8 @@ def _read(
         return str(e)
     except KeyError as e:
         return f"no column {e}"
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+        return f"not as the columns of its form are ({type(e).__name__})"
     statement = example.statement or example.problem
     same = key(statement)
     if same in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from recipe.gtpo.tasks.prepared import DataSet
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 
 
 class SourceError(ValueError):
@@ -17,7 +18,7 @@ class SourceError(ValueError):
 
 
 def local_file(folder: Path, source: DataSet, *, training: bool) -> Path | None:
-    """Where `folder` has a set: FOLDER/<name>/<split>.jsonl (or .json, .parquet).
+    """Where `folder` has a set: FOLDER/<name>/<split>.jsonl (or another of SUFFIXES).
 
     Hubs call the one split of an evaluation set `train` or `validation`; copies of it are mostly called `test`.
     """
@@ -30,26 +31,44 @@ def local_file(folder: Path, source: DataSet, *, training: bool) -> Path | None:
 
 
 def read_file(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet or JSON file. Raises SourceError with the line."""
+    """The rows of a parquet or JSON file: an object a line, or one list. Raises SourceError with the line."""
     if file.suffix == ".parquet":
         yield from _read_parquet(file)
         return
-    with file.open(encoding="utf-8") as lines:
-        if lines.read(1) == "[":
+    opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+    with opened as lines:
+        try:
+            is_list = lines.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
             lines.seek(0)
-            yield from json.load(lines)
-            return
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise SourceError(f"{file}, line {number}, is no JSON: {e.msg}, at character {e.pos}") from e
-            if not isinstance(row, dict):
-                raise SourceError(f"{file}, line {number}, is no JSON object, but of type {type(row).__name__}")
-            yield row
+            found = enumerate([lines.read()] if is_list else lines, start=1)
+            for number, line in found:
+                if not line.strip():
+                    continue
+                where = str(file) if is_list else f"{file}, line {number},"
+                rows = _parse(line, where)
+                for at, row in enumerate(rows if is_list else [rows], start=1):
+                    if not isinstance(row, dict):
+                        one = f"{file}, entry {at}," if is_list else where
+                        raise SourceError(f"{one} is no JSON object, but of type {type(row).__name__}")
+                    yield row
+        except (gzip.BadGzipFile, EOFError) as e:
+            raise SourceError(f"{file} is no whole gzip file: {e}") from e
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # what some programs begin a text with
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.removeprefix(_BYTE_ORDER_MARK).decode())
+    except json.JSONDecodeError as e:
+        raise SourceError(
+            f"{where} is no JSON: {e.msg}, at character {e.pos} (what is read: {', '.join(SUFFIXES)})"
+        ) from e
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{where} is no text in UTF-8: byte {e.start} is {e.object[e.start]:#x}") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits; brackets without end
+        raise SourceError(f"{where} cannot be read: {e}") from e
 
 
 def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:

@@ -106,6 +106,7 @@ class Request:
             elif key in KEYS:
                 raise ConfigError(f"{argument}: {key}= has no value")
             elif key in SAMPLING:
+                _check_sampling(key, value)
                 overrides.append(f"{SAMPLING[key]}={value}")
             elif not equals and not argument.startswith("~"):
                 raise ConfigError(f"{argument}: no KEY=VALUE")
@@ -148,6 +149,18 @@ def _count(key: str, given: Mapping[str, str]) -> int | None:
     if not given[key].isdecimal() or int(given[key]) < 1:
         raise ConfigError(f"{key}={given[key]}: a whole number, 1 or more")
     return int(given[key])
+
+
+def _check_sampling(key: str, value: str) -> None:
+    """Raise ConfigError for what the engine would refuse, or take for something else, after everything has started."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if key == "temperature" and not 0 <= number < float("inf"):
+        raise ConfigError(f"temperature={value}: a number, 0 (always the likeliest token) or more")
+    if key == "top_p" and not 0 < number <= 1:
+        raise ConfigError(f"top_p={value}: a number above 0, at most 1")
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from recipe.gtpo.doctor import read_overrides  # noqa: E402
 from recipe.gtpo.run.checks import choose_model, compose, prepare_model, prepare_task  # noqa: E402
 from recipe.gtpo.run.errors import ConfigError, one_line  # noqa: E402
 from recipe.gtpo.run.model import check_model  # noqa: E402
-from recipe.gtpo.sft.cold_start import cold_start  # noqa: E402
+from recipe.gtpo.sft.cold_start import check_source, cold_start  # noqa: E402
 from verl_ext.tool_server.launch import ServerStartError  # noqa: E402
 
 
@@ -39,6 +39,7 @@ def main() -> int:
         return 0
     try:
         config, _ = compose(*read_overrides(arguments))
+        check_source(config)  # before a task makes what may take minutes
         task = prepare_task(config, scored=False)
         prepare_model(config, say)
         choose_model(config, task, say)

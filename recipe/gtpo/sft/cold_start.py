@@ -29,11 +29,8 @@ def cold_start(config: DictConfig, say: Say) -> Path:
 
     Raises ConfigError or ValueError with what is missing.
     """
+    check_source(config)
     options = config.sft
-    if options.source is None:
-        raise ConfigError(
-            f"sft.source is not set: {TEACHER} (a task that has one), a run's folder, a file, or a data set of the hub"
-        )
     task = load_task(config)
     with _python(config, say) if options.source == TEACHER else _no_python() as run_code:
         transcripts = collect(
@@ -44,6 +41,14 @@ def cold_start(config: DictConfig, say: Say) -> Path:
             say=say,
         )
     return train(config, transcripts, tool_schemas(config), say)
+
+
+def check_source(config: DictConfig) -> None:
+    """Raise ConfigError where nothing says what the transcripts are."""
+    if not is_wanted(config):
+        raise ConfigError(
+            f"sft.source is not set: {TEACHER} (a task that has one), a run's folder, a file, or a data set of the hub"
+        )
 
 
 def _held_out(config: DictConfig) -> frozenset[str]:

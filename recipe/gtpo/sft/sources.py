@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.data.sources import read_file, read_hub
+from recipe.gtpo.data.sources import SUFFIXES, read_file, read_hub
 from recipe.gtpo.sft.transcripts import Message, NoTranscriptError, check, from_record, question, read, with_system
 from recipe.gtpo.tasks.task import Task
 from verl_ext.records.reader import FOLDERS, read_run
@@ -22,7 +22,8 @@ def open_source(source: str, task: Task, run_code: RunCode) -> Iterator[Callable
     """The transcripts of a source, each as a function that reads it or raises NoTranscriptError with the reason.
 
     Args:
-        source: `teacher`; the folder of a run; a file (.jsonl, .json, .parquet); else a data set of the hub.
+        source: `teacher`; the folder of a run; a file (`data.sources.SUFFIXES`); else a data set of the hub, with
+            `:CONFIG` after its id where it has several.
         run_code: what the tool python says to a program.
 
     Raises ValueError for a source that there is not.
@@ -37,10 +38,11 @@ def open_source(source: str, task: Task, run_code: RunCode) -> Iterator[Callable
             yield from ((lambda one=one: from_record(one)) for one in read_run(path, split))  # type: ignore[misc]
     elif path.is_file():
         yield from ((lambda one=one: read(one)) for one in read_file(path))  # type: ignore[misc]
-    elif source.startswith(("/", "./", "../")) or path.suffix:
+    elif source.startswith(("/", "./", "../")) or source.endswith(SUFFIXES):
         raise ValueError(f"sft.source={source} is not there")
     else:
-        yield from ((lambda one=one: read(one)) for one in read_hub(source, "train", None))  # type: ignore[misc]
+        name, _, subset = source.partition(":")
+        yield from ((lambda one=one: read(one)) for one in read_hub(name, "train", subset or None))  # type: ignore[misc]
 
 
 def _taught(task: Task, row: Mapping[str, Any], run_code: RunCode) -> list[Message]:

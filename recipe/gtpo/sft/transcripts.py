@@ -18,6 +18,7 @@ from verl_ext.records.schema import Record
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)
 _FENCE = re.compile(r"```(?:python|py)?\s*(.*?)```", re.DOTALL)
 _INTERPRETER = re.compile(r"\s*<interpreter>(.*?)</interpreter>", re.DOTALL)
@@ -39,6 +40,20 @@ def read(row: Mapping[str, Any]) -> list[Message]:
 
     Raises NoTranscriptError.
     """
+    try:
+        return _read(row)
+    except NoTranscriptError:
+        raise
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as e:  # a call without arguments, arguments that are no JSON
+        raise NoTranscriptError(f"messages or calls that are not as chat messages are ({type(e).__name__})") from e
+
+
+def _read(row: Mapping[str, Any]) -> list[Message]:
     messages = row.get("messages") or row.get("conversations")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise NoTranscriptError(f"no column `messages` with chat messages (columns: {', '.join(map(str, row))})")
@@ -49,6 +64,8 @@ def read(row: Mapping[str, Any]) -> list[Message]:
 
 def _read_message(message: Mapping[str, Any]) -> Message:
     role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:  # `conversations` in ShareGPT's words
+        role, content = _SHAREGPT.get(message["from"], message["from"]), message.get("value")
     if role not in ROLES:
         raise NoTranscriptError(f"a message of role {role!r}, not one of {', '.join(ROLES)}")
     if content is not None and not isinstance(content, str):

@@ -49,7 +49,7 @@ class Programs(PreparedTask):
                 statement=prompt,
                 reference=prompt + row["canonical_solution"],
             )
-        asserts = [*row["test_list"], *(row.get("challenge_test_list") or [])]
+        asserts = [*(row["test_list"] or []), *(row.get("challenge_test_list") or [])]
         name = function_under_test(row["code"], asserts)
         setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""])
         task = (row.get("text") or row.get("prompt") or "").strip()  # the sanitized config's name is `prompt`

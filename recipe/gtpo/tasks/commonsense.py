@@ -10,6 +10,7 @@ from typing import Any
 from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable, text
 from recipe.gtpo.tasks.task import boxed
 
+_YES_OR_NO = {"true": "yes", "yes": "yes", "false": "no", "no": "no"}
 _CHOICE = re.compile(r"\(?([a-z])\)?[.:]?(?:\s+(.*))?", re.DOTALL)
 
 
@@ -27,15 +28,24 @@ class Commonsense(PreparedTask):
     )
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
-        question = text(row.get("question"))
+        asked: Any = row.get("question")
+        given: Any = row.get("choices")
+        if isinstance(asked, Mapping):  # CommonsenseQA as its authors publish it
+            asked, given = asked.get("stem"), asked.get("choices")
+        question = text(asked)
         if not question:
             raise Unusable("no question")
-        if "choices" not in row:
-            if not isinstance(row.get("answer"), bool):
+        if given is None:
+            answer = _YES_OR_NO.get(text(row.get("answer")).lower())
+            if answer is None:
                 raise Unusable("an answer that is neither true nor false")
-            return Example(f"{question}\nAnswer yes or no.", "yes" if row["answer"] else "no", {"choice": ""}, question)
-        labels, texts = row["choices"]["label"], row["choices"]["text"]
-        if row["answerKey"] not in labels:
+            return Example(f"{question}\nAnswer yes or no.", answer, {"choice": ""}, question)
+        if not isinstance(given, Mapping):
+            given = {key: [choice[key] for choice in given] for key in ("label", "text")}
+        labels, texts = given["label"], given["text"]
+        if len(labels) != len(texts):
+            raise Unusable("not as many choices as letters")
+        if row.get("answerKey") not in labels:
             raise Unusable("no answer")
         choices = "\n".join(f"{label}. {words}" for label, words in zip(labels, texts, strict=True))
         right = texts[labels.index(row["answerKey"])]

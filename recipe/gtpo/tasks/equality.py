@@ -7,9 +7,11 @@ that are ended, and whose memory is limited; an answer that takes too long is no
 What math-verify does not decide as a task needs it is decided before it is asked:
 
 * **percent**: `50\%` is 50 and also 0.5, whichever the other side says; two percentages are compared as such.
-* **units** and degrees are left out, unless both sides name units and these differ (5 cm, 5 m).
+* **units** and degrees are left out, unless both sides name units and these differ (5 cm, 5 m); so is what is counted
+  (3 books), where the other side is a number alone.
 * **words** are compared as text, without regard to case (to math-verify, they are products of variables).
-* **choices**: `(B)`, `B.` and `\text{B}` are B.
+* **choices**: `(B)`, `B.`, `\text{B}` and `(B) 12` are B.
+* **bases**: 210_5 is not 210_6; without a base, the digits alone are compared.
 """
 
 from __future__ import annotations
@@ -85,6 +87,11 @@ def _depth(text: str) -> int:
 def _settle_pair(gold: str, answer: str) -> bool | None:
     if gold == answer:
         return True
+    bases = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
+    if bases[0] is not None and bases[1] is not None:
+        return bases[0].groups() == bases[1].groups()
+    if (choice := _choice(answer)) is not None and _GOLD_CHOICE.fullmatch(gold):
+        return choice == _choice(gold)
     numbers = _number(gold), _number(answer)
     if numbers[0] is not None and numbers[1] is not None:
         whole = "." not in gold and "." not in answer
@@ -99,7 +106,7 @@ def _settle_pair(gold: str, answer: str) -> bool | None:
 
 
 def _candidates(gold: str, answer: str) -> list[tuple[str, str]]:
-    """The pairs of which one has to be equal: several where one side alone is a percentage."""
+    """The pairs of which one has to be equal: several where one side alone is a percentage, or says what it counts."""
     percent = [_is_percentage(text) for text in (gold, answer)]
     gold, answer = _bare(gold), _bare(answer)
     pairs = [(gold, answer)]
@@ -107,6 +114,11 @@ def _candidates(gold: str, answer: str) -> list[tuple[str, str]]:
         pairs.append((_hundredth(gold), answer))
     if percent == [False, True]:
         pairs.append((gold, _hundredth(answer)))
+    counts = _count(gold), _count(answer)
+    if counts[0] is not None and _number(answer) is not None:
+        pairs.append((counts[0], answer))
+    if counts[1] is not None and _number(gold) is not None:
+        pairs.append((gold, counts[1]))
     return pairs
 
 
@@ -122,13 +134,32 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree\b|\^\s*\{?\s*\\degre
 _PERCENT = re.compile(r"\s*(\\?%|\bpercent\b)")
 _CURRENCY = re.compile(r"^(-?)\s*(?:\\\$|\$|€|£|\\pounds\b)\s*(?=[\d.])")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|textrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")
+_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 12 500
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+|[eE][-+]?\d{1,2})?")  # 1e-05 is what Python prints
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\s*\\overline\s*\{\s*(\d+)\s*\}")
+_BASED = re.compile(r"(\d\w*?)\s*_\s*\{?\s*(\d+)\s*\}?")
 _SIMPLE_FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _SEVERAL = re.compile(r",|\\cup|\\begin")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?\.?")
+_GOLD_CHOICE = re.compile(r"\(?[A-J]\)?\.?")
+_CHOSEN = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[.):]|$))(?!\s*[+*/^=<>_])\s*(.*)", re.I | re.DOTALL
+)
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:or|and|not)\b")
+_COUNT = re.compile(r"([-+]?[\d.,/]+)\s+([A-Za-z]{2,}(?: [A-Za-z]{2,}){0,3})")
+#: Words that say more of a number than what it counts.
+_NOT_COUNTED = frozenset(
+    "or and not to of over per by plus minus times divided squared cubed root factorial choose mod base point power pi "
+    "percent dozen hundred thousand million billion trillion half halves third thirds quarter quarters degrees "
+    "sin cos tan log ln sqrt".split()
+)
+_SET_OF = re.compile(
+    r"(?:\\left\s*)?\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid\b)(.*\b\1\b.*?)(?:\\right\s*)?\\\}"
+)
+_OPEN_ENDS = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
 
 #: One unit a line, in all its spellings.
 _UNITS = {
@@ -142,7 +173,9 @@ _UNITS = {
         foot feet ft
         yard yards yd
         mile miles mi
-        mph
+        mph miles/hour mile/hour
+        km/h kph kilometers/hour kilometres/hour
+        m/s meters/second metres/second
         gram grams
         kg kilogram kilograms
         pound pounds lb lbs
@@ -165,9 +198,12 @@ _UNITS = {
     """.strip().splitlines()
     for spelling in line.split()
 }
+#: As a unit's word, and only where it is set as text: 5m may be five times m.
+_SYMBOLS = {"m": "meters", "s": "seconds", "h": "hours", "g": "grams", "L": "liters"}
 _UNIT = re.compile(
-    rf"(?<![A-Za-z\\])(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})\b(?:\s*\^\s*\{{?\d\}}?)?", re.I
+    rf"(?<![A-Za-z\\])({'|'.join(sorted(_UNITS, key=len, reverse=True))})\b(?:\s*\^\s*\{{?\d\}}?)?", re.I
 )
+_UNITS_AT_END = re.compile(rf"(?:\s+{_UNIT.pattern}){{1,3}}$", re.I)
 
 
 def _clean(text: str) -> str:
@@ -179,19 +215,45 @@ def _clean(text: str) -> str:
     text = _SEPARATOR.sub("", text)
     if not any(opener in text for opener in ("(", "[", r"\{")):  # in (100,200) the comma is none of thousands
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    return _SPACES.sub(" ", text).strip().rstrip(".").strip()
+    text = _SPACES.sub(" ", text).strip().removeprefix("=").removesuffix("\\\\").rstrip(".").strip()
+    text = text.replace(r"\varnothing", r"\emptyset").replace(r"\mathrm{e}", "e").replace(r"\mathrm{i}", "i")
+    if _SPACED.fullmatch(text):
+        return text.replace(" ", "")
+    if (ends := _OPEN_ENDS.fullmatch(text)) is not None:  # ]0,1[ is (0,1)
+        return f"{'(' if ends[1] == ']' else '['}{ends[2]}{')' if ends[3] == '[' else ']'}"
+    return text
 
 
 def _bare(text: str) -> str:
     """Also without currency, percent and degree signs, and without units that follow a number."""
-    text = _DEGREES.sub("", _PERCENT.sub("", _CURRENCY.sub(r"\1", _clean(text))))
-    spoken = _TEXT.sub(r" \1 ", text)
+    text = _DEGREES.sub("", _PERCENT.sub("", _CURRENCY.sub(r"\1", _clean(text)))).strip()
+    if (members := _SET_OF.fullmatch(text)) is not None:  # {x: x > 2} is x > 2
+        text = members[2].strip()
+    spoken = _spoken(text)
     if re.search(r"\d", spoken):
         without = _UNIT.sub("", spoken).strip()
         if _number(without) is not None:
             return without
-        return text.strip()
+        return _UNITS_AT_END.sub("", text).strip()
     return " ".join(spoken.split())
+
+
+def _spoken(text: str) -> str:
+    """With the words of text mode as they are."""
+    words = _TEXT.sub(lambda said: f" {re.sub(r'^[mshgL]$', lambda m: _SYMBOLS[m[0]], said[1].strip())} ", text)
+    return re.sub(r"\s+per\s+", "/", words)
+
+
+def _count(text: str) -> str | None:
+    """The number of `3 books`."""
+    found = _COUNT.fullmatch(" ".join(_spoken(text).split()))
+    return None if found is None or _NOT_COUNTED & set(found[2].lower().split()) else found[1]
+
+
+def _choice(text: str) -> str | None:
+    """The letter of `B`, `(B)`, `B. twelve`, `option B`; None where another letter is named, too."""
+    found = _CHOSEN.fullmatch(_spoken(text).strip())
+    return None if found is None or _OTHER_CHOICE.search(found[3]) else (found[1] or found[2]).upper()
 
 
 def _is_percentage(text: str) -> bool:
@@ -199,21 +261,23 @@ def _is_percentage(text: str) -> bool:
 
 
 def _other_units(gold: str, answer: str) -> bool:
-    named = [
-        {_UNITS[word.lower()] for word in re.findall("[A-Za-z]+", _TEXT.sub(r" \1 ", text)) if word.lower() in _UNITS}
-        for text in (gold, answer)
-    ]
+    named = [{_UNITS[found[1].lower()] for found in _UNIT.finditer(_spoken(text))} for text in (gold, answer)]
     named = [units - {"unit", "square", "cubic"} for units in named]
     return bool(named[0] and named[1] and named[0] != named[1])
 
 
 def _number(text: str) -> Fraction | None:
-    """An integer, a decimal number, or a fraction of integers, written a/b or `\\frac{a}{b}`."""
+    """An integer, a decimal number, also a repeating one, or a fraction of integers, written a/b or `\\frac{a}{b}`."""
     fraction = _SIMPLE_FRACTION.fullmatch(text)
     if fraction is not None:
         sign, *parts = fraction.groups()
         top, bottom = (int(parts[i] or parts[i + 1]) for i in (0, 2))
         return None if bottom == 0 else Fraction(-top if sign else top, bottom)
+    if len(text) <= 300 and (repeating := _REPEATING.fullmatch(text)) is not None:
+        sign, whole, once, again = repeating.groups()
+        places = 10 ** len(once)
+        value = Fraction(int(whole + once or "0"), places) + Fraction(int(again), (10 ** len(again) - 1) * places)
+        return -value if sign else value
     if len(text) > 300 or not _NUMBER.fullmatch(text):  # `int` refuses more than 4300 digits
         return None
     over, _, under = text.partition("/")

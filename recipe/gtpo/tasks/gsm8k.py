@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.gtpo.tasks.equality import same_answer
-from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable
+from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable, text
 from recipe.gtpo.tasks.task import boxed
 
 SIZES = {7473: "the training problems", 1319: "the test problems"}
@@ -23,10 +23,13 @@ class GSM8K(PreparedTask):
     evaluation = (DataSet("gsm8k", "openai/gsm8k", "test", config="main", samples=4, sizes=SIZES),)
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
-        _, marks, answer = row["answer"].rpartition("####")
-        if not marks:
+        _, marks, answer = text(row["answer"]).rpartition("####")
+        if not marks or not answer.strip():
             raise Unusable("no answer after ####")
-        return Example(row["question"].strip(), answer.strip().replace(",", ""))
+        question = text(row["question"])
+        if not question:
+            raise Unusable("no question")
+        return Example(question, answer.strip().replace(",", ""))
 
     async def score(
         self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None

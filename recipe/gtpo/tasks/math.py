@@ -31,7 +31,15 @@ def _in_verls_columns(row: Row) -> tuple[Any, Any]:
 
 
 def _olympiad(row: Row) -> tuple[Any, Any]:
-    return row["question"], ", ".join(text(answer).replace("$", "") for answer in row["final_answer"] or [])
+    given = row["final_answer"] or []
+    answers = [given] if isinstance(given, str) else given
+    return row["question"], ", ".join(text(answer).replace("$", "") for answer in answers)
+
+
+def _mawps(row: Row) -> tuple[Any, Any]:
+    if len(row["lSolutions"] or ()) != 1:
+        raise Unusable("not one answer")
+    return row["sQuestion"], row["lSolutions"][0]
 
 
 def _after_the_solution(row: Row) -> tuple[Any, Any]:
@@ -46,6 +54,7 @@ FORMS: tuple[tuple[set[str], str, Callable[[Row], tuple[Any, Any]]], ...] = (
     ({"Body", "Question", "Answer"}, "SVAMP", lambda row: (f"{row['Body']} {row['Question']}", row["Answer"])),
     ({"question", "final_answer"}, "OlympiadBench", _olympiad),
     ({"input", "target"}, "MAWPS", lambda row: (row["input"], row["target"])),
+    ({"sQuestion", "lSolutions"}, "MAWPS, its authors' own files", _mawps),
     ({"question", "result"}, "Calc-MAWPS", lambda row: (row["question"], row["result"])),
     (
         {"problem", "answer"},

@@ -69,6 +69,7 @@ class PreparedTask(Task):
     system: str
     validation: Sequence[str] | None = field(default=None, hash=False)
 
+    finds = True
     training: ClassVar[tuple[DataSet, ...]]
     evaluation: ClassVar[tuple[DataSet, ...]]
     templated: ClassVar[bool] = False  # problems share their words by design: only equal ones are the same
@@ -116,6 +117,8 @@ class PreparedTask(Task):
             if name not in sets["evaluation"]:
                 known = ", ".join(sets["evaluation"]) or "none"
                 raise ValueError(f"task.validation: {name!r} is not in {self.folder}, which has {known}; {remedy}")
+        if not wanted:
+            raise ValueError(f"task.folder={self.folder} has no evaluation set to validate on; {remedy}")
         return {
             "data.train_files": str(folder / TRAIN_FILE),
             "data.val_files": [str(folder / f"{name}.parquet") for name in wanted],
@@ -123,7 +126,12 @@ class PreparedTask(Task):
 
 
 def text(value: Any) -> str:
-    """A number or a text of a published row as the text that a solver would write; "" where there is none."""
+    """A number or a text of a published row as the text that a solver would write; "" where there is none.
+
+    Raises Unusable for anything else.
+    """
+    if not isinstance(value, str | int | float | None):
+        raise Unusable(f"a {type(value).__name__} where a text or a number should be")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return "" if value is None else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+    return "" if value is None or value != value else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())

@@ -54,6 +54,7 @@ class ReasoningGym(PreparedTask):
     training = (DataSet("reasoning_gym", "", "train"),)
     evaluation = (DataSet("reasoning_gym", "", "test"),)
     templated = True
+    finds = False
 
     def __post_init__(self) -> None:
         wanted = {name: settings for name, settings in self.generators.items() if settings is not None}

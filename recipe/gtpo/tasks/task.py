@@ -20,7 +20,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +33,8 @@ class Task:
     r"""Base of all tasks: nothing to prepare, answers in `\boxed{}`, scored by the config's own reward function."""
 
     name: str
+
+    finds: ClassVar[bool] = False  # whether `prepare` only looks for files that are there: the doctor asks it, too
 
     def prepare(self) -> dict[str, Any]:
         """Make or find what a run needs, before anything starts: data, maybe a policy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def local(tmp_path):
         gsm8k(f"{LONG} How much is that?", 120),
         {"question": "No answer", "answer": "none"},
         {"question": "No column"},
+        {"question": ["No text"], "answer": "#### 1"},
+        {"question": "No text", "answer": 7},
         gsm8k("What is 2+4?", 6),
     ]
     write_jsonl(tmp_path / "local/gsm8k/train.jsonl", training)
@@ -59,6 +62,8 @@ def test_every_row_is_kept_or_left_out_with_its_line_and_reason(local, tmp_path)
         (5, "half of the text of a problem of gsm8k"),
         (6, "no answer after ####"),
         (7, "no column 'answer'"),
+        (8, "a list where a text or a number should be"),
+        (9, "no answer after ####"),
     ]
     assert said[0] == f"gsm8k: 2 rows of {local}/gsm8k/test.jsonl, 2 kept"
     assert said[1].startswith("  note: not a number of rows that is known of it (7473: the training problems; 1319")
@@ -105,7 +110,7 @@ def test_a_batch_is_no_border(local, tmp_path, monkeypatch):
     """Duplicates are found, and lines counted, across batches."""
     monkeypatch.setattr(module, "_AT_ONCE", 3)
     prepare(make_task("gsm8k"), tmp_path / "out", local=local)
-    assert [row["line"] for row in rows_of(tmp_path / "out" / "dropped.parquet")] == [2, 3, 4, 5, 6, 7]
+    assert [row["line"] for row in rows_of(tmp_path / "out" / "dropped.parquet")] == [2, 3, 4, 5, 6, 7, 8, 9]
     assert len(rows_of(tmp_path / "out/train.parquet")) == 2
 
 
@@ -167,6 +172,47 @@ def test_the_hub_is_asked_for_what_the_task_names_and_its_failure_is_one_line(mo
     )
 
 
+def test_a_row_that_is_not_as_its_form_is_costs_that_row_only(tmp_path):
+    rows = [
+        {"prompt": "a text", "reward_model": {"ground_truth": "1"}},
+        {"prompt": [], "reward_model": {"ground_truth": "1"}},
+        {"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}},
+        {"prompt": [{"role": "user", "content": "What is 2+3?"}], "reward_model": {"ground_truth": 5}},
+    ]
+    source = write_jsonl(tmp_path / "odd.jsonl", rows)
+    prepare(make_task("math"), tmp_path / "out", local=tmp_path, source=str(source))
+    assert [row["reason"] for row in rows_of(tmp_path / "out/dropped.parquet")] == [
+        "not as the columns of its form are (TypeError)",
+        "not as the columns of its form are (IndexError)",
+        "no column 'content'",
+    ]
+    assert [row["reward_model"]["ground_truth"] for row in rows_of(tmp_path / "out/train.parquet")] == ["5"]
+
+
+def test_training_problems_that_are_not_there_are_said_before_anything_is_read(local, tmp_path):
+    said: list[str] = []
+    write_jsonl(local / "aime24/test.jsonl", [{"problem": "What is 3+3?", "answer": "6"}])
+    with pytest.raises(SourceError, match="to train on"):
+        prepare(make_task("math"), tmp_path / "out", local=local, say=said.append)
+    assert said == []
+
+
+def test_a_set_of_the_hub_may_have_a_config_and_a_known_number_of_rows(tmp_path, monkeypatch):
+    asked, said = [], []
+    write_jsonl(tmp_path / "local/gsm8k/test.jsonl", [gsm8k("What is 1+1?", 2)])
+
+    def load(name, config, split, streaming):
+        asked.append((name, config, split))
+        return [gsm8k(f"What is {i}+1?", i + 1) for i in range(100, 7573)]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    prepare(
+        make_task("gsm8k"), tmp_path / "out", local=tmp_path / "local", source="openai/gsm8k:socratic", say=said.append
+    )
+    assert asked == [("openai/gsm8k", "socratic", "train")]
+    assert "training problems: 7473 rows of openai/gsm8k:socratic (the training problems), 7473 kept" in said
+
+
 def test_local_copies_are_found_by_set_and_split(tmp_path):
     aime = make_task("math").evaluation[0]
     (train,) = make_task("gsm8k").training
@@ -177,16 +223,42 @@ def test_local_copies_are_found_by_set_and_split(tmp_path):
     assert local_file(tmp_path, train, training=True) is None  # never the test problems
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}\n\n{"a": 2}\n', '[{"a": 1}, {"a": 2}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1}\n\n{"a": 2}\n',
+        '[{"a": 1}, {"a": 2}]',
+        ' \n[{"a": 1},\n{"a": 2}]\n',
+        '\ufeff{"a": 1}\r\n{"a": 2}',
+        '\ufeff[{"a": 1}, {"a": 2}]',
+    ],
+)
 def test_rows_of_a_json_file(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    assert [row["a"] for row in read_file(tmp_path / "x.json")] == [1, 2]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("x.json", "x.jsonl.gz"):
+        assert [row["a"] for row in read_file(tmp_path / name)] == [1, 2]
 
 
-def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(SourceError, match=r"x\.jsonl, line 2, is no JSON"):
-        list(read_file(tmp_path / "x.jsonl"))
+@pytest.mark.parametrize(
+    ("name", "content", "refusal"),
+    [
+        ("x.jsonl", b'{"a": 1}\n{"a"\n', r"x\.jsonl, line 2, is no JSON: Expecting ':' delimiter, at character 5"),
+        ("x.csv", b"a,b\n1,2\n", r"x\.csv, line 1, is no JSON: .*what is read: \.jsonl, \.json"),
+        ("x.jsonl", b'{"a": "caf\xe9"}\n', r"x\.jsonl, line 1, is no text in UTF-8: byte 10 is 0xe9"),
+        ("x.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"x\.jsonl, line 1, cannot be read: Exceeds the limit"),
+        ("x.jsonl", b"7\n", r"x\.jsonl, line 1, is no JSON object, but of type int"),
+        ("x.json", b'[{"a": 1}, 5]', r"x\.json, entry 2, is no JSON object, but of type int"),
+        ("x.json", b'[{"a": 1', r"x\.json is no JSON"),
+        ("x.jsonl.gz", b'{"a": 1}\n', r"x\.jsonl\.gz is no whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], r"x\.jsonl\.gz is no whole gzip file"),
+        ("x.parquet", b"a,b", r"x\.parquet is no parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, content, refusal):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=refusal):
+        list(read_file(tmp_path / name))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, real data sets, is not beside this repository")

@@ -82,11 +82,27 @@ def test_structured_calls_become_what_the_policy_writes_and_nulls_of_parquet_go(
         ({"messages": []}, "no column"),
         ({"messages": [{"role": "ipython", "content": "2"}]}, "role 'ipython'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text"),
+        ({"messages": ["1+1?"]}, "not as chat messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "python"}]}]}, "not as chat messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": "{"}]}]}, "not as chat"),
     ],
 )
 def test_other_rows_are_refused_with_the_reason(row, reason):
     with pytest.raises(NoTranscriptError, match=reason):
         read(row)
+
+
+def test_sharegpt_s_words_are_read():
+    turns = [("system", "s"), ("human", "1+1?"), ("gpt", "2"), ("observation", "3")]
+    messages = read({"conversations": [{"from": who, "value": text} for who, text in turns]})
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "s"),
+        ("user", "1+1?"),
+        ("assistant", "2"),
+        ("tool", "3"),
+    ]
+    with pytest.raises(NoTranscriptError, match="role 'function_call'"):
+        read({"conversations": [{"from": "function_call", "value": "{}"}]})
 
 
 def said(*roles: str, call: bool = True) -> list[dict[str, str]]:
@@ -175,6 +191,20 @@ def test_sources_that_there_are_not(tmp_path):
     ):
         with pytest.raises(ValueError, match=reason):
             list(open_source(source, task, str))
+
+
+def test_a_set_of_the_hub_may_have_a_config(monkeypatch):
+    asked = []
+
+    def load(name, config, split, streaming):
+        asked.append((name, config, split))
+        return [{"messages": said("user", "assistant")}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for source in ("owner/name", "owner/name-1.5:tools"):
+        (one,) = open_source(source, None, None)
+        assert [message["role"] for message in one()] == ["user", "assistant"]
+    assert asked == [("owner/name", None, "train"), ("owner/name-1.5", "tools", "train")]
 
 
 def test_a_local_file_and_a_run_s_folder_are_read(tmp_path):

@@ -88,6 +88,13 @@ def test_a_folder_that_does_not_fit_is_refused_with_the_remedy(folder, settings,
         make_task("math", [f"task.folder={folder}"]).prepare()
 
 
+def test_a_folder_without_an_evaluation_set_is_refused(tmp_path):
+    write_jsonl(tmp_path / "gsm8k/train.jsonl", [{"question": "What is 2+3?", "answer": "#### 5"}])
+    prepare(make_task("gsm8k"), tmp_path / "out", local=tmp_path)
+    with pytest.raises(ValueError, match="has no evaluation set to validate on; make them first"):
+        make_task("gsm8k", [f"task.folder={tmp_path}/out"]).prepare()
+
+
 # -- gsm8k, math ------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +116,9 @@ def test_every_form_that_is_known_is_tested():
         ({"problem": "x", "answer": " "}, "any", "no answer"),
         ({"problem": "x", "solution": "no box"}, "any", "no answer"),
         ({"problem": "", "answer": "1"}, "any", "no problem"),
+        ({"problem": "x", "answer": float("nan")}, "any", "no answer"),
+        ({"problem": {"text": "x"}, "answer": "1"}, "any", "a dict where a text or a number should be"),
+        ({"sQuestion": "x", "lSolutions": [1, 2]}, "any", "not one answer"),
         ({"frage": "x"}, "any", "columns of no known form: frage"),
         ({"problem": "x", "answer": "1", "url": "Problems/2022_AMC_12B_Problems"}, "amc23", "a problem of 2022"),
     ],
@@ -167,8 +177,16 @@ def test_both_commonsense_sets_have_the_same_columns_and_are_scored():
     assert choice["extra_info"].keys() == yes["extra_info"].keys()
     assert score(task, r"\boxed{A}", choice)[1] and not score(task, r"\boxed{B}", choice)[1]
     assert score(task, r"\boxed{yes}", yes)[1] and not score(task, "yes", yes)[1]
+    authors = [{"label": "A", "text": "bank"}, {"label": "B", "text": "river bed"}]
+    for row in (
+        {"question": {"stem": "Where is money kept?", "choices": authors}, "answerKey": "A"},
+        {"question": "Where is money kept?", "choices": authors, "answerKey": "A"},
+    ):
+        assert task.row(task.read(row, ANY), ANY, 0) == choice
+    assert task.read({"question": "Is ice hot?", "answer": "No"}, ANY).answer == "no"
     for row, reason in (
         ({"question": "x", "choices": CHOICES, "answerKey": ""}, "no answer"),
+        ({"question": "x", "choices": CHOICES | {"text": ["bank"]}, "answerKey": "A"}, "not as many"),
         ({"question": "x"}, "an ans"),
     ):
         with pytest.raises(Unusable, match=reason):

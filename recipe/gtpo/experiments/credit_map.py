@@ -376,7 +376,7 @@ LEARNT = (
     Cell(6, 8, 0.1, 0.0, 4, "last"),
     Cell(6, 8, 0.1, 0.0, 1, "even"),
 )
-LEARNERS = ("grpo_outcome", "dr_grpo", "gigpo", "state", "bootstrap", "within state")
+LEARNERS = ("grpo_outcome", "dr_grpo", "reinforce_plus_plus", "gigpo", *BY_STATE)
 
 
 Stepping = Literal["one length", "adam"]

@@ -1,6 +1,6 @@
 """Where credit by turn can pay: how well a step's gradient points, method by method, on a toy whose own is known.
 
-    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some five minutes
+    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some six minutes
     python -m recipe.gtpo.experiments.credit_map --show     # the tables of RESULTS.md from that file, at once
     python -m recipe.gtpo.experiments.credit_map --learn    # trains on three cells, a minute
 

@@ -419,26 +419,53 @@ def test_a_rival_is_verls_own_estimator_on_the_reward_that_its_name_says(queue, 
         assert any(stored[key])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_plain_pytorch_engine_computes_what_verls_trainer_does(queue, tmp_path, method):
-    """The two take a method's advantages from different places: verl's registry, and `estimators.turn_values`."""
-    batch = put(queue, WITH_BROKEN)
-    trainer = make_trainer(tmp_path, f"method={method}")
+def check_both_engines(queue, trainer, rows):
+    """A method's advantages, which the engines take from two places: verl's registry and `estimators.turn_values`."""
+    batch = put(queue, rows)
     trainer._compute_advantage(batch, {})
     stored = queue.column(batch, "advantages")
     algorithm = trainer.config.algorithm
-    credit = assign_credit(
-        [KINDS[kind] for kind in WITH_BROKEN.values()], [key[0] for key in WITH_BROKEN], trainer.options
-    )
+    credit = assign_credit([KINDS[kind] for kind in rows.values()], [key[0] for key in rows], trainer.options)
     _, expected = turn_values(
         algorithm.adv_estimator, credit, trainer.options, divide=algorithm.norm_adv_by_std_in_grpo
     )
     assert expected.any()
-    for i, (key, kind) in enumerate(WITH_BROKEN.items()):
+    for i, (key, kind) in enumerate(rows.items()):
         for k, turn in enumerate(KINDS[kind].turns):
-            assert stored[key][turn.start : turn.end] == pytest.approx(
-                [float(expected[i, k])] * (turn.end - turn.start), abs=1e-5
-            )
+            of_turn = 0.0 if credit.dropped[i] else float(expected[i, k])
+            assert stored[key][turn.start : turn.end] == pytest.approx([of_turn] * (turn.end - turn.start), abs=1e-5)
+    return stored
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_pytorch_engine_computes_what_verls_trainer_does(queue, tmp_path, method):
+    """Also beside a group that all solved, and where the tool server failed one row and a limit cut another."""
+    trainer = make_trainer(tmp_path, f"method={method}")
+    check_both_engines(queue, trainer, WITH_BROKEN)
+    trainer.options = replace(trainer.options, truncated="drop")
+    flat = {"p_0_0": "SOLVED", "p_1_0": "SOLVED"}
+    lossy = {"q_0_0": "SOLVED", "q_1_0": "INFRA", "q_2_0": "FAILED", "q_3_0": "CUT", "q_4_0": "BROKEN"}
+    stored = check_both_engines(queue, trainer, flat | lossy)
+    assert not any(stored["q_1_0"]) and not any(stored["q_3_0"])
+    if trainer.config.algorithm.adv_estimator in ("grpo", "rloo", "mt_grpo"):  # which compare a prompt's trajectories
+        assert not any(stored["p_0_0"]) and not any(stored["p_1_0"])
+
+
+@pytest.mark.parametrize(
+    ("method", "passed_on"),
+    [("grpo", 1.0), ("dr_grpo", 1.0), ("rloo", 1.0), ("mt_grpo", 0.0), ("gigpo", 0.0), ("gtpo_state", 0.0)],
+)
+def test_verls_own_functions_pass_the_score_of_a_lone_row_on_and_ours_are_silent(queue, tmp_path, method, passed_on):
+    rows = {"p_0_0": "SOLVED", "p_1_0": "FAILED", "r_0_0": "SOLVED"}
+    batch = put(queue, rows)
+    trainer = make_trainer(tmp_path, f"method={method}")
+    trainer._compute_advantage(batch, {})
+    generated = [v for t in SOLVED.turns for v in queue.column(batch, "advantages")["r_0_0"][t.start : t.end]]
+    assert generated == pytest.approx([passed_on] * len(generated), abs=1e-5)
+    credit = assign_credit([KINDS[kind] for kind in rows.values()], ["p", "p", "r"], trainer.options)
+    algorithm = trainer.config.algorithm
+    found = turn_values(algorithm.adv_estimator, credit, trainer.options, divide=algorithm.norm_adv_by_std_in_grpo)[1]
+    assert found[0].any() and not found[2].any()
 
 
 @pytest.mark.parametrize("estimator", ["mt_grpo", "gigpo", "recorded_gdpo"])

@@ -1,6 +1,6 @@
 """Where credit by turn can pay: how well a step's gradient points, method by method, on a toy whose own is known.
 
-    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some five minutes
+    python -m recipe.gtpo.experiments.credit_map            # measures: results/credit_map.csv, some six minutes
     python -m recipe.gtpo.experiments.credit_map --show     # the tables of RESULTS.md from that file, at once
     python -m recipe.gtpo.experiments.credit_map --learn    # trains on three cells, a minute
 
@@ -20,7 +20,7 @@ mean's part along the exact one: how many prompts a step needs until signal and 
 three. What is scaled or whitened over a batch is so over all prompts measured.
 
 What the toy leaves out: tokens (a turn is one choice), parameters shared between turns, the optimiser, prompts that
-differ.
+differ. The last flatters what centres by the batch (`reinforce_plus_plus`): its mean is what every prompt is worth.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gtpo, turn pool": ("gtpo", {"baseline": "turn"}),
     "gtpo, none of these": ("gtpo", {"gamma": 1.0, "scale": "none", "shaping": {"enable": False}}),
     "turn_batch_std": ("gtpo_turn_batch_std", {}),
+    "turn_batch_std, no discount": ("gtpo_turn_batch_std", {"gamma": 1.0}),
+    "turn_batch_std, no shaping": ("gtpo_turn_batch_std", {"shaping": {"enable": False}}),
+    "turn_batch_std, neither": ("gtpo_turn_batch_std", {"gamma": 1.0, "shaping": {"enable": False}}),
     "state": ("gtpo_state", {}),
     "state, penalty": ("gtpo_state", {"trajectory_reward": "sum"}),
     "state, lone": ("gtpo_state", {"lone_state": "lone"}),
@@ -72,13 +75,19 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "grpo": ("grpo", {}),
     "grpo_outcome": ("grpo_outcome", {}),
     "dr_grpo": ("dr_grpo", {}),
+    "dr_grpo_sum": ("dr_grpo_sum", {}),
     "rloo": ("rloo", {}),
+    "reinforce_plus_plus": ("reinforce_plus_plus", {}),
+    "gdpo": ("gdpo", {}),
     "gigpo": ("gigpo", {}),
     "mt_grpo": ("mt_grpo", {}),
 }
 ORACLES: Mapping[str, str] = {"exact values": "value", "exact advantages": "advantage"}
-RIVALS = ("grpo", "grpo_outcome", "dr_grpo", "rloo", "gigpo", "mt_grpo")
-OURS = tuple(name for name in METHODS if name not in RIVALS)
+RIVALS = (
+    *("grpo", "grpo_outcome", "dr_grpo", "dr_grpo_sum", "rloo"),
+    *("reinforce_plus_plus", "gdpo", "gigpo", "mt_grpo"),
+)
+BY_STATE = ("state", "bootstrap", "within state")
 
 
 @dataclass(frozen=True)
@@ -122,9 +131,7 @@ class Chain:
         safe = 0.98
         risky = {"even": range(cell.horizon), "first": [0], "last": [cell.horizon - 1]}[cell.risk]
 
-        def rate(
-            p: float,
-        ) -> float:  # a turn of which a share p of the choices is right is passed with this probability
+        def rate(p: float) -> float:  # of passing a turn in which a share p of the choices is right
             return p + (1 - p) * cell.recoverable * p
 
         rest = rate(safe) ** (cell.horizon - len(risky))
@@ -369,7 +376,7 @@ LEARNT = (
     Cell(6, 8, 0.1, 0.0, 4, "last"),
     Cell(6, 8, 0.1, 0.0, 1, "even"),
 )
-LEARNERS = ("grpo_outcome", "dr_grpo", "gigpo", "state", "bootstrap", "within state")
+LEARNERS = ("grpo_outcome", "dr_grpo", "reinforce_plus_plus", "gigpo", *BY_STATE)
 
 
 Stepping = Literal["one length", "adam"]
@@ -404,7 +411,8 @@ def learnt(cell: Cell, stepping: Stepping, seeds: int = 16) -> dict[str, torch.T
 
 
 def show_learning() -> str:
-    """A table: the success rate at the end, mean over 16 seeds, and its difference from the best rival's, paired."""
+    """A table: the success rate at the end, mean over 16 seeds, and its difference from the best rival's of these,
+    paired."""
     text = ["| risk, wordings | steps | " + " | ".join(LEARNERS) + " |", "| --- |" + " --- |" * (len(LEARNERS) + 1)]
     for stepping in get_args(Stepping):
         for cell in LEARNT:
@@ -448,8 +456,15 @@ def by_cell(rows: list[Row]) -> dict[Cell, dict[str, Row]]:
     return found
 
 
+def lead(methods: Mapping[str, Row]) -> float:
+    """What the figure shows of a cell: the mean cosine of the best credit by state minus that of the best rival, both
+    chosen by what is shown."""
+    ours, theirs = (max(methods[name].cosine for name in names) for names in (BY_STATE, RIVALS))
+    return ours - theirs
+
+
 def show(rows: list[Row]) -> str:
-    """The tables of RESULTS.md: mean cosines by success rate and horizon, and by wording and risk."""
+    """The tables of RESULTS.md: mean cosines by success rate and horizon, and by wording and risk; bias and noise."""
     found = by_cell(rows)
 
     def mean(name: str, **wanted: Any) -> float:
@@ -480,7 +495,21 @@ def show(rows: list[Row]) -> str:
             cosines = [f"{mean(name, **wanted):.3f}" for _, wanted in columns]
             text.append(f"| {name} | " + " | ".join(cosines) + " |")
         text.append("")
-    return "\n".join(text)
+    return "\n".join([*text, *_bias_and_noise(found), ""])
+
+
+def _bias_and_noise(found: Mapping[Cell, Mapping[str, Row]]) -> list[str]:
+    even = [methods for cell, methods in found.items() if (cell.wordings, cell.risk) == (1, "even")]
+    one_turn = [methods for cell, methods in found.items() if cell.wordings == 4 and cell.risk != "even"]
+    text = ["| method | cosine of the mean | noise | cosine of the mean, one turn | noise, one turn |"]
+    text.append("| --- |" + " --- |" * 4)
+    for name in (*METHODS, *ORACLES):
+        shown = []
+        for cells_of_it in (even, one_turn):
+            shown.append(f"{statistics.fmean(methods[name].mean_cosine for methods in cells_of_it):.3f}")
+            shown.append(f"{statistics.median(methods[name].noise for methods in cells_of_it):.1f}")
+        text.append(f"| {name} | " + " | ".join(shown) + " |")
+    return text
 
 
 def main() -> int:

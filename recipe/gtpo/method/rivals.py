@@ -51,6 +51,8 @@ def reinforce_plus_plus(
 ) -> torch.Tensor:
     """REINFORCE++ (arXiv 2501.03262): the undiscounted return, whitened over all generated tokens of the batch.
 
+    The paper's reward has a KL term a token as well; no method here has one.
+
     Args:
         turn_lengths: (B, T) generated tokens: a turn counts once a token in mean and variance.
     """
@@ -61,6 +63,8 @@ def gdpo(
     parts: Sequence[torch.Tensor], turn_mask: torch.Tensor, group_ids: GroupIds, turn_lengths: torch.Tensor
 ) -> torch.Tensor:
     """GDPO (arXiv 2601.05242): GRPO of each part of the reward by itself, summed, whitened over the batch's tokens.
+
+    Over tokens is verl's way; the paper's mean and std are over the batch's trajectories, so a long one weighs no more.
 
     Args:
         parts: (B,) each; they weigh the same.
@@ -97,7 +101,9 @@ def gigpo(
     """GiGPO (arXiv 2505.10978): A[i,j] = episode advantage[i] + step advantage[i,j], both with weight 1.
 
     The episode's is GRPO's of the summed rewards; the step's compares discounted returns of all turns of the prompt
-    that were taken in the same state, whatever their index.
+    that were taken in the same state, whatever their index. A turn that nobody else took in its state has 0 as the
+    latter. In the episode's mean a trajectory counts once, as in the paper; the authors' code counts it once a turn
+    unless told otherwise (`compute_mean_std_cross_steps`).
 
     Args:
         states: (B, T) integers, equal in turns of one prompt taken in the same state, different between prompts.

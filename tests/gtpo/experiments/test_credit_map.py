@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipe.gtpo.experiments import credit_map
+from recipe.gtpo.experiments.compare import FAIR
 from recipe.gtpo.experiments.credit_map import Cell, Chain
 from recipe.gtpo.method.estimators import turn_values
 
@@ -96,6 +97,32 @@ def test_the_file_has_every_method_in_every_cell():
     assert all(list(rows) == [*credit_map.METHODS, *credit_map.ORACLES] for rows in found.values())
 
 
+def test_the_rivals_of_the_map_are_those_of_the_fair_set():
+    ours = {"gtpo", "gtpo_turn_batch_std"}
+    assert {credit_map.METHODS[name][0] for name in credit_map.RIVALS} == {*FAIR} - ours | {"dr_grpo_sum"}
+
+
+def test_the_pages_claims_are_the_files():
+    """Points 1 and 3: where credit by state is ahead of the best rival of the cell, and by how much."""
+    found = credit_map.by_cell(credit_map.read())
+    rest = [name for name in credit_map.METHODS if name not in credit_map.RIVALS]
+
+    def over_rivals(names, **wanted) -> list[float]:
+        at = [rows for cell, rows in found.items() if all(getattr(cell, key) == v for key, v in wanted.items())]
+        return [max(r[n].cosine for n in names) - max(r[n].cosine for n in credit_map.RIVALS) for r in at]
+
+    assert len(over_rivals(rest, wordings=1)) == 120 and max(over_rivals(rest, wordings=1)) < 0.001
+    first, last, even = (
+        {name: over_rivals([name], wordings=4, risk=risk) for name in credit_map.BY_STATE}
+        for risk in ("first", "last", "even")
+    )
+    both = first["within state"] + last["within state"]
+    assert len(both) == 12 and (round(min(both), 3), round(max(both), 3)) == (0.035, 0.235)
+    ahead = {risk: sum(v > 0 for v in of["bootstrap"]) for risk, of in (("f", first), ("l", last), ("e", even))}
+    assert ahead == {"f": 1, "l": 6, "e": 5} and sum(v > 0 for v in even["within state"]) == 4
+    assert sum(v > 0 for of in (first, last, even) for v in of["state"]) == 1
+
+
 @pytest.mark.parametrize("stepping", ["one length", "adam"])
 def test_the_page_says_what_is_learnt(stepping):
     """One row of its table again, to a hundredth: another machine may round a choice otherwise."""
@@ -108,5 +135,7 @@ def test_the_page_says_what_is_learnt(stepping):
 
 
 def test_the_pages_tables_are_the_files():
-    for table in credit_map.show(credit_map.read()).split("\n\n"):
+    tables = credit_map.show(credit_map.read()).strip().split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
         assert table.strip() in re.sub(r"\*\*", "", PAGE.read_text())

@@ -133,7 +133,7 @@ def test_the_first_figure_s_five_seeds_end_where_the_table_says():
 
 
 def test_figures_show_today_s_numbers():
-    shown = {draw.CURVES: draw.curves(), draw.DIFFERENCES: draw.drawn_differences()}
+    shown = {draw.CURVES: draw.curves(), draw.DIFFERENCES: draw.drawn_differences(), draw.MAP: draw.leads()}
     linked = [PAGE.parent / path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", TEXT)]
     assert linked == list(shown)
     for path, numbers in shown.items():

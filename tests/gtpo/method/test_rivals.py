@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 
@@ -152,6 +153,18 @@ def test_they_are_verls_wherever_rewards_differ(rows, name, reward):
             assert not found[members].any()  # where verl leaves a lone row's score, or noise
 
 
+@pytest.mark.parametrize("penalties", range(8))
+def test_verls_grpo_is_silent_in_a_group_of_zeros_or_of_ones_and_leaves_noise_in_one_of_equal_penalties(penalties):
+    """A reward of 0 or 1 has no rounding; a sum of penalties has, and the division by 1e-6 shows it. Ours are 0."""
+    turns = [(1, k < penalties, "") for k in range(8)]
+    for size, acc in itertools.product((2, 4, 6, 8, 16), (0, 1)):
+        rows = [("p", acc, turns)] * size
+        for reward in ("min", "outcome"):
+            assert not verls("grpo", credit_of(rows, trajectory_reward=reward)).any()
+        summed = credit_of(rows, trajectory_reward="sum")
+        assert verls("grpo", summed).abs().max() < 0.13 and not ours("grpo", summed).any()
+
+
 # -- those that it has not --------------------------------------------------------------------------------------------
 
 
@@ -256,6 +269,29 @@ def test_rows_without_turns_take_part_in_nothing(name):
     without = assign_credit([trajectory(turn(0, 2), acc=1.0), trajectory(turn(0, 1), acc=0.0)], ["p", "p"], OPTIONS)
     assert torch.equal(ours(name, with_padding)[1:], ours(name, without)) and not ours(name, with_padding)[0].any()
     assert ours(name, without).any()
+
+
+OTHERS = [
+    {"baseline": "turn"},
+    {"baseline": "state"},
+    {"bootstrap": 1.0},
+    {"leave_one_out": True},
+    {"unsolved_groups": "zero"},
+    {"min_pool": 30},
+    {"gamma": 0.5},
+    {"scale": "none"},
+]
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "gtpo"])
+def test_of_the_options_that_make_no_reward_gigpo_reads_gamma_and_scale_and_the_others_none(name):
+    unsolved = [("r", 0, [(2, True, "7"), (1, False, "")]), ("r", 0, [(1, False, "")])]
+    credit = credit_of(ROWS + unsolved)
+    plain = ours(name, credit)
+    for option in OTHERS:
+        read = name == "gigpo" and bool(option.keys() & {"gamma", "scale"})
+        assert torch.equal(plain, turn_values(name, credit, GTPOOptions.from_config(option))[1]) != read, option
+        assert not torch.equal(ours("gtpo", credit), turn_values("gtpo", credit, GTPOOptions.from_config(option))[1])
 
 
 def test_an_unknown_estimator_is_told_the_known_ones():

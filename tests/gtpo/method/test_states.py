@@ -108,6 +108,25 @@ def test_where_the_answer_of_a_tool_tells_the_call_a_target_moves_no_gradient():
         assert (target - sampled).abs().max() > 0.01
 
 
+def test_where_the_models_own_words_matter_later_a_target_is_biased_towards_the_states_mean():
+    """Two wordings of a call, equally often, which the tool answers alike; who said the first is right afterwards in
+    0.9, who said the other in 0.1. Of two siblings a target is half the own return and half the other's."""
+    right = {"one": 0.9, "other": 0.1}
+    expected = {word: dict.fromkeys((0.0, 0.5, 1.0), 0.0) for word in right}
+    for words in itertools.product(right, repeat=2):
+        for outcomes in itertools.product((0.0, 1.0), repeat=2):
+            rewards = torch.tensor([[0.0, outcome] for outcome in outcomes])
+            returns, states = discounted_returns(rewards, torch.ones(2, 2).bool(), 1.0), torch.tensor([[0, 1]] * 2)
+            weight = 0.5  # of the other's wording; the own one is given
+            for word, outcome in zip(words, outcomes, strict=True):
+                weight *= right[word] if outcome else 1 - right[word]
+            for b, sum_of in expected[words[0]].items():
+                targets = bootstrap_returns(returns, states >= 0, states, gamma=1.0, bootstrap=b)
+                expected[words[0]][b] = sum_of + weight * float(targets[0, 0])
+    assert list(expected["one"].values()) == pytest.approx([0.9, 0.8, 0.7])
+    assert list(expected["other"].values()) == pytest.approx([0.1, 0.2, 0.3])
+
+
 # -- on ragged batches -------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from recipe.gtpo.run.record import RunRecord
 #: Methods that read the summed reward before there was `algorithm.gtpo.trajectory_reward`, and another one now.
 _ONCE_SUMMED = ("grpo", "dr_grpo", "rloo")
 _REWARD = "algorithm.gtpo.trajectory_reward"
+_SHAPING = "algorithm.gtpo.shaping.enable"  # False in all rivals
 #: How the report names the reward that a method compares, by `trajectory_reward`, or by the estimator that reads parts.
 _REWARD_NAMES = {
     "sum": "outcome + format penalties",
@@ -37,7 +38,8 @@ def _reward_name(config: Mapping[str, Any]) -> str:
     kind = str(config.get(_REWARD, "sum"))
     if kind == "sum" and config.get("algorithm.gtpo.format_penalty") == 0:
         kind = "outcome"
-    return _REWARD_NAMES.get(str(config.get("algorithm.adv_estimator"))) or _REWARD_NAMES[kind]
+    name = _REWARD_NAMES.get(str(config.get("algorithm.adv_estimator"))) or _REWARD_NAMES[kind]
+    return name.replace("outcome", "shaped outcome", 1) if config.get(_SHAPING) is True else name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from scipy import stats
 from recipe.gtpo.experiments.report.runs import Run, by_horizon
 
 #: Every method is compared with the first of these that a report has, and those of GTPO with the best rival too.
-BASELINES = ("grpo", "grpo_sum")
+BASELINES = ("grpo", "grpo_sum", "grpo_outcome")
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 

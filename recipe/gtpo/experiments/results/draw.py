@@ -1,4 +1,4 @@
-"""The two figures of RESULTS.md, from the JSON files beside this one: `python -m recipe.gtpo.experiments.results.draw`.
+"""The figures of RESULTS.md, from the files beside this one: `python -m recipe.gtpo.experiments.results.draw`.
 
 Writes `recipe/gtpo/experiments/figures/*.png`. Each PNG carries `fingerprint()` of what it shows, so that a test can
 tell that it is up to date.
@@ -7,6 +7,7 @@ tell that it is up to date.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import statistics
@@ -21,6 +22,7 @@ from scipy import stats
 RESULTS = Path(__file__).parent
 FIGURES = RESULTS.parent / "figures"
 CURVES, DIFFERENCES = FIGURES / "curves_six_calls.png", FIGURES / "differences.png"
+MAP = FIGURES / "credit_map.png"
 FIVE_SEEDS = frozenset(range(701, 706))  # those that every method has at horizon 6
 
 
@@ -132,6 +134,33 @@ def drawn_differences() -> list[Difference]:
     return [d for d in main_table() if d.method in LOOKS]
 
 
+#: Panel of the map -> its heading, and the numbers of it by line and column, in hundredths of cosine.
+Panels = dict[str, dict[tuple[str, str], float]]
+
+
+@cache
+def leads() -> tuple[Panels, Panels]:
+    """`credit_map.lead` by cell: of the grid, rollouts down and horizon across; of the variations at horizon 6 with 8
+    rollouts, errors that can be mended down and success rate across."""
+    from recipe.gtpo.experiments import credit_map  # which imports torch
+
+    places = {"even": "every call", "first": "the first call", "last": "the last call"}
+    found = credit_map.by_cell(credit_map.read())
+    grid: Panels = {}
+    varied: Panels = {}
+    for cell in sorted(found, key=lambda cell: (cell.wordings, list(places).index(cell.risk))):
+        value = round(100 * credit_map.lead(found[cell]), 2)
+        mended = f"{cell.recoverable:.0%} mendable"
+        if (cell.wordings, cell.risk) == (1, "even"):
+            panel = grid.setdefault(f"{cell.success:.0%} right, {mended}", {})
+            panel[f"{cell.rollouts} rollouts", f"{cell.horizon} calls"] = value
+        if (cell.horizon, cell.rollouts) == (6, 8) and cell.recoverable < 1:
+            ways = "one wording" if cell.wordings == 1 else f"{cell.wordings} wordings"
+            panel = varied.setdefault(f"{places[cell.risk]} errs, {ways}", {})
+            panel[mended, f"{cell.success:.0%} right"] = value
+    return grid, varied
+
+
 def draw() -> None:
     import matplotlib
 
@@ -142,11 +171,12 @@ def draw() -> None:
     plt.rc("font", size=12)
     plt.rc("legend", frameon=False, fontsize=11)
     FIGURES.mkdir(exist_ok=True)
-    for path, figure, shown in (
-        (CURVES, _draw_curves(plt), curves()),
-        (DIFFERENCES, _draw_differences(plt), drawn_differences()),
+    for path, figure, shown, dpi in (
+        (CURVES, _draw_curves(plt), curves(), 120),
+        (DIFFERENCES, _draw_differences(plt), drawn_differences(), 120),
+        (MAP, _draw_map(plt), leads(), 100),
     ):
-        figure.savefig(path, dpi=120, metadata={"Description": fingerprint(shown)})
+        figure.savefig(path, dpi=dpi, metadata={"Description": fingerprint(shown)})
         plt.close(figure)
 
 
@@ -204,6 +234,42 @@ def _draw_differences(plt: Any) -> Any:
     hollow = plt.Line2D([], [], color="grey", marker="o", markersize=8, linestyle="", label="hollow: no claim",
                         markerfacecolor="white", markeredgewidth=1.5)  # fmt: skip
     axes[0].legend(handles=[*methods, filled, hollow], loc="upper left")
+    return figure
+
+
+#: Orange: behind the best rival; blue: ahead. Light, so that a number can be read on each.
+_MAP_COLOURS = ("#f0a030", "#f9dcae", "#ffffff", "#b5daf0", "#56aee0")
+_MAP_LIMIT = 20  # hundredths of cosine; what is beyond has the last colour
+
+
+def _draw_map(plt: Any) -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("lead", _MAP_COLOURS)
+    grid, varied = leads()
+    figure = plt.figure(figsize=(9.5, 9.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[3 * 3.6, 2 * 3.0])
+    above = "Every call errs equally often, a right call can be worded in one way"
+    below = "Six calls, eight rollouts: which call errs, and in how many ways a right call can be worded"
+    for part, panels, lines, title in ((upper, grid, 3, above), (lower, varied, 2, below)):
+        part.suptitle(title, fontsize=13, fontweight="bold")
+        for axis, (name, numbers) in zip(part.subplots(lines, 3).flat, panels.items(), strict=True):
+            downs, acrosses = (list(dict.fromkeys(key[at] for key in numbers)) for at in (0, 1))
+            table = [[numbers[down, across] for across in acrosses] for down in downs]
+            axis.imshow(table, cmap=colours, vmin=-_MAP_LIMIT, vmax=_MAP_LIMIT, aspect="auto")
+            for i, j in itertools.product(range(len(downs)), range(len(acrosses))):
+                shown = round(table[i][j])
+                axis.text(j, i, f"{shown:+d}" if shown else "0", ha="center", va="center", fontsize=12)
+            place = axis.get_subplotspec()
+            axis.set_title(name, fontsize=11)
+            axis.set_xticks(range(len(acrosses)), acrosses if place.is_last_row() else [""] * len(acrosses))
+            axis.set_yticks(range(len(downs)), downs if place.is_first_col() else [""] * len(downs))
+            axis.tick_params(length=0, labelsize=11)
+            axis.spines[:].set_visible(False)
+            axis.set_xticks([j - 0.5 for j in range(1, len(acrosses))], minor=True)
+            axis.set_yticks([i - 0.5 for i in range(1, len(downs))], minor=True)
+            axis.grid(which="minor", color="#dddddd", linewidth=1)
+            axis.tick_params(which="minor", length=0)
     return figure
 
 

@@ -62,6 +62,8 @@ def test_the_command_is_given_in_the_repository_again(tmp_path):
         ("rloo", {"trajectory_reward": "outcome"}, "rloo", "the outcome"),
         ("dr_grpo_sum", {"trajectory_reward": "sum"}, "dr_grpo_sum", "outcome + format penalties"),
         ("grpo_sum", {"trajectory_reward": "sum", "format_penalty": 0}, "grpo_sum", "the outcome"),
+        ("gtpo", {"trajectory_reward": "sum", "shaping.enable": True}, "gtpo", "shaped outcome + format penalties"),
+        ("gtpo", {"trajectory_reward": "outcome", "shaping.enable": False}, "gtpo", "the outcome"),
     ],
 )
 def test_a_run_says_by_todays_name_which_reward_its_method_compared(tmp_path, method, recorded, name, reward):

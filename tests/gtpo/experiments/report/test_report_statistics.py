@@ -93,6 +93,16 @@ def test_the_best_rival_is_the_one_that_a_method_gains_least_over(tmp_path):
     assert best_rival([r for r in runs if r.ours], "gtpo") is None
 
 
+def test_where_only_grpo_on_the_outcome_was_run_it_is_the_baseline(tmp_path):
+    """As in experiment=first_call, whose table would else have columns without a number."""
+    for method, end in (("grpo_outcome", 0.5), ("gigpo", 0.7), ("gtpo", 0.6)):
+        make_run(tmp_path, method, 1, {0: 0.2, 2: end}, reward="outcome")
+    rows = {row.method: row for row in make_rows(load_runs([tmp_path]), threshold=0.5)}
+    assert {row.baseline for row in rows.values()} == {"grpo_outcome"}
+    assert rows["gigpo"].final_difference.by_seed == pytest.approx({1: 0.2})
+    assert rows["grpo_outcome"].final_difference is None and rows["gtpo"].best_rival.method == "gigpo"
+
+
 def test_where_the_papers_baseline_was_not_run_the_summed_one_is_the_baseline(tmp_path):
     for method in ("grpo_sum", "gtpo"):
         make_run(tmp_path, method, 1, {0: 0.2, 2: 0.5}, reward="sum")

@@ -46,7 +46,7 @@ def test_a_generator_set_to_null_is_left_out(tmp_path):
     files = task("task.generators.lcm=null", "task.generators.products=null", folder=tmp_path / "data").prepare()
     rows = pyarrow.parquet.read_table(files["data.train_files"]).to_pylist()
     assert {row["data_source"] for row in rows} == {"chain_sum", "simple_equations"}
-    with pytest.raises(ValueError, match="task.generators is empty"):
+    with pytest.raises(ValueError, match=r"task\.generators is empty"):
         task(*(f"task.generators.{name}=null" for name in ("lcm", "products", "chain_sum", "simple_equations")))
 
 

@@ -97,10 +97,15 @@ def test_the_comparison_hands_it_to_every_cell_and_the_cells_differ_in_their_met
     assert len(starts) == 1  # one cold start for all
 
 
-def test_another_task_takes_the_model_without_this_task_s_settings():
-    config = compose("model=smollm2", "task=gsm8k")
-    assert config.sft.source is None and config.data.train_batch_size == compose("task=gsm8k").data.train_batch_size
+@pytest.mark.parametrize("task", ["gsm8k", "math", "commonsense", "code"])
+def test_on_other_tasks_the_sizes_are_for_two_processors_and_all_else_is_the_task_s(task):
+    config, choices = compose_with_choices("model=smollm2", f"task={task}")
+    check(config, choices)
+    assert config.sft.source is None and config.task == compose(f"task={task}").task
     assert config.model._target_.endswith("SmolLM2")
+    assert config.data.train_batch_size == config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert longest == config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu == 640
 
 
 def test_data_of_ones_own_have_sizes_for_two_processors_and_no_teacher():

@@ -24,6 +24,7 @@ from recipe.gtpo.evaluate.rollout import in_parallel
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RecordError, RunRecord
+from recipe.gtpo.run.scoring import SPECIMEN
 from recipe.gtpo.run.tools import environment
 from recipe.gtpo.tasks.arithmetic.policy import TURN_END
 
@@ -223,16 +224,33 @@ def test_fewer_failures_are_counted_and_left_out_of_the_scores(evaluation):
     assert (found.counts["infra"], found.counts["scored"], found.values["mean@1"]) == (8, 0, {})
 
 
-REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    raise KeyError('no gold')\n"
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return 0.0 if {passes} else {{}}["no gold"]
+"""
 
 
-def test_a_reward_function_that_raises_ends_it_with_the_row(evaluation, tmp_path):
-    (tmp_path / "reward.py").write_text(REWARD)
-    given = f"reward.custom_reward_function.path={tmp_path}/reward.py"
+@pytest.fixture
+def rewarded(evaluation, tmp_path):
+    """What the reward function passes, as code -> an evaluation with it."""
+
+    def make(passes: str):
+        (tmp_path / "reward.py").write_text(REWARD.format(passes=passes))
+        return evaluation(f"reward.custom_reward_function.path={tmp_path}/reward.py")
+
+    return make
+
+
+def test_a_reward_function_that_raises_ends_it_with_the_row(rewarded):
     with pytest.raises(
         TooManyLost, match=r"1 samples are lost \(max_lost_trajectories=0\): row \d of arithmetic: .*KeyError"
     ):
-        rolled_out(evaluation(given), RIGHT)
+        rolled_out(rewarded(f"solution_str == {SPECIMEN!r}"), RIGHT)
+
+
+def test_a_reward_function_that_always_raises_is_refused_before_anything_is_sampled(rewarded):
+    with pytest.raises(ConfigError, match=r"compute_score raised KeyError: 'no gold' \(asked about row 0 of data"):
+        rewarded("False")
 
 
 def test_a_whole_evaluation_with_records(evaluation):

@@ -39,7 +39,7 @@ TOY = (
 def test_the_small_real_model_is_made_taught_and_trained(tmp_path):
     folders = [f"{key}={tmp_path / key}" for key in ("model.cache", "sft.out", "task.folder")]
     run_dir = tmp_path / "run"
-    measured = [sys.executable, str(ROOT / "benchmarks" / "peak_memory.py"), "--every", "0.5"]
+    measured = [sys.executable, str(ROOT / "benchmarks" / "peak_memory.py"), "--every", "2"]
     command = [*measured, "bash", str(ROOT / "examples" / "run_gtpo_qwen.sh"), f"run_dir={run_dir}", *TOY, *folders]
     with launch(command, run_dir, tmp_path / "log") as run:
         assert run.wait(500) == 0, run.text()[-3000:]

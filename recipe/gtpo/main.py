@@ -243,6 +243,8 @@ def run(config: DictConfig) -> int:
         record.write_cause("interrupted")
         return _end("interrupted", status=130)
     except SystemExit:  # of `end_on_sigterm`; Ray, which it meets at work, makes one of its own of it
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # no SIGTERM came: somebody else's
+            raise
         return _end(_TERMINATED, status=143)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))

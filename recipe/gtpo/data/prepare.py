@@ -23,7 +23,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from recipe.gtpo.data.overlap import Known, key
-from recipe.gtpo.data.sources import SUFFIXES, SourceError, local_file, read_file, read_hub
+from recipe.gtpo.data.sources import SUFFIXES, SourceError, local_file, read_file, read_hub, read_hub_training
 from recipe.gtpo.tasks.prepared import MANIFEST, TRAIN_FILE, DataSet, Example, PreparedTask, Unusable
 from recipe.gtpo.tasks.unit_tests import close_client
 
@@ -180,8 +180,7 @@ def _training(task: PreparedTask, source: str | None, local: Path | None) -> lis
             return [(first, (source, read_file(Path(source))))]
         if Path(source).exists() or source.count("/") != 1 or source.endswith(SUFFIXES):
             raise SourceError(f"source={source} is no file ({', '.join(SUFFIXES)}) and no hub id (OWNER/NAME)")
-        name, _, config = source.partition(":")
-        return [(first, (source, read_hub(name, "train", config or None)))]
+        return [(first, (source, read_hub_training(source)))]
     found = [(train, _rows(task, train, local, training=True)) for train in task.training]
     there = [(train, rows) for train, rows in found if rows is not None]
     if not there:

@@ -83,6 +83,12 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise SourceError(f"{file} is no parquet file: {e}") from e
 
 
+def read_hub_training(source: str) -> Iterator[Mapping[str, Any]]:
+    """The split `train` of OWNER/NAME, or of OWNER/NAME:CONFIG where a data set has several configurations."""
+    name, _, config = source.partition(":")
+    return read_hub(name, "train", config or None)
+
+
 def read_hub(name: str, split: str, config: str | None) -> Iterator[Mapping[str, Any]]:
     """The rows of a data set of the hub, streamed. Raises SourceError where there is no hub, or no such set."""
     import datasets  # only who reads from a hub pays for the import

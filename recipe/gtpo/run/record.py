@@ -11,7 +11,7 @@
         checkpoint_metrics.json    the latest checkpoint's step and its metrics before validation: where a run died
                                    between the checkpoint and the step's line, the next start makes the line of them
         rollout.json               how far the rollout of the present step or validation is, in prompts
-    logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
+        logs/<start>/              by start (0, 1, ... as in versions.json): output of Ray's workers (Ray's names), and
                                    driver.txt, the traceback of a command that failed
         evaluations.jsonl          trainer.val_only: one line an evaluation, {"step": n, "metrics": {...}}
         cause.txt                  why the latest start ended early, in one line

@@ -64,25 +64,20 @@ class CustomScore:
     """
 
     def __init__(self, section: str, seconds: float) -> None:
-        function, self._kwargs = load_function(json.loads(section))
+        self._function, self._kwargs = load_function(json.loads(section))
         self._section, self._seconds = section, seconds
-        self._coroutine = function if inspect.iscoroutinefunction(function) else None
-        self._what = f"the reward function {getattr(function, '__name__', function)}"
-        self._processes = Processes() if self._coroutine is None else None
+        self._what = f"the reward function {getattr(self._function, '__name__', self._function)}"
+        self._processes = None if inspect.iscoroutinefunction(self._function) else Processes()
 
     async def __call__(self, **row: Any) -> Any:
         try:
-            if self._processes is not None:
-                return await self._processes.call(_call, self._section, row, seconds=self._seconds)
-            assert self._coroutine is not None
-            return await self._coroutine(**row, **self._kwargs)
-        except TimeoutError as e:
             if self._processes is None:
-                raise ScoreError(f"{self._what} raised TimeoutError: {e}") from e
-            raise ScoreError(
-                f"{self._what} took longer than reward_timeout_seconds={self._seconds:g} and was ended"
-            ) from e
+                return await self._function(**row, **self._kwargs)
+            return await self._processes.call(_call, self._section, row, seconds=self._seconds)
         except Exception as e:  # what it raised, an answer that cannot be sent, or the death of its process
+            if self._processes is not None and isinstance(e, TimeoutError):
+                limit = f"reward_timeout_seconds={self._seconds:g}"
+                raise ScoreError(f"{self._what} took longer than {limit} and was ended") from e
             raise ScoreError(f"{self._what} raised {type(e).__name__}: {e}") from e
 
     def end(self) -> None:

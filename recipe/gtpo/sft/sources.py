@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe.gtpo.data.sources import SUFFIXES, read_file, read_hub
+from recipe.gtpo.data.sources import SUFFIXES, read_file, read_hub_training
 from recipe.gtpo.sft.transcripts import Message, NoTranscriptError, check, from_record, question, read, with_system
 from recipe.gtpo.tasks.task import Task
 from verl_ext.records.reader import FOLDERS, read_run
@@ -41,8 +41,7 @@ def open_source(source: str, task: Task, run_code: RunCode) -> Iterator[Callable
     elif source.startswith(("/", "./", "../")) or source.endswith(SUFFIXES):
         raise ValueError(f"sft.source={source} is not there")
     else:
-        name, _, subset = source.partition(":")
-        yield from ((lambda one=one: read(one)) for one in read_hub(name, "train", subset or None))  # type: ignore[misc]
+        yield from ((lambda one=one: read(one)) for one in read_hub_training(source))  # type: ignore[misc]
 
 
 def _taught(task: Task, row: Mapping[str, Any], run_code: RunCode) -> list[Message]:

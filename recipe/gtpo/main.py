@@ -28,7 +28,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import first_checks, prepare, register  # noqa: E402
-from recipe.gtpo.run.errors import ConfigError, call_hydra, how_it_died, one_line, plain  # noqa: E402
+from recipe.gtpo.run.ending import TERMINATED, TERMINATED_STATUS, end, end_of, end_on_sigterm, sigterm_came  # noqa: E402
+from recipe.gtpo.run.errors import ConfigError, call_hydra, one_line  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402
@@ -37,7 +38,6 @@ from recipe.gtpo.run.tools import check_tools  # noqa: E402
 from verl_ext.cpu.memory import empty_cache  # noqa: E402
 from verl_ext.tool_server.launch import ServerHandle, ServerStartError  # noqa: E402
 
-_TERMINATED = "terminated (SIGTERM)"
 _PATIENCE_SECONDS = 20.0  # for an orderly end after a loss
 
 
@@ -61,7 +61,7 @@ def watch_machine(handle: ServerHandle | None, record: RunRecord, poll_seconds: 
                 record.write_cause(cause)
                 os.kill(os.getpid(), signal.SIGINT)  # out of the main thread's ray.get
                 if not ended.wait(_PATIENCE_SECONDS):
-                    _end(cause)
+                    end("gtpo", cause)
                     os._exit(1)  # Ray cannot end itself; its workers go when this process does
                 return
 
@@ -131,27 +131,8 @@ def train(config: DictConfig, record: RunRecord) -> None:
         raise
 
 
-def end_on_sigterm(record: RunRecord | None = None) -> None:
-    """SIGTERM (of `kill`, a batch system, a container that ends) goes up through every `finally`, as SystemExit.
-
-    The cause is written at once: where Ray's servers get the signal too, their loss may abort the process.
-    """
-
-    def terminate(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way up takes seconds, and is not to be cut short
-        if record is not None:
-            record.write_cause(_TERMINATED)
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminate)
-
-
 class TaskRunnerAfterRay:
-    """What verl starts as its task runner, once Ray has come up in this process.
-
-    Ray has taken SIGTERM over then: its handler ends Ray's servers first, and the process aborts over their loss
-    without a last line. So ours takes its place again.
-    """
+    """What verl starts as its task runner, once Ray has come up in this process, and has taken SIGTERM over."""
 
     def __init__(self, runner: Any, record: RunRecord) -> None:
         self._runner, self._record = runner, record
@@ -231,38 +212,25 @@ def run(config: DictConfig) -> int:
             summarize(record, config, seconds=time.monotonic() - began)
         return 0
     except (ConfigError, RecordError) as e:
-        return _end(str(e))
+        return end("gtpo", str(e))
     except ServerStartError as e:
         head, _, log = str(e).partition("\n")
         if log:
             print(log, file=sys.stderr)
-        return _end(f"{head} {last_line(log)}" if log else head)
+        return end("gtpo", f"{head} {last_line(log)}" if log else head)
     except KeyboardInterrupt:
         if cause := record.read_cause():
-            return _end(cause)
+            return end("gtpo", cause)
         record.write_cause("interrupted")
-        return _end("interrupted", status=130)
-    except SystemExit:  # of `end_on_sigterm`; Ray, which it meets at work, makes one of its own of it
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # no SIGTERM came: somebody else's
+        return end("gtpo", "interrupted", status=130)
+    except SystemExit:
+        if not sigterm_came():
             raise
-        return _end(_TERMINATED, status=143)
+        return end("gtpo", TERMINATED, TERMINATED_STATUS)
     except Exception as e:
         record.write_traceback("".join(traceback.format_exception(e)))
         record.write_cause(end_of(e))  # unless there is one
-        return _end(f"{record.read_cause()} (whole report: {record.logs})")
-
-
-def end_of(error: Exception) -> str:
-    """Of an end that nobody wrote down. The trainer writes its own down, unless it is killed itself."""
-    died = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-    if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
-        return f"the trainer's process died: {how_it_died(str(error))}"
-    return one_line(error)
-
-
-def _end(cause: str, status: int = 1) -> int:
-    print(f"gtpo: error: {plain(cause)}", file=sys.stderr, flush=True)
-    return status
+        return end("gtpo", f"{record.read_cause()} (whole report: {record.logs})")
 
 
 @hydra.main(config_path="config", config_name="gtpo_trainer", version_base=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 import threading
 import time
@@ -116,15 +117,29 @@ def test_another_config_is_refused_in_a_line(run, before_and_after):
     assert "temperature=1.0 there, 0.5 here" in last
 
 
-def test_a_kill_costs_what_was_not_done(run, tmp_path):
+def test_an_end_in_the_middle_costs_what_was_not_done(run, tmp_path):
     folder, arguments = tmp_path / "killed", (f"model={run}", "benchmarks=arithmetic", "samples=40", "concurrency=2")
     file = folder / "validation/2.jsonl"
+
+    def done():
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
     with evaluating(folder, *arguments) as process:
-        process.wait_until(lambda: file.exists() and len(file.read_bytes().splitlines()) >= 5, 200)
+        process.wait_until(lambda: len(done()) >= 5, 200)
+        process.process.send_signal(signal.SIGTERM)  # of a batch system
+        assert process.wait(60) == 143
+        said = "evaluate: error: terminated (SIGTERM); what is done is kept, and the same command goes on"
+        assert process.last_line() == said, process.text()[-2000:]
+        assert process.left_behind() == []
+    assert RunRecord(folder).read_cause() == "terminated (SIGTERM)"
+    before = len(done())
+    with evaluating(folder, *arguments) as process:
+        process.wait_until(lambda: len(done()) > before, 200)
         process.process.kill()
         process.process.wait(20)
-    kept = [json.loads(line) for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    assert 5 <= len(kept) < 160
+    kept = done()
+    assert 5 <= before < len(kept) < 160
     said = evaluated(folder, *arguments)
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]
     assert lines[: len(kept)] == kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import sys
 import traceback
 from collections.abc import Sequence
 
@@ -27,10 +26,11 @@ from recipe.gtpo.evaluate.evaluation import Evaluation, TooManyLost, roll_out
 from recipe.gtpo.evaluate.models import Model, find_base, find_model, merge
 from recipe.gtpo.evaluate.report import report
 from recipe.gtpo.evaluate.request import Request
-from recipe.gtpo.main import end_of, tool_server
-from recipe.gtpo.run.errors import ConfigError, one_line, plain
+from recipe.gtpo.run.ending import TERMINATED, TERMINATED_STATUS, end, end_of, end_on_sigterm, sigterm_came
+from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line
+from recipe.gtpo.run.tool_server import tool_server
 from recipe.gtpo.run.tools import check_tools, environment
 from verl_ext.tool_server.launch import ServerStartError
 
@@ -41,6 +41,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Everything from the command line to the last line. Returns the exit status."""
     record: RunRecord | None = None
     try:
+        end_on_sigterm()
         request = Request.parse(read_overrides(arguments))
         model = find_model(request.model)
         compared = None
@@ -66,6 +67,7 @@ def evaluate(arguments: Sequence[str]) -> int:
             OmegaConf.resolve(entry.config)
         claim(record, identity(entries, models, request))
         record.write_start(int(entries[0].config.seed))
+        end_on_sigterm(record)
         evaluations = [Evaluation(entries, m, step, record, request) for m, step in zip(models, steps, strict=True)]
         for one_model in evaluations:
             one_model.load()
@@ -78,22 +80,26 @@ def evaluate(arguments: Sequence[str]) -> int:
         report(evaluations, endpoint)
         return 0
     except (ConfigError, RecordError) as e:
-        return _end(str(e))
+        return end("evaluate", str(e))
     except (HydraException, OmegaConfBaseException) as e:
-        return _end(one_line(e))
+        return end("evaluate", one_line(e))
     except ServerStartError as e:
         head, _, log = str(e).partition("\n")
-        return _end(f"{head} {last_line(log)}" if log else head)
+        return end("evaluate", f"{head} {last_line(log)}" if log else head)
     except KeyboardInterrupt:
-        return _end(f"{(record and record.read_cause()) or 'interrupted'}; {_GOES_ON}", status=130)
+        return end("evaluate", f"{(record and record.read_cause()) or 'interrupted'}; {_GOES_ON}", status=130)
+    except SystemExit:
+        if not sigterm_came():
+            raise
+        return end("evaluate", f"{TERMINATED}; {_GOES_ON}", TERMINATED_STATUS)
     except TooManyLost as e:
-        return _end(f"{e}; {_GOES_ON}")
+        return end("evaluate", f"{e}; {_GOES_ON}")
     except Exception as e:
         if record is None:
             raise
         record.write_traceback("".join(traceback.format_exception(e)))
         record.write_cause(end_of(e))  # unless there is one
-        return _end(f"{record.read_cause()} (whole report: {record.logs}); {_GOES_ON}")
+        return end("evaluate", f"{record.read_cause()} (whole report: {record.logs}); {_GOES_ON}")
 
 
 def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> None:
@@ -112,8 +118,3 @@ def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> None:
 
 def _say_of(name: str, text: str) -> None:
     say(f"{name}: {text}")
-
-
-def _end(cause: str, status: int = 1) -> int:
-    print(f"evaluate: error: {plain(cause)}", file=sys.stderr, flush=True)
-    return status

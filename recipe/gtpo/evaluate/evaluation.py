@@ -188,7 +188,7 @@ def roll_out(evaluation: Evaluation, server: ServerHandle | None) -> None:
                     asyncio.run(evaluation.with_endpoint())
                     return
                 say(f"starting the rollout servers of {evaluation.model}")
-                with own_ray(config):
+                with own_ray(config, record):
                     try:
                         asyncio.run(evaluation.with_servers())
                     finally:

@@ -18,6 +18,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.gtpo.run.ending import end_on_sigterm
 from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.watchdog import ActorWatch
@@ -26,13 +27,14 @@ from recipe.gtpo.run.watchdog import ActorWatch
 
 
 @contextlib.contextmanager
-def own_ray(config: DictConfig) -> Iterator[None]:
+def own_ray(config: DictConfig, record: RunRecord) -> Iterator[None]:
     """Ray with the settings that verl starts it with for a training run."""
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     section = config.ray_kwargs.ray_init
     runtime_env = OmegaConf.merge(get_ppo_ray_runtime_env(config), section.get("runtime_env") or {})
     ray.init(**OmegaConf.to_container(OmegaConf.create({**section, "runtime_env": runtime_env}), resolve=True))
+    end_on_sigterm(record)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import time
 import pytest
 import ray
 
-from recipe.gtpo.main import end_of
+from recipe.gtpo.run.ending import end_of
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.watchdog import _ASKED, ActorWatch
 

@@ -5,7 +5,8 @@
 A random model never emits a valid call, so reinforcement learning would have nothing to reinforce. Two parts:
 
 1. The *base*: a faultless expert is imitated until the policy's own greedy decoding solves what it is shown, however
-   many steps that takes. One base serves every seed of a horizon; other horizons than the default start from its base.
+   many steps that takes. One base serves every seed of a horizon; other horizons than the default start from its base,
+   and are a running mean of the weights.
 2. The *habits*: from the base, a fixed number of steps on an expert that errs. The policy comes to repeat its mistakes
    at the expert's rates; which ones, is the seed's.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -54,6 +56,10 @@ from recipe.gtpo.tasks.arithmetic.problems import (
 IGNORE = -100  # label of a token that is not trained on
 _FAULTLESS = scale_faults(FAULT_MIX, 0.0)
 _SKILL_SAMPLE = 128  # conversations behind one measurement of the skill
+#: What a step leaves of the running mean of weights. At horizon 6 the mean solves 95% after two thirds of the steps
+#: that the weights need, whose errors the rate keeps alive; at the default horizon both do after as many
+#: (benchmarks/README.md).
+_AVERAGING = 0.98
 
 
 class SkillNotReachedError(RuntimeError):
@@ -205,6 +211,7 @@ def train_base(options: BaseOptions, start: Path | None, directory: Path, *, pro
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 64, max(1.0 - step / options.decay_steps, 0.1))
     )
+    average = None if start is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING))
     reached = 0.0
     with tqdm(total=options.max_steps, desc="base policy", unit="step", disable=not progress) as bar:
         for step in range(options.max_steps):
@@ -213,12 +220,15 @@ def train_base(options: BaseOptions, start: Path | None, directory: Path, *, pro
             else:
                 batch = [encode(shown, stream) for shown in islice(source, options.batch_size)]
             loss = _fit(model, optimizer, schedule, batch, stream.pad_id)
+            if average is not None:
+                average.update_parameters(model)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", solved=f"{reached:.2f}", refresh=False)
             if (step + 1) % options.check_every == 0:
-                reached = skill(model, unseen, stream.pad_id)
+                base = model if average is None else average.module
+                reached = skill(base, unseen, stream.pad_id)
                 if reached >= options.skill:
-                    model.save_pretrained(directory)
+                    base.save_pretrained(directory)
                     return
     raise SkillNotReachedError(
         f"the base policy solves {reached:.2f} of its problems after {options.max_steps} steps, not {options.skill}: "

@@ -95,6 +95,24 @@ def test_training_of_the_base_ends_where_the_skill_is(tmp_path, monkeypatch):
     assert (len(asked), len(steps)) == (3, 9)
 
 
+def test_a_base_that_starts_from_another_is_the_running_mean_of_the_weights(tmp_path, toy_policy, monkeypatch):
+    steps, fit = [], warm_start._fit
+
+    def fit_and_look(model, *rest):
+        loss = fit(model, *rest)
+        steps.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        return loss
+
+    monkeypatch.setattr(warm_start, "_fit", fit_and_look)
+    train_base(replace(TOY_BASE, horizon=3), toy_policy, tmp_path, progress=False)
+    assert len(steps) == 3
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    for name, first in steps[0].items():
+        mean = 0.98 * (0.98 * first + 0.02 * steps[1][name]) + 0.02 * steps[2][name]
+        torch.testing.assert_close(saved[name].detach(), mean)
+    assert not torch.equal(steps[0][name], steps[2][name])
+
+
 def test_demonstrations_are_of_the_split_and_follow_the_horizon():
     shown = list(islice(demonstrations(3, FAULT_MIX, seed=1), 50))
     assert {c.problem.split for c in shown} == {"train"}

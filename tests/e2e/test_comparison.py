@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, TOY
+from runs import ROOT, TOY, launch
 
 from recipe.gtpo.run.record import RunRecord
 
@@ -51,6 +51,19 @@ def test_two_methods_become_one_report_whose_numbers_are_the_runs_own(tmp_path):
 
     again = run(command, seconds=120)  # nothing to do: only the report is made anew
     assert "0 complete, 2 were, 0 failed" in again
+
+
+def test_a_matrix_that_is_told_to_end_ends_its_cells_and_says_how_to_go_on(tmp_path):
+    cell = ["methods=gtpo", "seeds=1", "engine=twin", *TOY[:1], f"task.cache={tmp_path / 'cache'}"]
+    out = tmp_path / "matrix"
+    command = [sys.executable, "-m", "recipe.gtpo.experiments.compare", *cell, f"out={out}"]
+    with launch(command, out, tmp_path / "log") as matrix:
+        matrix.wait_until(lambda: (out / "gtpo-seed1" / "terminal.log").exists(), 100)
+        matrix.look()
+        matrix.process.send_signal(signal.SIGTERM)
+        assert matrix.wait(100) == 143
+        assert matrix.last_line() == "compare: error: terminated (SIGTERM); the same command goes on from here"
+        assert len(matrix.seen) >= 1 and matrix.left_behind() == []
 
 
 def run(command, seconds):

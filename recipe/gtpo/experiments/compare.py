@@ -337,7 +337,9 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
     queue = [(cell, 1) for cell in cells if not cell.complete]
     running: list[_Started] = []
     total = sum(cell.steps or 0 for cell, _ in queue)
-    bar = tqdm(total=total or len(queue), unit="step" if total else "cell", desc="matrix", file=out, smoothing=0)
+    of = {"total": total or len(queue), "unit": "step" if total else "cell"}
+    # miniters=0: also where no cell has ended since, else the bar stands still for minutes
+    bar = tqdm(**of, desc="matrix", file=out, smoothing=0, miniters=0)
     try:
         while queue or running:
             while queue and len(running) < parallel:
@@ -370,7 +372,7 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
             if total:
                 settled = [c for c in cells if c.name in outcome.complete or c.name in outcome.failed]
                 done = sum(c.steps or 0 for c in settled) + sum(_step(s.cell.dir) for s in running)
-            bar.set_postfix_str(" ".join(s.cell.name for s in running), refresh=False)
+            bar.set_postfix_str(", ".join(f"{s.cell.name} step {_step(s.cell.dir)}" for s in running), refresh=False)
             bar.update(done - bar.n)
     finally:
         for started in running:
@@ -429,9 +431,10 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         outcome = run_matrix(cells, start, parallel=parallel, hours=hours)
-    except KeyboardInterrupt:
-        print("compare: error: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as e:  # the second is of SIGTERM, see below
+        why, status = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else ("terminated (SIGTERM)", 143)
+        print(f"compare: error: {why}; the same command goes on from here", file=sys.stderr)
+        return status
     out = out_folder(own)
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:

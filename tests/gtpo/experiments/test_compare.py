@@ -18,6 +18,7 @@ from recorded_runs import make_run
 
 from recipe.gtpo.experiments import compare
 from recipe.gtpo.experiments.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
+from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
 
@@ -241,6 +242,27 @@ def test_an_exit_status_of_zero_without_a_summary_is_a_failure(tmp_path):
     silent = Cell("gtpo", 1, tmp_path / "silent", (sys.executable, "-c", ""), 3)
     outcome, _ = run([silent])
     assert outcome.failed == ["silent"]
+
+
+def test_the_bar_says_how_far_the_running_cells_are_also_when_none_has_ended(tmp_path):
+    out, cells = io.StringIO(), [cell(tmp_path, "first", steps=None), cell(tmp_path, "second", steps=None)]
+
+    class Job:
+        """The first cell is done at once; the second takes a step a poll until the bar has said so."""
+
+        def __init__(self, command, log):
+            self.record, self.polls = RunRecord(log.parent), 0
+
+        def poll(self):
+            self.polls += 1
+            self.record.write_metrics(self.polls, {})
+            if self.record.dir.name == "second" and "second step 3" not in out.getvalue() and self.polls < 500:
+                return None
+            (self.record.dir / "summary.json").write_text(json.dumps({"steps": [0, self.polls]}))
+            return 0
+
+    assert run_matrix(cells, Job, parallel=1, hours=1, out=out).complete == ["first", "second"]
+    assert "1/2" in next(part for part in out.getvalue().split("\r") if "second step 3" in part)
 
 
 @pytest.fixture

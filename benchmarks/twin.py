@@ -4,17 +4,19 @@
 
 Processor seconds of one thread for the rollouts of a training step (16 problems x 8), of a validation on the way (256)
 and of the last one (1024), each measured with both decoders in turn; the least of `ROUNDS`. Says whether both sampled
-the same tokens with the same log-probs, bit for bit.
+the same tokens with the same log-probs, bit for bit, and how much arithmetic a second decoding does, beside what a
+large matrix product does in the same run: no order of the work can make it faster than that.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from any folder, installed or not
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -56,6 +58,29 @@ def main() -> None:
         plain, ours = min(seconds[PlainDecoder]), min(seconds[Decoder])
         equal = "equal" if said[Decoder] == said[PlainDecoder] else "DIFFERENT"
         print(f"{name}: plain {plain:.2f} s, laid out {ours:.2f} s, ratio {plain / ours:.2f}, {equal}", flush=True)
+        print(
+            f"    {operations(model, rows) / ours / 1e9:.0f} GFLOP/s; a matrix product {product() / 1e9:.0f}",
+            flush=True,
+        )
+
+
+def operations(model: PreTrainedModel, rows: Sequence[rollout.Row]) -> float:
+    """That the responses need: two a weight and token, four a channel, layer, token and key that it attends to."""
+    weights = sum(one.numel() for one in model.parameters() if one.dim() == 2)  # the head's are the embedding's
+    channels = model.config.hidden_size * model.config.num_hidden_layers
+    lengths = [(row.prompt_length, row.response_length) for row in rows]
+    return sum(2 * weights * n + 4 * channels * (prompt * n + n * n / 2) for prompt, n in lengths)
+
+
+def product(size: int = 1024) -> float:
+    """Operations a second of a square matrix product of one thread: the best of ten."""
+    one = torch.randn(size, size)
+    seconds = []
+    for _ in range(10):
+        began = time.process_time()
+        one @ one
+        seconds.append(time.process_time() - began)
+    return 2 * size**3 / min(seconds)
 
 
 if __name__ == "__main__":

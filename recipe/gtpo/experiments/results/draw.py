@@ -6,6 +6,7 @@ tell that it is up to date.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
@@ -19,10 +20,13 @@ from typing import Any
 
 from scipy import stats
 
+from recipe.gtpo.experiments.report.statistics import bootstrap_interval
+
 RESULTS = Path(__file__).parent
 FIGURES = RESULTS.parent / "figures"
 CURVES, DIFFERENCES = FIGURES / "curves_six_calls.png", FIGURES / "differences.png"
 MAP = FIGURES / "credit_map.png"
+FIRST_CALL = FIGURES / "first_call.png"
 FIVE_SEEDS = frozenset(range(701, 706))  # those that every method has at horizon 6
 
 
@@ -113,6 +117,12 @@ def _student(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def _bootstrap(differences: Sequence[float]) -> Interval:
+    found = bootstrap_interval(differences)
+    assert found.ends is not None
+    return Interval(found.mean, *found.ends)
+
+
 Curves = dict[str, dict[int, Interval]]
 
 
@@ -161,6 +171,60 @@ def leads() -> tuple[Panels, Panels]:
     return grid, varied
 
 
+#: The methods of the fifth design, the one that it tests first.
+FIRST_CALL_LOOKS: Mapping[str, Look] = {
+    "gtpo_within_state": Look("credit by state", "#0072b2", "s"),
+    "gigpo": Look("GiGPO", "#cc79a7", "v"),
+    "dr_grpo": Look("Dr. GRPO", "#d55e00", "D"),
+    "grpo_outcome": Look("GRPO, outcome", "#000000", "o"),
+}
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """A setting of the fifth design."""
+
+    rollouts: int
+    seeds: int
+    curves: dict[str, dict[int, Interval]]  # method -> step -> mean accuracy and its Student's interval
+    final: dict[str, Interval]  # rival -> `gtpo_within_state` minus it in final accuracy, bootstrap
+    area: dict[str, Interval]  # the same in the mean height of the curve
+    best_rival: str  # with the highest mean final accuracy
+
+
+@cache
+def first_call() -> list[FirstCall]:
+    """Both settings, of the seeds that every method has. Raises ValueError where a seed lacks a method."""
+    with (RESULTS / "first_call.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = []
+    for rollouts in sorted({int(row["rollouts"]) for row in rows}):
+        here = [row for row in rows if int(row["rollouts"]) == rollouts]
+        steps = {0: "step_0", 6: "step_6", 12: "step_12"}
+        accuracy = {
+            (method, step): {int(row["seed"]): float(row[name]) for row in here if row["method"] == method}
+            for method in FIRST_CALL_LOOKS
+            for step, name in steps.items()
+        }
+        seeds = sorted({int(row["seed"]) for row in here})
+        for (method, _), by_seed in accuracy.items():
+            if sorted(by_seed) != seeds:
+                raise ValueError(f"{method} with {rollouts} rollouts lacks seeds {set(seeds) - by_seed.keys()}")
+        curves = {
+            method: {step: _student([accuracy[method, step][seed] for seed in seeds]) for step in steps}
+            for method in FIRST_CALL_LOOKS
+        }
+        ours, *rivals = FIRST_CALL_LOOKS
+        final, area = {}, {}
+        for rival in rivals:
+            start, middle, end = ([accuracy[ours, at][s] - accuracy[rival, at][s] for s in seeds] for at in steps)
+            final[rival] = _bootstrap(end)
+            area[rival] = _bootstrap([(a / 2 + b + c / 2) / 2 for a, b, c in zip(start, middle, end, strict=True)])
+        best = max(rivals, key=lambda rival: curves[rival][max(steps)].mean)
+        found.append(FirstCall(rollouts, len(seeds), curves, final, area, best))
+    return found
+
+
 def draw() -> None:
     import matplotlib
 
@@ -175,6 +239,7 @@ def draw() -> None:
         (CURVES, _draw_curves(plt), curves(), 120),
         (DIFFERENCES, _draw_differences(plt), drawn_differences(), 120),
         (MAP, _draw_map(plt), leads(), 100),
+        (FIRST_CALL, _draw_first_call(plt), first_call(), 110),
     ):
         figure.savefig(path, dpi=dpi, metadata={"Description": fingerprint(shown)})
         plt.close(figure)
@@ -270,6 +335,40 @@ def _draw_map(plt: Any) -> Any:
             axis.set_yticks([i - 0.5 for i in range(1, len(downs))], minor=True)
             axis.grid(which="minor", color="#dddddd", linewidth=1)
             axis.tick_params(which="minor", length=0)
+    return figure
+
+
+def _draw_first_call(plt: Any) -> Any:
+    settings = first_call()
+    figure, axes = plt.subplots(len(settings), 2, figsize=(9, 3.4 * len(settings)), layout="constrained", squeeze=False)
+    for (left, right), one in zip(axes, settings, strict=True):
+        for at, (method, points) in enumerate(one.curves.items()):
+            look = FIRST_CALL_LOOKS[method]
+            left.errorbar(
+                [step + 0.25 * (at - 1.5) for step in points],
+                [p.mean for p in points.values()],
+                yerr=[[p.mean - p.low for p in points.values()], [p.high - p.mean for p in points.values()]],
+                color=look.colour, marker=look.marker, markersize=7, linewidth=2, elinewidth=1.5, capsize=3,
+                label=look.label,
+            )  # fmt: skip
+        left.set(title=f"{128 // one.rollouts} problems x {one.rollouts} rollouts, {one.seeds} seeds")
+        left.set(ylabel="accuracy", ylim=(0.1, 0.35), xticks=list(next(iter(one.curves.values()))))
+        left.grid(axis="y", alpha=0.3)
+        for at, (rival, interval) in enumerate(one.final.items()):
+            look = FIRST_CALL_LOOKS[rival]
+            low, mean, high = (100 * v for v in (interval.low, interval.mean, interval.high))
+            right.errorbar(
+                [mean], [at], xerr=[[mean - low], [high - mean]], color=look.colour, marker=look.marker, markersize=8,
+                elinewidth=1.8, capsize=3,
+            )  # fmt: skip
+        right.axvline(0, color="black", linewidth=1)
+        right.axvline(3, color="grey", linewidth=1, linestyle="--")
+        right.set_yticks(range(len(one.final)), [f"minus {FIRST_CALL_LOOKS[r].label}" for r in one.final])
+        right.set(title="credit by state, points after 12 steps", xlim=(-9, 9), ylim=(-0.6, len(one.final) - 0.4))
+        right.grid(axis="x", alpha=0.3)
+    axes[-1][0].set_xlabel("training steps")
+    axes[-1][1].set_xlabel("points (dashed: the goal)")
+    axes[0][0].legend(loc="lower right")
     return figure
 
 

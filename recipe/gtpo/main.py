@@ -28,8 +28,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import first_checks, prepare, register  # noqa: E402
-from recipe.gtpo.run.ending import TERMINATED, TERMINATED_STATUS, end, end_of, end_on_sigterm, sigterm_came  # noqa: E402
-from recipe.gtpo.run.errors import ConfigError, call_hydra, one_line  # noqa: E402
+from recipe.gtpo.run.ending import end, end_of, end_on_sigterm, sigterm_came  # noqa: E402
+from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, ConfigError, call_hydra, one_line  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line, latest_checkpoint  # noqa: E402

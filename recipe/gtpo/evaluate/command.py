@@ -26,8 +26,8 @@ from recipe.gtpo.evaluate.evaluation import Evaluation, TooManyLost, roll_out
 from recipe.gtpo.evaluate.models import Model, find_base, find_model, merge
 from recipe.gtpo.evaluate.report import report
 from recipe.gtpo.evaluate.request import Request
-from recipe.gtpo.run.ending import TERMINATED, TERMINATED_STATUS, end, end_of, end_on_sigterm, sigterm_came
-from recipe.gtpo.run.errors import ConfigError, one_line
+from recipe.gtpo.run.ending import end, end_of, end_on_sigterm, sigterm_came
+from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, ConfigError, one_line
 from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line
 from recipe.gtpo.run.tool_server import tool_server

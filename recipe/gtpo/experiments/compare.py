@@ -52,6 +52,7 @@ from tqdm import tqdm
 from recipe.gtpo.experiments.report import show_report
 from recipe.gtpo.experiments.report.runs import todays_name
 from recipe.gtpo.run.checks import ConfigError, config_file
+from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS
 from recipe.gtpo.run.identity import same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
 
@@ -337,9 +338,9 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
     queue = [(cell, 1) for cell in cells if not cell.complete]
     running: list[_Started] = []
     total = sum(cell.steps or 0 for cell, _ in queue)
-    of = {"total": total or len(queue), "unit": "step" if total else "cell"}
+    unit = "step" if total else "cell"
     # miniters=0: also where no cell has ended since, else the bar stands still for minutes
-    bar = tqdm(**of, desc="matrix", file=out, smoothing=0, miniters=0)
+    bar = tqdm(total=total or len(queue), unit=unit, desc="matrix", file=out, smoothing=0, miniters=0)
     try:
         while queue or running:
             while queue and len(running) < parallel:
@@ -369,10 +370,11 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
                     said = last_line((cell.dir / "terminal.log").read_text(errors="replace"))
                     bar.write(f"{cell.name}: failed twice: {said}", file=out)
             done = len(outcome.complete) + len(outcome.failed)
+            steps = {s.cell.name: _step(s.cell.dir) for s in running}
             if total:
                 settled = [c for c in cells if c.name in outcome.complete or c.name in outcome.failed]
-                done = sum(c.steps or 0 for c in settled) + sum(_step(s.cell.dir) for s in running)
-            bar.set_postfix_str(", ".join(f"{s.cell.name} step {_step(s.cell.dir)}" for s in running), refresh=False)
+                done = sum(c.steps or 0 for c in settled) + sum(steps.values())
+            bar.set_postfix_str(", ".join(f"{name} step {step}" for name, step in steps.items()), refresh=False)
             bar.update(done - bar.n)
     finally:
         for started in running:
@@ -432,7 +434,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         outcome = run_matrix(cells, start, parallel=parallel, hours=hours)
     except (KeyboardInterrupt, SystemExit) as e:  # the second is of SIGTERM, see below
-        why, status = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else ("terminated (SIGTERM)", 143)
+        why, status = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else (TERMINATED, TERMINATED_STATUS)
         print(f"compare: error: {why}; the same command goes on from here", file=sys.stderr)
         return status
     out = out_folder(own)
@@ -444,5 +446,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so through `finally`: what runs is ended
+    # Through `finally`, and so what runs is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED_STATUS))
     sys.exit(main(sys.argv[1:]))

@@ -7,11 +7,8 @@ import sys
 
 import ray
 
-from recipe.gtpo.run.errors import how_it_died, one_line, plain
+from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, how_it_died, one_line, plain
 from recipe.gtpo.run.record import RunRecord
-
-TERMINATED = "terminated (SIGTERM)"
-TERMINATED_STATUS = 143
 
 
 def end_on_sigterm(record: RunRecord | None = None) -> None:

@@ -24,6 +24,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _RAISED = re.compile(r".*^  File [^\n]*\n(?: [^\n]*\n)*([^\s][^\n]*)", re.MULTILINE | re.DOTALL)
 _DEEPEST = 20  # errors in errors
 
+#: What a command that got SIGTERM says, and its exit status.
+TERMINATED = "terminated (SIGTERM)"
+TERMINATED_STATUS = 143
 
 #: Of Ray's report on a dead actor: among twenty lines of advice, what it was and how it ended.
 _DIED = {name: re.compile(rf"{name}: ([^\s]*\w)") for name in ("class_name", "pid", "Worker exit type")}

@@ -11,16 +11,13 @@ import hashlib
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
-from recipe.gtpo.experiments.report.statistics import bootstrap_interval
+from recipe.gtpo.experiments.report import statistics
 
 RESULTS = Path(__file__).parent
 FIGURES = RESULTS.parent / "figures"
@@ -112,14 +109,15 @@ def curve(file: str, method: str, seeds: frozenset[int] | None = None) -> dict[i
 
 
 def _student(values: Sequence[float]) -> Interval:
-    mean = statistics.fmean(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half)
+    return _of_seeds(statistics.t_interval(values))
 
 
 def _bootstrap(differences: Sequence[float]) -> Interval:
-    found = bootstrap_interval(differences)
-    assert found.ends is not None
+    return _of_seeds(statistics.bootstrap_interval(differences))
+
+
+def _of_seeds(found: statistics.Interval) -> Interval:
+    assert found.ends is not None  # of several seeds
     return Interval(found.mean, *found.ends)
 
 
@@ -249,20 +247,23 @@ def _draw_curves(plt: Any) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
     for axis, (title, by_method) in zip(axes, curves().items(), strict=True):
         for at, (method, points) in enumerate(by_method.items()):
-            look = LOOKS[method]
-            aside = 0.35 * (at - (len(by_method) - 1) / 2)  # so that the bars do not hide each other
-            axis.errorbar(
-                [step + aside for step in points],
-                [p.mean for p in points.values()],
-                yerr=[[p.mean - p.low for p in points.values()], [p.high - p.mean for p in points.values()]],
-                color=look.colour, marker=look.marker, markersize=7, linewidth=2, elinewidth=1.5, capsize=3,
-            )  # fmt: skip
+            _draw_curve(axis, points, LOOKS[method], aside=0.35 * (at - (len(by_method) - 1) / 2))
         axis.set(title=title, xlabel="training steps", xticks=list(points), ylim=(0, 0.75))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out problems")
     handles = [_handle(plt, look, linestyle="-") for look in LOOKS.values()]
     axes[0].legend(handles=handles, loc="upper left")
     return figure
+
+
+def _draw_curve(axis: Any, points: Mapping[int, Interval], look: Look, aside: float) -> None:
+    """`aside`: in steps, so that the bars of several methods do not hide each other."""
+    axis.errorbar(
+        [step + aside for step in points],
+        [p.mean for p in points.values()],
+        yerr=[[p.mean - p.low for p in points.values()], [p.high - p.mean for p in points.values()]],
+        color=look.colour, marker=look.marker, markersize=7, linewidth=2, elinewidth=1.5, capsize=3, label=look.label,
+    )  # fmt: skip
 
 
 def _draw_differences(plt: Any) -> Any:
@@ -343,14 +344,7 @@ def _draw_first_call(plt: Any) -> Any:
     figure, axes = plt.subplots(len(settings), 2, figsize=(9, 3.4 * len(settings)), layout="constrained", squeeze=False)
     for (left, right), one in zip(axes, settings, strict=True):
         for at, (method, points) in enumerate(one.curves.items()):
-            look = FIRST_CALL_LOOKS[method]
-            left.errorbar(
-                [step + 0.25 * (at - 1.5) for step in points],
-                [p.mean for p in points.values()],
-                yerr=[[p.mean - p.low for p in points.values()], [p.high - p.mean for p in points.values()]],
-                color=look.colour, marker=look.marker, markersize=7, linewidth=2, elinewidth=1.5, capsize=3,
-                label=look.label,
-            )  # fmt: skip
+            _draw_curve(left, points, FIRST_CALL_LOOKS[method], aside=0.25 * (at - (len(one.curves) - 1) / 2))
         left.set(title=f"{128 // one.rollouts} problems x {one.rollouts} rollouts, {one.seeds} seeds")
         left.set(ylabel="accuracy", ylim=(0.1, 0.35), xticks=list(next(iter(one.curves.values()))))
         left.grid(axis="y", alpha=0.3)

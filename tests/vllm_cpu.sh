@@ -7,7 +7,9 @@
 # VENV  where the environment lives (default: .venv-vllm_cpu)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export VENV=${VENV:-.venv-vllm_cpu}
+source examples/venv.sh
+VENV=$(venv_of vllm_cpu)
+export VENV
 bash examples/setup_env.sh vllm_cpu dev
 lanes=(-m "vllm and not slow")
 for argument in "$@"; do [[ $argument == -m ]] && lanes=(); done

@@ -71,27 +71,28 @@ def test_a_hardware_file_of_ones_own_takes_the_rollouts_of_its_device(own):
 STACK = r"""
 nvidia-smi() { for ((i = 0; i < GPUS; i++)); do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done; }
 source "$ROOT/examples/stack.sh" "$@"
-echo "$STACK ${ARGS[*]}${VENV:+ $VENV}"
+echo "$STACK ${ARGS[*]} $VENV"
 """
 
 
 @pytest.mark.parametrize(
     ("gpus", "arguments", "stack"),
     [
-        (0, [], "cpu hardware=cpu rollout=transformers"),
-        (1, [], "vllm hardware=single_gpu rollout=vllm"),
-        *((n, [], "vllm hardware=single_node rollout=vllm") for n in (2, 7, 8)),
-        (8, ["hardware=cpu"], "cpu hardware=cpu rollout=transformers"),
+        (0, [], "cpu hardware=cpu rollout=transformers .venv"),
+        (1, [], "vllm hardware=single_gpu rollout=vllm .venv-vllm"),
+        *((n, [], "vllm hardware=single_node rollout=vllm .venv-vllm") for n in (2, 7, 8)),
+        (8, ["hardware=cpu"], "cpu hardware=cpu rollout=transformers .venv"),
         (0, ["rollout=vllm_cpu"], "vllm_cpu hardware=cpu rollout=vllm_cpu .venv-vllm_cpu"),
         (1, ["hardware=cpu", "rollout=vllm_cpu"], "vllm_cpu hardware=cpu rollout=vllm_cpu .venv-vllm_cpu"),
-        (0, ["rollout=transformers"], "cpu hardware=cpu rollout=transformers"),
-        (0, ["rollout=vllm"], "cpu hardware=cpu rollout=transformers"),  # refused by the checks, after the arguments
-        (1, ["rollout=sglang"], "sglang hardware=single_gpu rollout=sglang"),
-        (1, ["rollout=transformers"], "vllm hardware=single_gpu rollout=transformers"),
-        (1, ["rollout=of_my_own"], "vllm hardware=single_gpu rollout=vllm"),
-        (0, ["hardware=laptop", "--config-dir", "OWN"], "cpu hardware=laptop rollout=transformers"),
-        (0, ["hardware=laptop", "--config-dir=OWN"], "cpu hardware=laptop rollout=transformers"),
-        (1, ["hardware=cluster", "--config-dir", "OWN"], "vllm hardware=cluster rollout=vllm"),
+        (0, ["rollout=transformers"], "cpu hardware=cpu rollout=transformers .venv"),
+        # Refused by the checks, after the arguments.
+        (0, ["rollout=vllm"], "cpu hardware=cpu rollout=transformers .venv"),
+        (1, ["rollout=sglang"], "sglang hardware=single_gpu rollout=sglang .venv-sglang"),
+        (1, ["rollout=transformers"], "vllm hardware=single_gpu rollout=transformers .venv-vllm"),
+        (1, ["rollout=of_my_own"], "vllm hardware=single_gpu rollout=vllm .venv-vllm"),
+        (0, ["hardware=laptop", "--config-dir", "OWN"], "cpu hardware=laptop rollout=transformers .venv"),
+        (0, ["hardware=laptop", "--config-dir=OWN"], "cpu hardware=laptop rollout=transformers .venv"),
+        (1, ["hardware=cluster", "--config-dir", "OWN"], "vllm hardware=cluster rollout=vllm .venv-vllm"),
     ],
 )
 def test_the_scripts_choose_the_stack_of_the_machine(own, gpus, arguments, stack):

@@ -82,6 +82,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.finish: Finish | None = None
         self._refused: tuple[ToolOutcome | None, ...] = ()  # of the last turn, one a call
+        self._cut = False  # the last turn ran out of tokens
 
     def end_turn(
         self,
@@ -106,6 +107,7 @@ class Conversation:
             The calls to run, in order; `hear` wants one outcome for each. Also empty when all calls are refused, so ask
             `finish` whether the conversation goes on.
         """
+        self._cut = cut
         calls = parse_calls(spoken(text), self.rules.argument_schemas, cut=cut)
         self.turns.append(Turn(start, end, text, calls, ended_by=ended_by, overrun=overrun, weights=weights))
         if cut:
@@ -159,7 +161,7 @@ class Conversation:
         Raises ValueError for what is no outcome.
         """
         assert self.finish is not None, "the conversation goes on"
-        judged = judge_turns(self.turns, self.finish, self.rules.extract_answer)
+        judged = judge_turns(self.turns, self.finish, self.rules.extract_answer, cut=self._cut)
         if self.finish is Finish.INFRA:
             return Trajectory(judged, self.finish, acc=0.0)
         outcome, solved, pred = read_score(scored, self.rules.success_threshold)
@@ -199,8 +201,11 @@ def refusals(calls: Sequence[ToolCall], max_parallel_calls: int) -> tuple[ToolOu
     return tuple(answers)
 
 
-def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAnswer) -> tuple[Turn, ...]:
-    """The turns with their format verdicts. What a limit or a failing tool server ended is not cut by the model."""
+def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAnswer, *, cut: bool) -> tuple[Turn, ...]:
+    """The turns with their format verdicts. `cut`: the last one ran out of tokens.
+
+    What a limit or a failing tool server ended was not ended by the model; but its last turn may have been.
+    """
     last = len(turns) - 1
     return tuple(
         replace(
@@ -209,6 +214,7 @@ def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAn
                 is_first=k == 0,
                 is_last=k == last,
                 truncated=k == last and (finish in TRUNCATED or finish is Finish.INFRA),
+                cut=k == last and cut,
                 calls=turn.calls,
                 has_answer=extract_answer(spoken(turn.text)) is not None,
             ),
@@ -218,19 +224,21 @@ def judge_turns(turns: Sequence[Turn], finish: Finish, extract_answer: ExtractAn
 
 
 def judge_format(
-    *, is_first: bool, is_last: bool, truncated: bool, calls: Sequence[ToolCall], has_answer: bool
+    *, is_first: bool, is_last: bool, truncated: bool, cut: bool, calls: Sequence[ToolCall], has_answer: bool
 ) -> FormatReason | None:
     """The one format verdict of a turn, or None when it keeps the format. What it costs: `rewards.CHARGED`.
 
     Args:
         is_first, is_last: position in the trajectory.
-        truncated: the turn was cut by a limit of ours; then what is missing at its end is not the model's fault, and
-            neither is a call that the limit left unclosed.
+        truncated: a limit of ours ended the trajectory with this turn; then a missing answer is not the model's fault.
+        cut: the turn itself ran out of tokens; then neither is a last call that is not closed. One in a turn that the
+            model ended is, also where the trajectory ends with it.
         calls: what `parse_calls` found.
         has_answer: whether the task's `extract_answer` found one.
     """
-    for call in calls:
-        if call.error is not None and not (truncated and call.error is FormatReason.UNBALANCED_TAG):
+    for k, call in enumerate(calls):
+        unfinished = cut and k == len(calls) - 1 and call.error is FormatReason.UNBALANCED_TAG
+        if call.error is not None and not unfinished:
             return call.error
     if truncated:
         return None

@@ -21,8 +21,10 @@ BAD = ToolCall("python", {}, FormatReason.MISSING_ARGUMENT, "missing argument 'c
 UNCLOSED = ToolCall("", {}, FormatReason.UNBALANCED_TAG, "not closed")
 
 
-def judge(calls=(), *, first=False, last=False, truncated=False, answer=False):
-    return judge_format(is_first=first, is_last=last, truncated=truncated, calls=calls, has_answer=answer)
+def judge(calls=(), *, first=False, last=False, truncated=False, cut=False, answer=False):
+    return judge_format(
+        is_first=first, is_last=last, truncated=truncated or cut, cut=cut, calls=calls, has_answer=answer
+    )
 
 
 def test_the_first_turn_must_call_even_when_it_answers():
@@ -48,9 +50,26 @@ def test_a_malformed_call_comes_before_every_other_reason():
 def test_a_limit_of_ours_excuses_what_is_missing_at_the_end_and_nothing_else():
     assert judge(first=True, last=True, truncated=True) is None
     assert judge(last=True, truncated=True) is None
-    assert judge([UNCLOSED], last=True, truncated=True) is None
+    assert judge([UNCLOSED], last=True, cut=True) is None
     assert judge([UNCLOSED], last=True) is FormatReason.UNBALANCED_TAG
-    assert judge([BAD, UNCLOSED], last=True, truncated=True) is FormatReason.MISSING_ARGUMENT
+    assert judge([BAD, UNCLOSED], last=True, cut=True) is FormatReason.MISSING_ARGUMENT
+    assert (
+        judge([UNCLOSED, GOOD], last=True, cut=True) is FormatReason.UNBALANCED_TAG
+    )  # not the one that was cut
+
+
+def test_a_call_left_open_by_the_model_is_charged_whatever_ends_the_trajectory_after_it():
+    """Equal turns have equal verdicts: the next turn, the turn limit and a full response come after it."""
+    open_call = '<tool_call>{"name": "python"'
+    for max_turns, response_length in ((3, 100), (1, 100), (3, 5)):
+        conversation = Conversation(Rules(SCHEMAS, boxed, max_turns=max_turns, response_length=response_length))
+        conversation.end_turn(0, 4, open_call, cut=False)
+        if conversation.finish is None:
+            conversation.hear([])
+            conversation.check_room(5)
+        if conversation.finish is None:
+            conversation.end_turn(5, 9, r"\boxed{1}", cut=False)
+        assert conversation.trajectory(0.0).turns[0].broken is FormatReason.UNBALANCED_TAG
 
 
 @given(calls=st.lists(st.sampled_from([GOOD, BAD])), limit=st.integers(0, 4))

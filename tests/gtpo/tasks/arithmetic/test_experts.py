@@ -58,7 +58,9 @@ def answered(text: str) -> tuple[tuple[ToolCall, ...], tuple[ToolOutcome, ...]]:
 def verdict(text: str, *, is_first: bool, is_last: bool) -> FormatReason | None:
     calls, _ = answered(text)
     has_answer = boxed(text) is not None
-    return judge_format(is_first=is_first, is_last=is_last, truncated=False, calls=calls, has_answer=has_answer)
+    return judge_format(
+        is_first=is_first, is_last=is_last, truncated=False, cut=False, calls=calls, has_answer=has_answer
+    )
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,17 @@ def test_finished_cells_of_other_overrides_are_not_counted_as_done(tmp_path, cap
     assert "was made by other overrides" in capsys.readouterr().err
 
 
+def test_a_trial_of_few_steps_is_not_counted_as_the_whole_run(tmp_path):
+    arguments = ["methods=gtpo", "seeds=1", f"out={tmp_path}"]
+    (trial,) = matrix(*parse([*arguments, "steps=2"]))
+    make_run(tmp_path, "gtpo", 1, {0: 0.2, 2: 0.5})
+    (trial.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *trial.overrides]}]))
+    compare.refuse_others([trial])
+    compare.refuse_others(matrix(*parse([*arguments, "steps=40"])))  # goes on from there
+    with pytest.raises(ValueError, match=r"gtpo-seed1 was made with steps=2, and here no number of steps is given"):
+        compare.refuse_others(matrix(*parse(arguments)))
+
+
 def test_a_cell_made_when_its_method_had_another_meaning_is_not_counted_as_done(tmp_path):
     """`method=grpo` compared the summed reward before there was `algorithm.gtpo.trajectory_reward`."""
     cells = matrix(*parse(["methods=gtpo,grpo", "seeds=1", f"out={tmp_path}"]))

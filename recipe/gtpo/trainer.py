@@ -9,6 +9,7 @@ the same rewards, most of them summed over the trajectory.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,7 @@ class GTPOTrainerMixin(_Trainer):
         super().__init__(config)
         self._writer = Writer(self.record)
         self._validated = False  # a batch of the present validation has been recorded
+        self._infra_said: list[str] = []  # what tools said that failed trajectories of it
         self._lost = 0  # trajectories of this start
         self._too_long: dict[str, float] = {}  # rows that are no part of the data
         self._loaded_step = 0
@@ -158,17 +160,20 @@ class GTPOTrainerMixin(_Trainer):
     def _count_lost(self, trajectories: list[Trajectory], expected: int) -> dict[str, float]:
         """Count what is lost or dropped of a step; end the run when it is more than the config allows."""
         faults = [t.fault for t in trajectories if t.finish is Finish.FAULT]
-        lost = self._lose(faults, expected - len(trajectories), f"step {self.global_steps}")
-        infra = [t for t in trajectories if t.finish is Finish.INFRA]
-        share = (lost + len(infra)) / max(1, expected, len(trajectories))
-        if share > self.config.max_dropped_share:
-            said = [o.output for t in infra for turn in t.turns for o in turn.outcomes if o.outcome == "infra"]
-            raise RuntimeError(
-                f"{share:.0%} of the trajectories of step {self.global_steps} are lost or were failed by the tool "
-                f"server (max_dropped_share={self.config.max_dropped_share:g}): "
-                f"{(said or faults or [_MISSING])[-1].strip()}"
-            )
+        where = f"step {self.global_steps}"
+        lost = self._lose(faults, expected - len(trajectories), where)
+        infra = sum(t.finish is Finish.INFRA for t in trajectories)
+        share = (lost + infra) / max(1, expected, len(trajectories))
+        self._refuse_dropped(share, where, infra_outputs(trajectories) or faults)
         return {"gtpo/rows/lost_total": float(lost)}
+
+    def _refuse_dropped(self, share: float, where: str, said: list[str]) -> None:
+        """Raise RuntimeError where more is lost or was failed by the tool server than the config allows."""
+        if share > self.config.max_dropped_share:
+            raise RuntimeError(
+                f"{share:.0%} of the trajectories of {where} are lost or were failed by the tool server "
+                f"(max_dropped_share={self.config.max_dropped_share:g}): {(said or [_MISSING])[-1].strip()}"
+            )
 
     def _lose(self, faults: list[str], missing: int, where: str) -> int:
         """The trajectories lost in `where`. Raises RuntimeError with the last cause when the run has lost too many.
@@ -186,16 +191,32 @@ class GTPOTrainerMixin(_Trainer):
         return lost
 
     def _val_metrics_update(
-        self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, *args, **kwargs
+        self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=None
     ) -> dict[str, float]:
-        """Also say over how many rows the means of a validation are."""
-        faults = [fault for fault in reward_extra_infos_dict.pop("fault", []) if fault]
-        expected = sum((kwargs.get("expected_acc_counts") or {}).values())
-        lost = self._lose(faults, expected - len(sample_uids), f"the validation at step {self.global_steps}")
+        """Also say over how many rows the means of a validation are, and leave prompts out that the tool server failed.
+
+        Such a trajectory would count as a wrong answer. Its whole prompt goes: verl names a mean after the number of
+        samples of a prompt, so one with fewer would be in another metric.
+        """
+        where = f"the validation at step {self.global_steps}"
+        infos = dict(reward_extra_infos_dict)
+        faults = [fault for fault in infos.pop("fault", []) if fault]
+        expected = expected_acc_counts or {}
+        lost = self._lose(faults, sum(expected.values()) - len(sample_uids), where)
+        failed = [uid for uid, infra in zip(sample_uids, infos.get("infra", []), strict=False) if infra]
+        share = (lost + len(failed)) / max(1, sum(expected.values()), len(sample_uids))
+        self._refuse_dropped(share, where, self._infra_said or faults)
+        kept = [i for i, uid in enumerate(sample_uids) if uid not in set(failed)]
+        if failed and not kept:
+            raise RuntimeError(f"the tool server failed every prompt of {where}: {self._infra_said[-1].strip()}")
         metrics = super()._val_metrics_update(
-            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, *args, **kwargs
+            *([column[i] for i in kept] for column in (data_sources, sample_uids)),
+            {name: [values[i] for i in kept] for name, values in infos.items()},
+            [sample_turns[i] for i in kept],
+            expected_acc_counts={key: count for key, count in expected.items() if key[1] not in failed},
         )
-        return metrics | {"gtpo/validation/rows": float(len(sample_uids)), "gtpo/validation/lost": float(lost)}
+        counts = {"rows": len(kept), "lost": lost, "infra": len(failed)}
+        return metrics | {f"gtpo/validation/{name}": float(count) for name, count in counts.items()}
 
     # -- record -----------------------------------------------------------------------------------------------------
     #
@@ -224,7 +245,7 @@ class GTPOTrainerMixin(_Trainer):
         super().on_train_begin()
 
     def _validate(self) -> dict[str, float]:
-        self._validated = False
+        self._validated, self._infra_said = False, []
         try:
             metrics = super()._validate()
         except ValueError as e:
@@ -274,6 +295,7 @@ class GTPOTrainerMixin(_Trainer):
         real = [(trajectory, row) for trajectory, row in zip(found, describe_rows(batch), strict=True) if trajectory]
         if real:
             trajectories, rows = zip(*real, strict=True)
+            self._infra_said += infra_outputs(trajectories)
             lines = validation_lines(self.global_steps, self.config.seed, trajectories, rows)
             self._writer.write(self.global_steps, lines, split="validation", more=self._validated)
             self._validated = True  # the data may come in several batches
@@ -335,6 +357,11 @@ def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Traj
             raise ValueError(f"row {key} has no recorded turns: set rollout.agent.default_agent_loop=gtpo_agent")
         trajectories.append(Trajectory.from_dict(fields[TRAJECTORY]))
     return trajectories
+
+
+def infra_outputs(trajectories: Sequence[Trajectory]) -> list[str]:
+    """What the tools said that failed on our side."""
+    return [o.output for t in trajectories for turn in t.turns for o in turn.outcomes if o.outcome == "infra"]
 
 
 def write_rewards(batch: KVBatchMeta, credit: Credit, uids: list[str], response_mask: torch.Tensor) -> None:

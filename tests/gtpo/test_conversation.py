@@ -53,9 +53,7 @@ def test_a_limit_of_ours_excuses_what_is_missing_at_the_end_and_nothing_else():
     assert judge([UNCLOSED], last=True, cut=True) is None
     assert judge([UNCLOSED], last=True) is FormatReason.UNBALANCED_TAG
     assert judge([BAD, UNCLOSED], last=True, cut=True) is FormatReason.MISSING_ARGUMENT
-    assert (
-        judge([UNCLOSED, GOOD], last=True, cut=True) is FormatReason.UNBALANCED_TAG
-    )  # not the one that was cut
+    assert judge([UNCLOSED, GOOD], last=True, cut=True) is FormatReason.UNBALANCED_TAG  # not the one that was cut
 
 
 def test_a_call_left_open_by_the_model_is_charged_whatever_ends_the_trajectory_after_it():

@@ -787,12 +787,32 @@ def test_a_step_that_the_tool_server_mostly_failed_ends_the_run_with_what_the_to
 
 
 def test_a_validation_says_over_how_many_rows_its_means_are(queue, tmp_path):
-    trainer = make_trainer(tmp_path, "max_lost_trajectories=2")
+    trainer = make_trainer(tmp_path, "max_lost_trajectories=2", "max_dropped_share=1")
     infos = {"reward": [1.0, 0.0], "acc": [1.0, 0.0], "fault": ["", "row 1 of mine: KeyError: x"]}
     counts = {("mine", "a"): 1, ("mine", "b"): 1, ("mine", "c"): 1}
-    metrics = trainer._val_metrics_update(["mine"] * 2, ["a", "b"], infos, [], expected_acc_counts=counts)
+    metrics = trainer._val_metrics_update(["mine"] * 2, ["a", "b"], infos, [2, 2], expected_acc_counts=counts)
     assert metrics["gtpo/validation/rows"] == 2.0 and metrics["gtpo/validation/lost"] == 2.0
     assert "val-core/mine/acc/mean@1" in metrics
     again = {"reward": [0.0], "acc": [0.0], "fault": ["row 1 of mine: KeyError: x"]}
     with pytest.raises(RuntimeError, match=r"lost in the validation at step 1, 3 in this run .*row 1 of mine"):
-        trainer._val_metrics_update(["mine"], ["a"], again, [], expected_acc_counts={("mine", "a"): 1})
+        trainer._val_metrics_update(["mine"], ["a"], again, [2], expected_acc_counts={("mine", "a"): 1})
+
+
+def test_a_validation_does_not_count_what_the_tool_server_failed_as_wrong(queue, tmp_path):
+    """Two samples a prompt. b's first one failed on our side, so b is in no mean: what is left is all of a."""
+    trainer = make_trainer(tmp_path)
+    trainer._infra_said = ["Error: the tool server is full"]
+    infos = {"reward": [1.0, 0.0, 0.0, 1.0], "acc": [1.0, 0.0, 0.0, 1.0], "infra": [0.0, 0.0, 1.0, 0.0]}
+    rows = (["mine"] * 4, ["a", "a", "b", "b"], infos, [2] * 4)
+    counts = {("mine", "a"): 2, ("mine", "b"): 2}
+    metrics = trainer._val_metrics_update(*rows, expected_acc_counts=counts)
+    assert metrics["val-core/mine/acc/mean@2"] == 0.5
+    assert metrics["gtpo/validation/rows"] == 2.0 and metrics["gtpo/validation/infra"] == 1.0
+    strict = make_trainer(tmp_path, "max_dropped_share=0.2")
+    strict._infra_said = ["Error: the tool server is full"]
+    with pytest.raises(RuntimeError, match=r"25% of the trajectories of the validation at step 1 .*server is full"):
+        strict._val_metrics_update(*rows, expected_acc_counts=counts)
+    loose = make_trainer(tmp_path, "max_dropped_share=1")
+    loose._infra_said = ["Error: the tool server is full"]
+    with pytest.raises(RuntimeError, match="failed every prompt of the validation at step 1: Error: the tool"):
+        loose._val_metrics_update(["mine"], ["b"], {"acc": [0.0], "infra": [1.0]}, [2], expected_acc_counts={})

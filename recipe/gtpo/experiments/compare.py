@@ -143,8 +143,8 @@ def refuse_others(cells: Sequence[Cell]) -> None:
         shorter = [override for override in before if override.startswith(f"{_CELL_SETS['steps']}=")]
         if cell.steps is None and shorter:  # how many the task's own are, only the run knows
             raise ValueError(
-                f"{cell.dir} was made with steps={shorter[-1].partition('=')[2]}, and here no number of steps is given: "
-                "give steps=, and it goes on to that, or give this matrix another out="
+                f"{cell.dir} was made with steps={shorter[-1].partition('=')[2]}, and here steps= is not given: "
+                "give it, and the run goes on to that, or give this matrix another out="
             )
 
 

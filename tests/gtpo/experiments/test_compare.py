@@ -352,7 +352,7 @@ def test_a_trial_of_few_steps_is_not_counted_as_the_whole_run(tmp_path):
     (trial.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *trial.overrides]}]))
     compare.refuse_others([trial])
     compare.refuse_others(matrix(*parse([*arguments, "steps=40"])))  # goes on from there
-    with pytest.raises(ValueError, match=r"gtpo-seed1 was made with steps=2, and here no number of steps is given"):
+    with pytest.raises(ValueError, match=r"gtpo-seed1 was made with steps=2, and here steps= is not given"):
         compare.refuse_others(matrix(*parse(arguments)))
 
 

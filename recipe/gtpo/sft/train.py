@@ -50,7 +50,8 @@ def train(
 ) -> Path:
     """Train the run's model on the transcripts; the folder of the new model in `sft.out`, made now or found.
 
-    Two calls with equal transcripts and settings share a folder. Raises ConfigError when the training fails.
+    Two calls with equal transcripts and settings share a folder. Raises ConfigError when the training fails, or would
+    leave no model.
     """
     rows = [{"messages": list(messages), "tools": list(tools)} for messages in transcripts]
     settings = sft_config(config)
@@ -59,6 +60,8 @@ def train(
             f"the cold start has {len(rows)} transcripts, fewer than one batch of {settings.data.train_batch_size}: "
             f"give more, or set 'sft.verl={{data: {{train_batch_size: N}}}}' with N of {len(rows)} or less"
         )
+    if "hf_model" not in settings.checkpoint.save_contents:  # a saved folder then has a tokenizer, but no weights
+        raise ConfigError("sft.verl: checkpoint.save_contents has no 'hf_model', which is what a run loads: add it")
     facts = {"transcripts": len(rows), "settings": OmegaConf.to_container(settings, resolve=True)}
     name = hashlib.sha256(json.dumps([rows, facts], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -69,8 +72,7 @@ def train(
         OmegaConf.save(settings, folder / "sft.yaml")
         say(f"cold start: {len(rows)} transcripts, {settings.trainer.total_epochs} epoch(s), with verl's SFT trainer")
         _run_worker(settings, folder)
-        (made,) = work.glob("global_step_*/huggingface")
-        for file in made.iterdir():
+        for file in _last_saved(work).iterdir():
             shutil.move(str(file), folder / file.name)
         shutil.rmtree(work)
 
@@ -136,6 +138,17 @@ def _run_worker(settings: DictConfig, folder: Path) -> None:
         kept = folder.parent / "failed.log"
         shutil.copy(log, kept)
         raise ConfigError(f"the cold start failed: {last_line(log.read_text(errors='replace'))} (all of it: {kept})")
+
+
+def _last_saved(work: Path) -> Path:
+    """The model of the last step that was saved: `trainer.save_freq` saves others before it."""
+    saved = {int(path.name.removeprefix("global_step_")): path / "huggingface" for path in work.glob("global_step_*")}
+    if not saved:  # verl saves the last of total_training_steps, and ends before it where the epochs have fewer steps
+        raise ConfigError(
+            "the cold start saved no model: sft.verl's trainer.total_training_steps is more than its epochs have; "
+            "leave it out, or set trainer.total_epochs higher"
+        )
+    return saved[max(saved)]
 
 
 def _free_port() -> int:

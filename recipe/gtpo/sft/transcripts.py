@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from recipe.gtpo.data.overlap import key
@@ -133,8 +132,14 @@ def check(messages: Sequence[Message]) -> None:
         raise NoTranscriptError("no message of the user")
     if not any(m["role"] == "assistant" and "<tool_call>" in m["content"] for m in messages):
         raise NoTranscriptError("no tool call")
-    if any(role == "tool" and before != "assistant" for before, role in pairwise(roles)):
-        raise NoTranscriptError("a tool answers what the assistant did not ask")
+    unanswered = 0  # calls of the assistant's last message
+    for message in messages:
+        if message["role"] == "tool":
+            unanswered -= 1
+        else:
+            unanswered = message["content"].count("<tool_call>") if message["role"] == "assistant" else 0
+        if unanswered < 0:
+            raise NoTranscriptError("a tool answers what the assistant did not ask")
 
 
 def question(messages: Iterable[Mapping[str, str]]) -> str:

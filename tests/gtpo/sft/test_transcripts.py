@@ -117,6 +117,8 @@ def said(*roles: str, call: bool = True) -> list[dict[str, str]]:
         (said("assistant"), "no message of the user"),
         (said("user", "assistant", call=False), "no tool call"),
         (said("user", "tool", "assistant"), "did not ask"),
+        (said("user", "assistant", "tool", "tool", "assistant"), "did not ask"),
+        ([*said("user", "assistant", "tool"), *said("assistant", "tool", "assistant", call=False)], "did not ask"),
     ],
 )
 def test_what_is_no_conversation_with_a_tool_is_left_out(messages, reason):
@@ -137,6 +139,17 @@ def record(acc: float = 1.0, finish: str = "answer", **first) -> Record:
             "acc": acc,
         }
     )
+
+
+def test_every_call_of_a_turn_has_its_tool_message():
+    calls = [{"name": "python", "arguments": {"code": code}} for code in ("1+1", "2+2")]
+    outcomes = [{"outcome": "ok", "output": output, "seconds": 0.1} for output in ("2\n", "4\n")]
+    text = "\n".join(call_text(call["name"], call["arguments"]) for call in calls)
+    messages = from_record(record(text=text, calls=calls, outcomes=outcomes))
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    check(messages)
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    check(read({"messages": [messages[0], asked, *messages[2:]]}))
 
 
 def test_rejection_sampling_keeps_what_solved_its_problem_without_a_fault():

@@ -79,6 +79,14 @@ FAULTY = [
 ]
 TOKENS = {"token_ids": [5, 7], "log_prob_gaps": [0.0, -0.25]}
 EQUAL = [trajectory("plums", say(r"\boxed{1}") | TOKENS, advantages=[0.0]) for _ in range(2)]
+#: Of a run that diverged: numbers that JSON has not, by name as our trainer writes them, and one as Python's json does.
+_LOST = {"log_prob": "nan", "log_prob_gap": "inf", "advantage": float("nan"), "return": "-inf", "divisor": "inf"}
+_LOST |= {"token_ids": [5, 7], "log_prob_gaps": ["nan", -0.25], "rewards": {"outcome": "nan", "format": -0.5}}
+DIVERGED = [
+    trajectory("figs", call("1") | _LOST, say("x"), acc="nan", outcome="inf", shaped="nan"),  # type: ignore[arg-type]
+    trajectory("figs", call("1", output="1\n"), say("x"), partners=[{"session": 0, "similarity": "nan"}]),
+]
+DIVERGED[0]["turns"][0]["outcomes"][0]["seconds"] = "inf"
 
 _CLICK = "window.hacked = true"
 #: What a model or a tool may write to take the page over. Each sets `window.hacked` where it is believed.

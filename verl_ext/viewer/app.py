@@ -86,7 +86,8 @@ def _answer(query: Callable[[Any, Any], Any]) -> Handler:
 
     async def handler(request: web.Request) -> web.Response:
         value = await asyncio.to_thread(query, _runs(request), request.query)
-        return web.Response(text=json.dumps(value), content_type="application/json")
+        text = json.dumps(value, allow_nan=False)  # a browser reads no NaN: an error here, not a page that is dead
+        return web.Response(text=text, content_type="application/json")
 
     return handler
 

@@ -65,7 +65,7 @@ def write(runs: Sequence[Run], out: Path, steps: set[int] | None) -> str:
     for said, content in zip(data["overview"]["runs"], contents, strict=True):
         said["steps"] = _steps(content["groups"])
         said["trajectories"] = len(content["conversations"])
-    packed = base64.b64encode(gzip.compress(json.dumps(data).encode(), mtime=0)).decode()
+    packed = base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode()
     whatif = runs[0].whatif
     method = whatif.JAVASCRIPT.read_text() if whatif else ""
     script, style = (STATIC / "app.js").read_text(), (STATIC / "style.css").read_text()

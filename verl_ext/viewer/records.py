@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,13 +38,23 @@ def parse(line: bytes, step: int, split: str) -> Record:
         raise ValueError(f"no record: {type(error).__name__} {error}") from error
 
 
+def finite(value: Any) -> Any:
+    """The value without what JSON has not: a float that is not finite, as a run that diverged records it, is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
 def numbers(record: Record) -> dict[str, Any]:
-    """What the index keeps of a trajectory, so that grid, ledger and what-if need no text."""
+    """What the index keeps of a trajectory, so that grid, ledger and what-if need no text. None: not known."""
+    acc, outcome = finite(record.acc), finite(record.outcome)
     return {
         "finish": record.finish,
-        "acc": record.acc,
-        "outcome": record.acc if record.outcome is None else record.outcome,
-        "shaped": record.shaped,
+        "acc": acc,
+        "outcome": acc if outcome is None else outcome,
+        "shaped": finite(record.shaped),
         "dropped": record.dropped,
         "pred": record.pred[:_ANSWER],
         "gold": None if record.gold is None else _text(record.gold)[:_ANSWER],
@@ -51,20 +62,21 @@ def numbers(record: Record) -> dict[str, Any]:
         "index": record.index,
         "weights": record.weights,
         "code": any(code.strip() for code in executed(record)),
-        "partners": {partner.session: partner.similarity for partner in record.partners},
+        "partners": {one.session: one.similarity for one in record.partners if math.isfinite(one.similarity)},
         "turns": [_numbers_of(turn) for turn in record.turns],
     }
 
 
 def _numbers_of(turn: Turn) -> dict[str, Any]:
-    return {
+    rewards = finite(turn.rewards)
+    kept = {
         "tokens": turn.end - turn.start,
         "masked": turn.masked,
         "broken": turn.broken,
         "calls": len(turn.calls),
         "tools": [outcome.outcome for outcome in turn.outcomes],
         "said": _said(turn),
-        "rewards": turn.rewards,
+        "rewards": None if rewards and None in rewards.values() else rewards,  # the page adds them up
         "reward": turn.reward,
         "return": turn.return_,
         "mean": turn.pool_mean,
@@ -73,6 +85,7 @@ def _numbers_of(turn: Turn) -> dict[str, Any]:
         "log_prob": turn.log_prob,
         "gap": turn.log_prob_gap,
     }
+    return finite(kept)
 
 
 def _said(turn: Turn) -> str:
@@ -168,7 +181,7 @@ def _call(turn: Turn, k: int) -> dict[str, Any]:
         "detail": call.detail,
         "outcome": came and came.outcome,
         "output": came and came.output,
-        "seconds": came and came.seconds,
+        "seconds": came and finite(came.seconds),
     }
 
 
@@ -180,10 +193,12 @@ def _arguments(call: Call) -> dict[str, str]:
     return {"arguments": _text(call.arguments), "language": "json"}
 
 
-def gaps(record: Record) -> list[list[tuple[int, float]] | None]:
+def gaps(record: Record) -> list[list[tuple[int, float | None]] | None]:
     """By turn the (token id, rollout's log-probability minus the policy's) of each token; None where not recorded."""
     return [
-        list(zip(turn.token_ids, turn.log_prob_gaps, strict=False)) if turn.token_ids and turn.log_prob_gaps else None
+        list(zip(turn.token_ids, finite(turn.log_prob_gaps), strict=False))
+        if turn.token_ids and turn.log_prob_gaps
+        else None
         for turn in record.turns
     ]
 

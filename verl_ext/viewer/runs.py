@@ -33,7 +33,7 @@ class Run:
         """Full key -> value, as the run was started; None where the run left no config.json, or has not yet."""
         path = self.path / "config.json"
         if self._config is None and path.exists():
-            self._config = json.loads(path.read_text())
+            self._config = records.finite(json.loads(path.read_text()))
         return self._config
 
     @property
@@ -41,14 +41,18 @@ class Run:
         return None if self.whatif is None else self.whatif.settings_of(self.config)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """{"step": n, "metrics": {...}} by step, the latest for each; a line that is no JSON is passed over."""
+        """{"step": n, "metrics": {...}} by step, the latest for each, without the numbers that are not finite.
+
+        A line that is no JSON is passed over.
+        """
         path, by_step = self.path / "metrics.jsonl", {}
         if path.exists():
             with path.open("rb") as lines:
                 for line in lines:
                     try:
                         found = json.loads(line)
-                        by_step[int(found["step"])] = found
+                        known = {name: x for name, x in records.finite(found["metrics"]).items() if x is not None}
+                        by_step[int(found["step"])] = found | {"metrics": known}
                     except (ValueError, KeyError, TypeError):
                         continue
         return [by_step[step] for step in sorted(by_step)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from viewer_runs import MIXED, hostile, write
+from viewer_runs import DIVERGED, MIXED, hostile, write
 
 from verl_ext.viewer import queries
 from verl_ext.viewer.app import POLICY, STATIC, build_app
@@ -21,7 +21,12 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def ask(tmp_path) -> Callable[..., tuple[int, Any, str]]:
     """A GET of a viewer of one run: status, headers, body."""
-    run = Run(write(tmp_path / "run", {1: [*MIXED, *hostile()[:3]]}), None, tmp_path / "cache")
+    folder = write(tmp_path / "run", {1: [*MIXED, *hostile()[:3]], 2: DIVERGED})
+    (folder / "config.json").write_text('{"limit": Infinity}')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "metrics": {"loss": NaN}}\n{"step": 2, "metrics": {"loss": 0.5}}\n'
+    )
+    run = Run(folder, None, tmp_path / "cache")
     run.update()
 
     async def get(path: str, **headers: str) -> tuple[int, Any, str]:
@@ -104,6 +109,32 @@ def test_a_fault_of_the_viewer_is_an_answer_too_and_in_its_log(ask, monkeypatch,
     assert (status, headers["Content-Security-Policy"]) == (500, POLICY)
     assert json.loads(body)["error"] == "ZeroDivisionError: division by zero"
     assert "/api/0/gradient" in caplog.text
+
+
+def read(body: str) -> Any:
+    """As a browser reads JSON, which has no NaN."""
+    return json.loads(body, parse_constant=lambda name: pytest.fail(f"{name} in {body[:200]}"))
+
+
+def test_a_number_that_is_not_finite_is_null_in_every_answer(ask):
+    (group,) = read(ask("/api/0/groups?step=2")[2])["groups"]
+    assert (group["size"], group["solved"], group["top"]) == (2, 0, 0.0)
+    first, second = read(ask(f"/api/0/group?id={group['id']}")[2])["rows"]
+    assert [first[name] for name in ("acc", "outcome", "shaped")] == [None] * 3
+    lost = ("log_prob", "gap", "advantage", "return", "divisor", "rewards")
+    assert [first["turns"][0][name] for name in lost] == [None] * 6
+    assert (second["acc"], second["similar"]) == (0.0, None)
+    turn = read(ask(f"/api/0/conversation?id={first['id']}")[2])["turns"][0]
+    assert turn["tokens"] == [["5 ", None], ["7 ", -0.25]] and turn["calls"][0]["seconds"] is None
+    assert read(ask("/api/curves?name=loss")[2])["curves"] == {"loss": [[[2, 0.5]]]}
+    for path in ("overview", "0/gradient"):
+        read(ask(f"/api/{path}")[2])
+
+
+def test_a_number_that_slipped_through_is_an_error_and_not_a_page_that_stops(ask, monkeypatch):
+    monkeypatch.setattr(queries, "gradient", lambda run: float("nan"))
+    status, _, body = ask("/api/0/gradient")
+    assert status == 400 and "JSON" in read(body)["error"]
 
 
 def test_a_text_of_the_model_is_never_a_page(ask):

@@ -9,7 +9,7 @@ import json
 import re
 
 import pytest
-from viewer_runs import EQUAL, FAULTY, MIXED, hostile, write
+from viewer_runs import DIVERGED, EQUAL, FAULTY, MIXED, hostile, write
 
 from verl_ext.viewer import __main__ as command
 from verl_ext.viewer import export, queries
@@ -32,7 +32,8 @@ def make(folder, steps, wanted=None) -> tuple[str, str]:
 
 def data(page: str) -> dict:
     (packed,) = re.findall(r'<script type="application/json" id="data">([A-Za-z0-9+/=]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(packed)))
+    text = gzip.decompress(base64.b64decode(packed))
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"a browser reads no {name}"))
 
 
 def test_the_policy_names_the_hash_of_every_script_and_style_in_it(tmp_path):
@@ -63,6 +64,13 @@ def test_the_data_is_what_the_server_would_answer(tmp_path):
     assert found["groups"] == queries.all_groups(run)
     assert found["rows"]["train/2"] == json.loads(json.dumps(queries.step_rows(run, "train", 2)))
     assert found["conversations"]["1"] == queries.conversation(run, 1)
+
+
+def test_a_run_that_diverged_is_still_a_page(tmp_path):
+    _, page = make(tmp_path, {1: DIVERGED})
+    (found,) = data(page)["runs"]
+    assert found["rows"]["train/1"][0]["turns"][0]["log_prob"] is None
+    assert found["conversations"]["1"]["turns"][0]["tokens"] == [["5 ", None], ["7 ", -0.25]]
 
 
 def test_steps_can_be_chosen(tmp_path):

@@ -74,7 +74,7 @@ def start_executors(url: str) -> tuple[ToolClient, str]:
     """Start an executor on every node of the Ray cluster that this process is in, and have each run a program.
 
     Returns the client, which has to be kept: with its last handle an executor ends; and a line on what there is.
-    Raises what a node says that cannot run code safely, and BackendUnavailable where no node answers.
+    Where no node can run code, raises what one of them says that cannot do so safely, else BackendUnavailable.
     """
 
     async def ask() -> tuple[ToolClient, dict[str, Any]]:
@@ -83,7 +83,9 @@ def start_executors(url: str) -> tuple[ToolClient, str]:
 
     client, found = asyncio.run(ask())
     tiers = sorted({node["isolation"] for node in found["nodes"].values()})
-    return client, f"tool server: an executor on each of {len(found['nodes'])} nodes, isolation: {', '.join(tiers)}"
+    left_out = "".join(f"; node {node} is left out: {why}" for node, why in found["left_out"].items())
+    line = f"tool server: an executor on each of {len(found['nodes'])} nodes, isolation: {', '.join(tiers)}{left_out}"
+    return client, line
 
 
 def schema_of(tool: Any) -> dict[str, Any]:

@@ -238,3 +238,13 @@ def test_a_function_tool_s_answer_is_read_as_verl_reads_it(functions, answer, te
     config = functions(f"return {answer}")
     (tool, _) = tools.load_tools(config)
     assert asyncio.run(call_tool(tool, {"code": "1"})) == (text, metrics)
+
+
+def test_a_run_that_starts_without_a_node_names_it(monkeypatch):
+    class Executors:
+        async def health(self):
+            return {"nodes": {"a": {"isolation": "strong"}}, "left_out": {"b": "TierUnavailable: no user namespaces"}}
+
+    monkeypatch.setattr(tools.ToolClient, "from_url", lambda url: Executors())
+    _, line = tools.start_executors("ray")
+    assert line.endswith("1 nodes, isolation: strong; node b is left out: TierUnavailable: no user namespaces")

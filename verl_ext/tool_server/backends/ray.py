@@ -1,13 +1,15 @@
 """Backend ``ray``: one actor per node of a Ray cluster, each with the dispatcher of a tool server.
 
 A request goes to the caller's own node while that has a free worker, else to the least loaded node. When a node is lost
-its unanswered requests are sent to another. Model-written code never runs in a Ray worker: the actor's zygotes are
-separate programs, started by exec.
+its unanswered requests are sent to another. A node that does not start, or cannot run code safely, is left out and
+tried again; only where there is no other do calls wait for it, and fail with what it says. Model-written code never
+runs in a Ray worker: the actor's zygotes are separate programs, started by exec.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult
 
+logger = logging.getLogger(__name__)
+
 NAMESPACE = "tool_server"
 REFRESH_SECONDS = 10.0  # how soon a node that joined is used
 START_SECONDS = 180.0  # building the tool runtime on a fresh node included
+SPREAD_SECONDS = 1.0  # how long the first calls wait for the other nodes when the first one is there
 # What a call of an actor raises that is gone: Ray has another error for one that it killed for its memory.
 _GONE = (RayActorError, OutOfMemoryError)
 
@@ -82,6 +87,8 @@ class RayBackend:
             raise RuntimeError("the ray backend needs a connected process: call ray.init() first")
         self._options = options
         self._nodes: dict[str, _Node] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}  # by node
+        self._left_out: dict[str, BaseException] = {}  # why, by node
         self._refreshed = 0.0
         self._refreshing = asyncio.Lock()
         self._own_node = ray.get_runtime_context().get_node_id()
@@ -98,9 +105,7 @@ class RayBackend:
             await self._refresh()
             node = self._choose(full)
             if node is None:
-                if full:
-                    raise BackendUnavailable("every node's queue is full", retry_after, busy=True)
-                raise BackendUnavailable("no node of the Ray cluster runs code")
+                raise BackendUnavailable("every node's queue is full", retry_after, busy=True)
             node.mine += 1
             try:
                 kind, content, load = await node.actor.run.remote(request.to_dict())
@@ -130,26 +135,64 @@ class RayBackend:
         return min(candidates, key=lambda node: node.fullness, default=None)
 
     async def _refresh(self) -> None:
-        """Make sure every living node has its actor. Nodes whose actor does not start are left out until next time."""
+        """Have every living node start its actor. Waits for them only where there is no node to use.
+
+        Raises what a node says that cannot run code safely, else BackendUnavailable, where no node can be used.
+        """
         async with self._refreshing:
-            if time.monotonic() - self._refreshed < REFRESH_SECONDS and self._nodes:
-                return
-            # Both calls ask the cluster's head and may block; the event loop must go on meanwhile.
-            alive = {node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
-            self._nodes = {node_id: node for node_id, node in self._nodes.items() if node_id in alive}
-            await asyncio.gather(*(self._add(node_id) for node_id in alive - set(self._nodes)))
-            self._refreshed = time.monotonic()
+            due = time.monotonic() - self._refreshed >= REFRESH_SECONDS
+            if due or not (self._nodes or self._starting):
+                # This asks the cluster's head and may block; the event loop must go on meanwhile.
+                alive = {node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+                self._nodes = {node_id: node for node_id, node in self._nodes.items() if node_id in alive}
+                self._left_out = {node_id: why for node_id, why in self._left_out.items() if node_id in alive}
+                for node_id in alive - self._nodes.keys() - self._starting.keys():
+                    self._start(node_id)
+                self._refreshed = time.monotonic()
+        if not self._nodes:
+            await self._wait_for_nodes()
+
+    async def _wait_for_nodes(self) -> None:
+        starting = set(self._starting.values())  # not those that are tried again meanwhile: that might never end
+        while starting and not self._nodes:
+            _, starting = await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+        if starting:
+            await asyncio.wait(starting, timeout=SPREAD_SECONDS)
+        if self._nodes:
+            return
+        for why in self._left_out.values():
+            if isinstance(why, RayTaskError):  # asking again would not help
+                raise why
+        reasons = "".join(f"; {node_id}: {_reason(why)}" for node_id, why in self._left_out.items())
+        raise BackendUnavailable(f"no node of the Ray cluster runs code{reasons}")
+
+    def _start(self, node_id: str) -> None:
+        task = self._starting[node_id] = asyncio.create_task(self._add(node_id))
+        task.add_done_callback(lambda task: self._started(node_id, task))
+
+    def _started(self, node_id: str, task: asyncio.Task[None]) -> None:
+        del self._starting[node_id]
+        if task.cancelled():
+            return
+        why = task.exception()
+        if why is None:
+            self._left_out.pop(node_id, None)
+            return
+        if node_id not in self._left_out:  # once, however often it is tried
+            logger.warning("node %s is left out, and tried again: %s", node_id, _reason(why))
+        self._left_out[node_id] = why
 
     async def _add(self, node_id: str) -> None:
+        """Use the node from when its actor is ready. Raises why it is not."""
         actor = await asyncio.to_thread(self._actor, node_id)
         try:
             workers = await asyncio.wait_for(actor.ready.remote(), START_SECONDS)
-        except (*_GONE, asyncio.TimeoutError):
-            return  # it left again, or is too slow to be of use
         except RayTaskError:
             # It cannot run code safely, and says why. It must not keep the name from one that can.
             await asyncio.to_thread(ray.kill, actor)
             raise
+        except asyncio.TimeoutError:
+            raise BackendUnavailable(f"not ready after {START_SECONDS:.0f} s") from None
         self._nodes[node_id] = _Node(node_id, actor, workers)
 
     def _actor(self, node_id: str) -> Any:
@@ -174,13 +217,26 @@ class RayBackend:
         raise RequestRejected("the ray backend offers no sessions; use a tool server's URL")
 
     async def health(self) -> dict[str, Any]:
-        """Health of every node, by node id."""
+        """Health of every node, and why others are left out, by node id. Waits for those that are starting."""
         await self._refresh()
-        if not self._nodes:
-            raise BackendUnavailable("no node of the Ray cluster runs code")
-        reports = await asyncio.gather(*(node.actor.health.remote() for node in self._nodes.values()))
-        return {"status": "ok", "nodes": dict(zip(self._nodes, reports, strict=True))}
+        if self._starting:
+            await asyncio.wait(self._starting.values())
+        nodes = dict(self._nodes)  # others may come while these answer
+        reports = await asyncio.gather(*(node.actor.health.remote() for node in nodes.values()))
+        left_out = {node_id: _reason(why) for node_id, why in self._left_out.items()}
+        return {"status": "ok", "nodes": dict(zip(nodes, reports, strict=True)), "left_out": left_out}
 
     async def close(self) -> None:
         """Let go of the actors; each ends when the process that created it ends."""
+        starting = list(self._starting.values())
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
         self._nodes.clear()
+
+
+def _reason(why: BaseException) -> str:
+    """In one line; Ray's own has the other process's traceback."""
+    cause = why.cause if isinstance(why, RayTaskError) else why
+    line, _, _ = str(cause).partition("\n")
+    return f"{type(cause).__name__}: {line}"

@@ -190,8 +190,9 @@ class Chain:
         states = torch.full((count, turns), -1)
         astray = torch.zeros(count, turns, dtype=torch.bool)
         group = torch.arange(count) // cell.rollouts
-        # What the tools have said so far, as digits: 0 nothing, 1 refused, 2 the right number, 3 and up a wrong one.
-        heard = group.clone()
+        # The prompt and what the tools have said so far, as digits in base 8: 1 refused, 2 the right number, 3 and up a
+        # wrong one. From `prompts` on, so that no prompt's number is another one's with a digit behind it.
+        heard = prompts + group
         at = torch.zeros(count, dtype=torch.long)  # the row of the logits; `rows` once all calls are made
         right, running = torch.ones(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
         solved = torch.zeros(count, dtype=torch.bool)

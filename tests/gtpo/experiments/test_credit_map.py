@@ -79,6 +79,15 @@ def test_states_are_a_tree_and_a_wrong_call_leads_elsewhere():
         assert not set(sample.states[rows & astray, turn].tolist()) & set(sample.states[rows & ~astray, turn].tolist())
 
 
+def test_a_state_is_of_one_prompt_and_one_turn():
+    """GiGPO compares all turns in a state, whatever their index."""
+    sample = Chain(CELLS[0]).sample(500, torch.Generator().manual_seed(2))
+    places: dict[int, set[tuple[int, int]]] = {}
+    for i, turn in (sample.states >= 0).nonzero().tolist():
+        places.setdefault(int(sample.states[i, turn]), set()).add((int(sample.group[i]), turn))
+    assert all(len(found) == 1 for found in places.values())
+
+
 def test_a_rerun_of_a_cell_gives_what_the_file_has(tmp_path):
     """Cosines to a hundredth: another machine's rounding may move a trajectory or two."""
     cell = Cell(2, 4, 0.1, 0.5)

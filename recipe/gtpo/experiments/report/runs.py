@@ -149,8 +149,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in the given folders.
 
     Raises:
-        ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps; some
-            name a horizon and some do not).
+        ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps, steps
+            that were validated; some name a horizon and some do not).
     """
     runs = [Run.load(folder) for path in paths for folder in _finished(path)]
     seen: dict[tuple[str, int | None, int], Run] = {}
@@ -183,6 +183,12 @@ def _check_comparable(run: Run, first: Run) -> None:
             raise ValueError(f"{run.dir} and {first.dir} differ in {what}: they cannot be compared")
     if max(run.curve) != max(first.curve):
         raise ValueError(f"{run.dir} ends at step {max(run.curve)}, {first.dir} at {max(first.curve)}: not comparable")
+    # The area of a curve depends on where it was looked at, the accuracy at its start too.
+    if differing := sorted(run.curve.keys() ^ first.curve.keys()):
+        raise ValueError(
+            f"of {run.dir} and {first.dir} only one was validated at step {', '.join(map(str, differing))}: not "
+            "comparable (trainer.test_freq and trainer.val_before_train have to be the same)"
+        )
 
 
 def by_horizon(runs: Sequence[Run]) -> dict[int | None, list[Run]]:

@@ -41,6 +41,21 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         load_runs([make_run(tmp_path / "e", "grpo", 1, {2: 0.5})])
 
 
+@pytest.mark.parametrize(
+    ("validated", "differing"),
+    [((0, 20), "5, 10, 15"), ((5, 10, 15, 20), "0"), ((0, 5, 10, 12, 15, 20), "12")],
+    ids=["seldom", "not before training", "once more"],
+)
+def test_curves_that_were_validated_at_other_steps_are_not_compared(tmp_path, validated, differing):
+    """Their learners are alike, and their areas and starts are not."""
+    learned = {step: 1 - 2.0 ** (-step / 5) for step in (0, 5, 10, 12, 15, 20)}
+    base = make_run(tmp_path, "grpo", 1, {step: learned[step] for step in (0, 5, 10, 15, 20)})
+    method = make_run(tmp_path, "gtpo", 1, {step: learned[step] for step in validated})
+    assert Run.load(method).final == Run.load(base).final
+    with pytest.raises(ValueError, match=rf"only one was validated at step {differing}: not comparable"):
+        load_runs([base, method])
+
+
 def test_the_command_is_given_in_the_repository_again(tmp_path):
     folder = make_run(tmp_path, "gtpo", 1, {0: 0.2, 2: 0.5})
     start = {"command": ["somewhere/__main__.py", f"run_dir={folder}", "note=two words"]}

@@ -41,6 +41,8 @@ DEFAULTS = ("0.5B", "1.5B", "3B", "7B")
 ROWS = (512, 256, 128, 64, 32, 16)
 #: vLLM's share of a GPU is looked for in these steps.
 SHARES = tuple(share / 100 for share in range(70, 5, -5))
+#: Keys of a config.json by which a layer is more than one block of three matrices: a mixture of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Shape:
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
         """Of a `config.json`; None for an architecture that this arithmetic does not know."""
         config = config.get("text_config") or config
+        if any(config.get(key) not in (None, 0, 1) for key in EXPERTS):
+            return None
         try:
             heads = config["num_attention_heads"]
             return cls(

@@ -97,6 +97,38 @@ def test_a_shape_is_read_from_a_config_or_a_name_and_else_is_unknown():
     assert by_name("Qwen/Qwen2.5-72B") is None and by_name("Qwen/Qwen3-4B") is None
 
 
+QWEN3_30B_A3B = {
+    **{"hidden_size": 2048, "num_hidden_layers": 48, "intermediate_size": 6144, "num_attention_heads": 32},
+    **{"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "model_type": "qwen3_moe"},
+}
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"num_experts": 128, "moe_intermediate_size": 768},
+        {"num_local_experts": 8},  # Mixtral
+        {"n_routed_experts": 64},  # DeepSeek
+        {"num_experts": [64, 64]},  # a number a layer
+        {"text_config": {**QWEN3_30B_A3B, "num_experts": 128}},
+    ],
+)
+def test_a_mixture_of_experts_is_unknown_and_not_dense(experts):
+    assert Shape.of({**QWEN3_30B_A3B, **experts}) is None
+
+
+@pytest.mark.parametrize("experts", [{"num_experts": None}, {"num_local_experts": 0}, {"num_experts": 1}])
+def test_a_config_that_says_that_it_has_no_experts_is_dense(experts):
+    assert Shape.of({**QWEN3_30B_A3B, **experts}) == Shape.of(QWEN3_30B_A3B) is not None
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral", "DeepseekV3"])
+def test_the_mixtures_of_transformers_are_unknown(kind):
+    import transformers
+
+    assert Shape.of(getattr(transformers, f"{kind}Config")().to_dict()) is None
+
+
 # -- sums -------------------------------------------------------------------------------------------------------------
 
 

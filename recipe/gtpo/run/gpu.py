@@ -318,6 +318,22 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
     }
 
 
+def _remedies(config: DictConfig) -> dict[str, str]:
+    """How to leave to `memory.choose` what this config sets of it, by the names of `asked_for`."""
+    actor = config.actor_rollout_ref.actor
+    offloads = [key for key in ("param_offload", "optimizer_offload") if actor.fsdp_config.get(key) is not None]
+    together = "actor_rollout_ref.actor.use_dynamic_bsz=true"
+    return {
+        "tokens": _left_out(_TOKENS) if actor.use_dynamic_bsz else f"{together} with {_TOKENS}=null",
+        "offload": _left_out(*(f"{_FSDP}.{key}" for key in offloads)),
+        "share": _left_out(_SHARE),
+    }
+
+
+def _left_out(*keys: str) -> str:
+    return f"leave out {' and '.join(keys)} (or null, where a file sets {'it' if len(keys) == 1 else 'them'})"
+
+
 def _attention_of(config: DictConfig) -> str:
     return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
 
@@ -372,7 +388,8 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
             "share": given["share"],
         }
         if shape is not None:
-            raise ConfigError(_refusal(shape, machines, memory.best(settings, **tried)))
+            shown = memory.best(settings, **tried)
+            raise ConfigError(_refusal(shape, machines, shown, _remedies(config), given))
         found = memory.best(settings, **tried)
     fill_open(
         config,
@@ -393,8 +410,10 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
     )
 
 
-def _refusal(shape: Shape, machines: Machines, settings: Settings) -> str:
+def _refusal(
+    shape: Shape, machines: Machines, settings: Settings, remedies: Mapping[str, str], given: Mapping[str, Any]
+) -> str:
     what = memory.lacking(shape, machines, settings)
-    would = "; or ".join(memory.proposals(shape, machines, settings))
+    would = "; or ".join(memory.proposals(shape, machines, settings, remedies, **given))
     remedy = f"what would fit: {would}" if would else "nothing that this arithmetic knows would make it fit"
     return f"a model of {shape.parameters / 1e9:.1f} B parameters does not fit {machines}: {what}; {remedy}"

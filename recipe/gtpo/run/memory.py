@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 GB = 1e9
@@ -304,34 +305,55 @@ def best(settings: Settings, *, tokens: int, offload: bool, share: float | None)
     return replace(settings, tokens=tokens, offload=offload, share=share or SHARES[len(SHARES) // 2])
 
 
-def proposals(shape: Shape, machines: Machines, settings: Settings) -> Iterator[str]:
-    """What would fit instead, each as something to set, buy or take."""
+def proposals(
+    shape: Shape, machines: Machines, settings: Settings, remedies: Mapping[str, str] | None = None, **given: Any
+) -> Iterator[str]:
+    """What would fit instead, each as something to leave out, set, buy or take.
+
+    Args:
+        remedies: how to leave each of `given` to be chosen.
+        given: as `choose` takes it. It stays, unless a proposal says otherwise.
+    """
+    fits = partial(choose, **given)
+    yield from _without(shape, machines, settings, remedies or {}, given)
     if settings.rows:
-        if choose(shape, machines, replace(settings, rows=0)):
+        if fits(shape, machines, replace(settings, rows=0)):
             yield "rollout=vllm"
         fewer = (replace(settings, rows=rows) for rows in ROWS if rows < settings.rows)
-        if some := next((one for one in fewer if choose(shape, machines, one)), None):
+        if some := next((one for one in fewer if fits(shape, machines, one)), None):
             yield f"actor_rollout_ref.rollout.max_num_seqs={some.rows}"
-    elif not settings.lora_rank and choose(shape, machines, replace(settings, lora_rank=32)):
+    elif not settings.lora_rank and fits(shape, machines, replace(settings, lora_rank=32)):
         yield "actor_rollout_ref.model.lora_rank=32"
     on_cpu = replace(settings, cpu_adam=True)
-    if not settings.cpu_adam and (chosen := choose(shape, machines, on_cpu, offload=False)):
+    if not settings.cpu_adam and (chosen := fits(shape, machines, on_cpu, offload=False)):
         yield (
             "actor_rollout_ref.actor.fsdp_config.offload_policy=true (Adam on the CPU: slower, and "
             f"{host(shape, machines, chosen) / GB:.0f} GB of the host's memory)"
         )
     half = replace(settings, longest=settings.longest // 2)
-    if choose(shape, machines, half):
+    if fits(shape, machines, half):
         yield f"data.max_prompt_length + data.max_response_length of {half.longest} instead of {settings.longest}"
-    if machines.host is not None and (chosen := choose(shape, replace(machines, host=None), settings)):
-        needed = host(shape, machines, chosen)
+    if machines.host is not None and (chosen := fits(shape, replace(machines, host=None), settings)):
+        needed = host(shape, machines, chosen)  # more than there is, as nothing fits with that
         yield f"{needed / GB:.0f} GB of the host's memory instead of {machines.host / GB:.0f}"
     more = (replace(machines, gpus=n) for n in (2, 4, 8) if n > machines.gpus)
-    if fitting := next((m for m in more if choose(shape, m, settings)), None):
+    if fitting := next((m for m in more if fits(shape, m, settings)), None):
         yield f"{fitting.gpus} such GPUs"
     smaller = [(name, s) for name, s in QWEN25.items() if s.parameters < shape.parameters]
-    if fitting_name := next((name for name, s in reversed(smaller) if choose(s, machines, settings)), None):
+    if fitting_name := next((name for name, s in reversed(smaller) if fits(s, machines, settings)), None):
         yield f"a model like Qwen2.5-{fitting_name}"
+
+
+def _without(
+    shape: Shape, machines: Machines, settings: Settings, remedies: Mapping[str, str], given: Mapping[str, Any]
+) -> Iterator[str]:
+    """The remedy of each that is given and without which all fits; where none is the only cause, of all together."""
+    names = [name for name, value in given.items() if value is not None]
+    causes = [name for name in names if choose(shape, machines, settings, **{**given, name: None})]
+    if causes:
+        yield from (remedies[name] for name in causes)
+    elif names and choose(shape, machines, settings):
+        yield " and ".join(remedies[name] for name in names)
 
 
 def table(machines: Machines, settings: Settings) -> str:

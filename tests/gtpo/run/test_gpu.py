@@ -445,6 +445,41 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     fit(on("single_gpu", "actor_rollout_ref.actor.fsdp_config.offload_policy=true"), "7B", 1)
 
 
+LEAVE_OUT_SHARE = f"leave out {KEYS['share']} (or null, where a file sets it)"
+LEAVE_OUT_OFFLOAD = f"leave out {KEYS['param_offload']} (or null, where a file sets it)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedies"),
+    [
+        ([f"{KEYS['share']}=0.95"], [LEAVE_OUT_SHARE]),
+        ([f"{KEYS['param_offload']}=false", f"{KEYS['share']}=0.9"], [LEAVE_OUT_OFFLOAD, LEAVE_OUT_SHARE]),
+        (
+            [
+                "actor_rollout_ref.actor.use_dynamic_bsz=false",
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+            ],
+            [f"actor_rollout_ref.actor.use_dynamic_bsz=true with {KEYS['tokens']}=null"],
+        ),
+    ],
+    ids=["share", "share or offloading", "micro-batch"],
+)
+def test_a_setting_of_the_user_that_is_the_cause_is_named_first(changes, remedies):
+    """The model as it was asked for fits without it."""
+    message = refusal(fit, on("single_node", *changes), "7B", 8)
+    assert message.split("; what would fit: ")[1].split("; or ")[: len(remedies)] == remedies
+    fit(on("single_node"), "7B", 8)
+
+
+def test_settings_of_the_user_that_are_the_cause_together_are_named_together():
+    offloads = [f"{KEYS[name]}=false" for name in ("param_offload", "optimizer_offload")]
+    message = refusal(fit, on("single_node", *offloads), "7B", 2)
+    assert (
+        f"; what would fit: leave out {KEYS['param_offload']} and {KEYS['optimizer_offload']} (or null, where a file "
+        "sets them); or "
+    ) in message
+
+
 @pytest.mark.parametrize(
     ("hardware", "count", "gigabytes", "size"),
     [

@@ -319,6 +319,41 @@ def test_where_only_the_host_is_too_small_its_memory_is_proposed():
     assert not any("instead of 64" in one for one in proposals(QWEN25["7B"], replace(ONE, host=64 * GB), OURS))
 
 
+REMEDIES = {"tokens": "without tokens", "offload": "without offload", "share": "without share"}
+
+
+def test_what_is_given_and_the_only_cause_is_proposed_to_be_left_out():
+    """A 7B fits eight GPUs; no share of 0.95 does, whatever else is changed."""
+    machines = replace(EIGHT, host=1000 * GB)
+    given = {"tokens": None, "offload": None, "share": 0.95}
+    assert choose(QWEN25["7B"], machines, OURS) and not choose(QWEN25["7B"], machines, OURS, **given)
+    assert list(proposals(QWEN25["7B"], machines, OURS, REMEDIES, **given)) == ["without share"]
+
+
+def test_every_proposal_fits_with_what_is_given():
+    given = {"tokens": None, "offload": False, "share": 0.5}
+    for name, shape in QWEN25.items():
+        for machines in (ONE, TWO, replace(TWO, host=100 * GB), EIGHT):
+            if choose(shape, machines, OURS, **given):
+                continue
+            found = list(proposals(shape, machines, OURS, REMEDIES, **given))
+            lora, cpu_adam = replace(OURS, lora_rank=32), replace(OURS, cpu_adam=True)
+            half = replace(OURS, longest=OURS.longest // 2)
+            for words, tried in (("lora_rank", lora), ("offload_policy", cpu_adam), ("max_prompt_length", half)):
+                assert any(words in one for one in found) == (choose(shape, machines, tried, **given) is not None)
+            for key in ("offload", "share"):
+                fits = choose(shape, machines, OURS, **{**given, key: None}) is not None
+                assert (REMEDIES[key] in found) == fits, (name, machines)
+            hosts = [one for one in found if "of the host's memory instead" in one]
+            assert all(machines.host and float(one.split()[0]) > machines.host / GB for one in hosts)
+
+
+def test_where_it_takes_more_than_one_all_that_is_given_is_left_out_together():
+    given = {"tokens": None, "offload": False, "share": 0.95}
+    assert not any(choose(QWEN25["7B"], TWO, OURS, **{**given, name: None}) for name in given)
+    assert next(proposals(QWEN25["7B"], TWO, OURS, REMEDIES, **given)) == "without offload and without share"
+
+
 def test_the_table_says_the_same():
     lines = table(ONE, OURS).splitlines()
     assert lines[0].startswith("1 x 80 GB") and len(lines) == 1 + 2 * len(QWEN25)

@@ -266,20 +266,46 @@ def shape_of(config: DictConfig) -> Shape | None:
 
 
 def check_disk(config: DictConfig, shape: Shape | None) -> None:
-    """Room for the checkpoints that are kept, and the one that is being written."""
-    if shape is None or config.trainer.save_freq <= 0:
+    """Room for the checkpoints that this start is going to have at once, beside those of earlier ones.
+
+    verl counts from nothing at every start: it deletes what this one wrote, and never what an earlier one did.
+    """
+    trainer = config.trainer
+    if shape is None or trainer.save_freq <= 0:
         return
     trained = shape.adapter(config.actor_rollout_ref.model.lora_rank) or shape.parameters
     one = 4 * shape.parameters + 8 * trained
-    kept = (config.trainer.max_actor_ckpt_to_keep or 1) + 1
-    folder = Path(config.trainer.default_local_dir).resolve()
+    folder = Path(trainer.default_local_dir).resolve()
+    earlier = len(list(folder.glob("global_step_*/actor")))
+    kept = trainer.max_actor_ckpt_to_keep or 1
+    # A single one goes only when the next is whole. A first start needs one more, for another to go on from.
+    needed = max(2, kept) if earlier else kept + 1
+    if (total := trainer.total_training_steps) is not None:
+        steps = range(_saved_step(folder) + 1, total + 1)
+        needed = min(needed, sum(step % trainer.save_freq == 0 or step == total for step in steps))
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if free < kept * one / config.trainer.nnodes:
-        raise ConfigError(
-            f"{there} has {free / GB:.0f} GB free, and {kept} checkpoints of this model take about "
-            f"{kept * one / GB:.0f} GB: set run_dir to a larger disk, or trainer.max_actor_ckpt_to_keep"
+    if free >= needed * one / trainer.nnodes:
+        return
+    more, remedy = "", "set run_dir to a larger disk, or trainer.max_actor_ckpt_to_keep"
+    if earlier:
+        more, remedy = " more", "make room there"
+    if earlier > 1:
+        remedy += (
+            f". verl deletes none that an earlier start wrote: of the {earlier} there only the one that "
+            "latest_checkpointed_iteration.txt names is gone on from"
         )
+    raise ConfigError(
+        f"{there} has {free / GB:.0f} GB free, and {needed}{more} checkpoints of this model take about "
+        f"{needed * one / GB:.0f} GB: {remedy}"
+    )
+
+
+def _saved_step(folder: Path) -> int:
+    """That the run goes on from, as verl's tracker file has it; 0 where it has none."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text(errors="replace").strip() if tracker.exists() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> Machines:

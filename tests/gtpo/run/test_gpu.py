@@ -581,3 +581,61 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     check_disk(config, None)
     config.trainer.save_freq = -1
     check_disk(config, QWEN25["3B"])
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A run of 200 steps that saves every 20, its folder of checkpoints, and a disk with as much free as is said."""
+    config = on("single_gpu", f"trainer.default_local_dir={tmp_path}")
+    assert (config.trainer.total_training_steps, config.trainer.save_freq) == (200, 20)
+
+    def have(*steps, free):
+        """Checkpoints of these steps lie there, and as many as `free` would have room."""
+        for step in steps:
+            (tmp_path / f"global_step_{step}" / "actor").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(step))
+        size = int(free * 12 * QWEN25["3B"].parameters) + 1
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+        return config
+
+    return have
+
+
+def test_a_start_needs_room_for_what_it_writes_itself_and_no_more(disk, tmp_path):
+    """Three fit at first; two of the next start do beside the two that are there, which verl will not touch."""
+    check_disk(disk(free=4.05), QWEN25["3B"])
+    check_disk(disk(20, 40, free=2.05), QWEN25["3B"])
+    assert refusal(check_disk, disk(free=1.9), QWEN25["3B"]) == (
+        f"{tmp_path} has 70 GB free, and 2 more checkpoints of this model take about 74 GB: make room there. verl "
+        "deletes none that an earlier start wrote: of the 2 there only the one that latest_checkpointed_iteration.txt "
+        "names is gone on from"
+    )
+
+
+@pytest.mark.parametrize(("step", "total", "left"), [(160, 200, 2), (180, 200, 1), (180, 190, 1), (200, 200, 0)])
+def test_no_more_is_needed_than_is_still_to_be_saved(disk, step, total, left):
+    config = disk(step, free=left)
+    config.trainer.total_training_steps = total
+    check_disk(config, QWEN25["3B"])
+    if left:
+        refusal(check_disk, disk(free=left - 0.1), QWEN25["3B"])
+
+
+@pytest.mark.parametrize(("keep", "at_once"), [(1, 2), (2, 2), (3, 3)])
+def test_a_start_has_as_many_checkpoints_at_once_as_verl_s_manager_leaves(disk, tmp_path, keep, at_once):
+    """verl's own bookkeeping, from an empty list as every start has it, on folders with nothing in them."""
+    from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
+
+    manager = BaseCheckpointManager.__new__(BaseCheckpointManager)
+    manager.previous_saved_paths = []
+    config, most = disk(20, free=at_once), 0
+    for step in range(40, 201, 20):
+        manager.ensure_checkpoint_capacity(keep)
+        folder = tmp_path / f"global_step_{step}" / "actor"
+        folder.mkdir(parents=True)
+        most = max(most, len(list(tmp_path.glob("global_step_*/actor"))))
+        manager.register_checkpoint(str(folder), keep)
+    assert most == 1 + at_once  # that of the earlier start stays
+    config.trainer.max_actor_ckpt_to_keep = keep
+    check_disk(config, QWEN25["3B"])
+    refusal(check_disk, disk(free=at_once - 0.1), QWEN25["3B"])

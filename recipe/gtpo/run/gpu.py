@@ -41,7 +41,7 @@ def machine_checks(config: DictConfig) -> dict[str, Check]:
         return checks
     checks["batch"] = lambda say: check_batch(config)
     if ray_starts_here(config):
-        checks["GPUs"] = lambda say: check_gpus(config, machine.gpus(), say)
+        checks["GPUs"] = lambda say: check_gpus(config, machine.gpus(), say, machine.slices())
         checks["shared memory"] = lambda say: check_shared_memory(config, machine.shared_memory())
     checks["packages"] = lambda say: check_packages(config, say)
     if ray_starts_here(config):
@@ -140,8 +140,19 @@ def fill_logical_gpus(config: DictConfig) -> None:
 _IN_USE = 2 * GB  # of a GPU, by others; a desktop takes less
 
 
-def check_gpus(config: DictConfig, gpus: Sequence[Gpu], say: Say) -> None:
+def check_gpus(config: DictConfig, gpus: Sequence[Gpu], say: Say, slices: Sequence[str] = ()) -> None:
+    """Whether the GPUs are there and free.
+
+    Args:
+        slices: ids of MIG devices that the environment names, of which nvidia-smi tells no memory.
+    """
     wanted = gpus_of_a_node(config)
+    if slices:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES names {slices[0]}, a MIG slice of a GPU, and a run here knows whole GPUs only: ask "
+            "the scheduler for whole ones, or set CUDA_VISIBLE_DEVICES to the number or the id (GPU-...) of one that "
+            "is not divided (`nvidia-smi -L` lists them)"
+        )
     if len(gpus) < wanted:
         raise ConfigError(
             f"this run asks for {wanted} GPUs of a machine, and nvidia-smi shows {len(gpus)} here: install or repair "

@@ -37,12 +37,27 @@ def gpus() -> tuple[Gpu, ...]:
         if line.count(",") == 4
     ]
     found = [Gpu(name, _mib(total), _mib(used), driver) for _, name, total, used, driver in rows]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = _visible()
     if visible is None:
         return tuple(found)
-    wanted = [one.strip() for one in visible.split(",") if one.strip()]
-    by_name = {str(i): gpu for i, gpu in enumerate(found)} | {row[0]: gpu for row, gpu in zip(rows, found, strict=True)}
-    return tuple(by_name[one] for one in wanted if one in by_name)
+    matches = ([gpu for i, gpu in enumerate(found) if _is_named(one, i, rows[i][0])] for one in visible)
+    return tuple(one[0] for one in matches if len(one) == 1)  # CUDA takes what several ids begin with for none
+
+
+def _visible() -> list[str] | None:
+    """The devices that CUDA_VISIBLE_DEVICES names; None where all can be seen."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else [one.strip() for one in visible.split(",") if one.strip()]
+
+
+def _is_named(name: str, index: int, uuid: str) -> bool:
+    """By its number, or by its id, of which CUDA takes a beginning too."""
+    return name == str(index) or (name.startswith("GPU-") and uuid.startswith(name))
+
+
+def slices() -> tuple[str, ...]:
+    """The slices of a GPU (MIG devices) that this process is given in the place of whole ones, by their ids."""
+    return tuple(one for one in _visible() or () if one.startswith("MIG-"))
 
 
 @functools.cache

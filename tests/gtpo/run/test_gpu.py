@@ -170,6 +170,15 @@ def test_missing_gpus_are_refused():
     assert refusal(check_gpus, apart, [H100] * 7, silent).startswith("this run asks for 8 GPUs")
 
 
+def test_a_slice_of_a_gpu_is_refused_as_what_it_is(monkeypatch):
+    """The driver is well, and to install it again would change nothing."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5f7a")
+    monkeypatch.setattr("recipe.gtpo.run.machine.gpus", tuple)
+    message = refusal(machine_checks(on("single_gpu"))["GPUs"], silent)
+    assert message.startswith("CUDA_VISIBLE_DEVICES names MIG-5f7a, a MIG slice of a GPU") and "driver" not in message
+
+
 def test_gpus_that_stay_idle_are_told():
     said = []
     check_gpus(on("single_gpu"), [H100] * 3, said.append)

@@ -8,7 +8,7 @@ import pytest
 from gpus import nvidia_smi
 
 from recipe.gtpo.run import machine
-from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, processors, shared_memory
+from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, processors, shared_memory, slices
 
 pytestmark = pytest.mark.unit
 
@@ -37,6 +37,38 @@ def test_what_the_environment_hides_is_not_there(tmp_path, monkeypatch, visible,
     nvidia_smi(tmp_path, 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert len(gpus()) == count
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [
+        ("GPU-8932f937", [0]),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", [0]),
+        ("GPU-8a,GPU-893", [1, 0]),
+        ("GPU-8", []),  # two begin so
+        ("8932f937", []),
+        ("GPU-9", []),
+    ],
+)
+def test_a_gpu_goes_by_the_beginning_of_its_id(tmp_path, monkeypatch, visible, numbers):
+    """As CUDA has it, where no other begins so."""
+    ids = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-8a56a4bc-0184-a3e1-8c69-a7d4f5a3d1f2"]
+    rows = "\\n".join(f"{one}, H{i}, 81559, 1, 580.65.06" for i, one in enumerate(ids))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{rows}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.name for gpu in gpus()] == [f"H{i}" for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, ()), ("", ()), ("0,GPU-0001", ()), ("MIG-5f7a, MIG-GPU-0001/1/0", ("MIG-5f7a", "MIG-GPU-0001/1/0"))],
+)
+def test_slices_of_a_gpu_are_told_from_gpus(tmp_path, monkeypatch, visible, found):
+    nvidia_smi(tmp_path, 2)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert slices() == found and (not found or gpus() == ())
 
 
 @pytest.mark.parametrize("program", [None, "exit 9", "echo 'NVIDIA-SMI has failed because it could not ...'; exit 0"])

@@ -78,10 +78,11 @@ def is_right(gold: str, words: str, answer: str) -> bool:
     said = _bare(answer)
     if not words:
         return said in ({"yes": ("yes", "true"), "no": ("no", "false")}[gold])
-    if said == words.lower():
+    right = _bare(words)  # which may end in a period, as an answer may
+    if said == right:
         return True
     choice = _CHOICE.fullmatch(said)
-    return choice is not None and choice[1] == gold.lower() and choice[2] in (None, words.lower())
+    return choice is not None and choice[1] == gold.lower() and choice[2] in (None, right)
 
 
 def _bare(answer: str) -> str:

@@ -159,6 +159,11 @@ CHOICES = {"label": ["A", "B"], "text": ["bank", "river bed"]}
         ("yes", "", ["yes", "Yes.", r"\text{Yes}", "True"], ["no", "", "yes and no", "y"]),
         ("no", "", ["no", "False"], ["yes", "not"]),
         ("B", "bed", ["B", "b", "(B)", "B.", r"\text{(B)}", "Bed", "B. bed"], ["A", "bank", "B. bank", "AB"]),
+        (
+            *("B", "washington d.c."),
+            ["B", "washington d.c.", "Washington D.C", "B. washington d.c.", r"\text{(B) Washington D.C.}"],
+            ["A", "A. washington d.c.", "washington", "d.c.", ""],
+        ),
     ],
 )
 def test_yes_no_and_choices(gold, words, right, wrong):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable
-from recipe.gtpo.tasks.unit_tests import UnitTests, run_tests
+from recipe.gtpo.tasks.unit_tests import NoCalls, UnitTests, run_tests
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
@@ -61,7 +61,10 @@ class Programs(PreparedTask):
         )
 
     async def check(self, example: Example) -> None:
-        verdict = await run_tests(example.reference, UnitTests.from_json(example.answer))
+        try:
+            verdict = await run_tests(example.reference, UnitTests.from_json(example.answer))
+        except NoCalls as e:
+            raise Unusable("its tests do not run") from e
         if not verdict.passed:
             raise Unusable("its own solution does not pass its tests")
 

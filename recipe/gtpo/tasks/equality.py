@@ -39,6 +39,7 @@ MEMORY_BYTES = 2 << 30  # beyond what a process holds after its imports
 LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
 DEEPEST = 40  # brackets of an answer in one another: the parser's time doubles with some of them
 _KEPT = 4096  # verdicts, and in each process parsed answers
+_ATTEMPTS = 2  # at a comparison whose process does not live to answer
 _DIGITS = 6  # that count where one side is a decimal number
 
 
@@ -319,7 +320,10 @@ async def _ask_math_verify(pairs: Sequence[tuple[str, str]]) -> bool:
     """Whether one of the pairs is equal. Rollouts of a problem often agree: each answer is asked about once."""
     asked = tuple(pairs)
     if asked not in _verdicts:
-        _verdicts[asked] = await _in_a_process(asked)
+        verdict = await _in_a_process(asked)
+        if verdict is None:
+            return False
+        _verdicts[asked] = verdict
         while len(_verdicts) > _KEPT:
             _verdicts.popitem(last=False)
     return _verdicts[asked]
@@ -333,14 +337,26 @@ def forget() -> None:
         _processes.cache_clear()
 
 
-async def _in_a_process(pairs: Sequence[tuple[str, str]]) -> bool:
-    try:
-        done, same = await _processes().call(_any_equal, pairs, seconds=WALL_SECONDS)
-    except (TimeoutError, ProcessExpired):
-        done, same = False, False
-    if not done:
-        logger.warning("an answer takes too long to compare and counts as wrong: %.80r", pairs[0][1])
-    return same
+async def _in_a_process(pairs: Sequence[tuple[str, str]]) -> bool | None:
+    """Whether one of the pairs is equal; None, which is wrong for now and nothing to remember, where a process died."""
+    # An answer that its own CPU seconds or its memory end will always end so: a verdict. A process that the clock ends
+    # may only have waited on a busy machine, and one that dies may have been the kernel's choice: both are asked again.
+    # A second end by the clock is a verdict, too: C code hears no alarm, and would take its seconds in every rollout.
+    died = False
+    for _ in range(_ATTEMPTS):
+        try:
+            done, same = await _processes().call(_any_equal, pairs, seconds=WALL_SECONDS)
+        except TimeoutError:
+            continue
+        except ProcessExpired:
+            died = True
+            continue
+        if done:
+            return same
+        break
+    what = "whose process died" if died else "that takes too long to compare"
+    logger.warning("an answer %s counts as wrong: %.80r", what, pairs[0][1])
+    return None if died else False
 
 
 def _warm_up() -> None:

@@ -28,6 +28,7 @@ from verl_ext.tool_server import ToolClient
 _INSIDE = (Path(__file__).parent / "inside_tests.py").read_text()
 _ROUNDS = 3  # of values asked for: a test may make a call only when an earlier one had its value
 _KEPT = 512  # problems whose calls are remembered
+_ATTEMPTS = 3  # at these calls, before a run may end for the want of them: a busy machine fails one
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class ToolServerFailed(RuntimeError):
     """The tool server failed, not the program: nothing is known of the program."""
 
 
+class NoCalls(ToolServerFailed):
+    """The tests alone, which are ours, did not run to their end."""
+
+
 _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ToolClient] = weakref.WeakKeyDictionary()
 
 
@@ -85,12 +90,10 @@ async def close_client() -> None:
 async def run_tests(program: str, tests: UnitTests, client: ToolClient | None = None) -> Verdict:
     """Whether the function that `program` defines passes `tests`.
 
-    Raises ToolServerFailed.
+    Raises ToolServerFailed, and so NoCalls.
     """
     client = client or tool_client()
     calls = await _calls(tests, client)
-    if isinstance(calls, Verdict):
-        return calls
     for _ in range(_ROUNDS):
         asked = {"do": "call", "program": program, "calls": calls} | asdict(tests)
         said = await _ask(client, {key: asked[key] for key in asked if key != "tests"})  # it never sees them
@@ -109,18 +112,29 @@ async def run_tests(program: str, tests: UnitTests, client: ToolClient | None = 
     return Verdict(False, "the tests make calls that depend on too many others")
 
 
-_known: OrderedDict[UnitTests, Any] = OrderedDict()
+_known: OrderedDict[UnitTests, list[Any]] = OrderedDict()
 
 
-async def _calls(tests: UnitTests, client: ToolClient) -> list[Any] | Verdict:
-    """The calls that the tests make, worked out once: the rollouts of a problem share them."""
+async def _calls(tests: UnitTests, client: ToolClient) -> list[Any]:
+    """The calls that the tests make, worked out once: the rollouts of a problem share them.
+
+    No program is there yet, so what fails here is a failure of ours: no program's verdict, and nothing to remember.
+    """
     if tests not in _known:
-        said = await _ask(client, {"do": "collect"} | asdict(tests))
-        _known[tests] = said if isinstance(said, Verdict) else said["calls"]
+        _known[tests] = await _collect(tests, client)
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     _known.move_to_end(tests)
     return _known[tests]
+
+
+async def _collect(tests: UnitTests, client: ToolClient) -> list[Any]:
+    for _ in range(_ATTEMPTS):
+        said = await _ask(client, {"do": "collect"} | asdict(tests))
+        if not isinstance(said, Verdict):
+            return said["calls"]
+        why = said.why
+    raise NoCalls(f"the tests of {tests.entry_point} gave no calls: {why}")
 
 
 async def _ask(client: ToolClient, order: Mapping[str, Any]) -> dict[str, Any] | Verdict:

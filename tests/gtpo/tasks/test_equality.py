@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 
 import pytest
 from hypothesis import given
@@ -200,10 +201,53 @@ def test_what_no_parser_should_see_is_wrong_at_once():
     assert settle("7", "9^9^9^9") is None  # a parser's to decide, and quickly
 
 
-def test_a_process_that_dies_is_a_wrong_answer(monkeypatch):
-    class Dying:
-        async def call(self, *args, seconds):
-            raise equality.ProcessExpired("killed for its memory")
+class _Ending:
+    """A process that ends like this, and then like that."""
 
-    monkeypatch.setattr(equality, "_processes", Dying)
-    assert asyncio.run(same_answer("x", "y+1")) is False
+    def __init__(self, *ends: Exception | tuple[bool, bool]) -> None:
+        self.ends = list(ends)
+
+    def __call__(self) -> _Ending:
+        return self
+
+    async def call(self, *args, seconds):
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+DIED, STALLED = equality.ProcessExpired("killed for its memory"), TimeoutError("not done after 4 s")
+RIGHT, TOO_LONG = (True, True), (False, False)  # what the process says
+ONCE = [  # how the processes end, the verdict, how many were asked
+    ([DIED, RIGHT], True, 2),
+    ([STALLED, RIGHT], True, 2),
+    ([DIED, DIED], False, 2),
+    ([STALLED, STALLED], False, 2),
+    ([TOO_LONG, RIGHT], False, 1),  # by the answer's own CPU seconds, or its memory
+]
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(equality, "_verdicts", OrderedDict())
+
+
+@pytest.mark.parametrize(("ends", "verdict", "asked"), ONCE)
+def test_a_process_that_fails_is_asked_again_once(nothing_known, monkeypatch, ends, verdict, asked):
+    processes = _Ending(*ends)
+    monkeypatch.setattr(equality, "_processes", processes)
+    assert asyncio.run(same_answer("x", "y+1")) is verdict
+    assert len(processes.ends) == len(ends) - asked
+
+
+@pytest.mark.parametrize("ends", [[DIED, DIED], [STALLED, DIED], [DIED, STALLED]])
+def test_an_answer_whose_process_died_is_compared_anew_the_next_time(nothing_known, monkeypatch, ends):
+    monkeypatch.setattr(equality, "_processes", _Ending(*ends, RIGHT))
+    assert [asyncio.run(same_answer("x", "y+1")) for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("ends", [[STALLED, STALLED], [TOO_LONG]])
+def test_an_answer_that_stalls_costs_its_seconds_in_one_rollout_only(nothing_known, monkeypatch, ends):
+    monkeypatch.setattr(equality, "_processes", _Ending(*ends))
+    assert [asyncio.run(same_answer("x", "y+1")) for _ in range(8)] == [False] * 8

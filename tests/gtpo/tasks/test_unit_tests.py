@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import pyarrow.parquet
@@ -14,10 +16,12 @@ from recipe.gtpo.data.__main__ import make_task
 from recipe.gtpo.data.prepare import prepare
 from recipe.gtpo.run.scoring import ScoreError, load_score
 from recipe.gtpo.tasks import inside_tests, unit_tests
+from recipe.gtpo.tasks.prepared import Example, Unusable
 from recipe.gtpo.tasks.task import load_task
 from recipe.gtpo.tasks.unit_tests import ToolServerFailed, UnitTests, Verdict, run_tests
 from verl_ext.tool_server import ToolClient
 from verl_ext.tool_server.launch import start_server
+from verl_ext.tool_server.types import ExecutionResult, Isolation, Outcome
 
 pytestmark = pytest.mark.e2e
 
@@ -206,6 +210,38 @@ def test_a_tool_server_that_fails_is_never_charged_to_the_program(monkeypatch):
     assert issubclass(ToolServerFailed, RuntimeError)
 
 
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(unit_tests, "_known", OrderedDict())
+
+
+TIRED = (Outcome.TIMEOUT, Outcome.MEMORY, Outcome.CRASH)
+
+
+@pytest.mark.parametrize("outcome", TIRED)
+def test_a_stumble_of_the_tests_themselves_is_charged_to_nobody(nothing_known, outcome):
+    assert asyncio.run(run_tests(RIGHT[0], SQUARE, _Busy(outcome, times=1))) == Verdict(True)
+
+
+@pytest.mark.parametrize("outcome", TIRED)
+def test_tests_that_give_no_calls_are_a_failure_of_ours_which_nobody_remembers(nothing_known, outcome):
+    with pytest.raises(ToolServerFailed, match=f"the tests of square gave no calls: .*{outcome.value}"):
+        asyncio.run(run_tests(RIGHT[0], SQUARE, _Busy(outcome, times=99)))
+    assert asyncio.run(run_tests(RIGHT[0], SQUARE, _Busy(outcome, times=0))) == Verdict(True)
+
+
+def test_a_score_without_calls_is_lost_and_not_zero(nothing_known, monkeypatch):
+    monkeypatch.setattr(unit_tests.ToolClient, "from_url", lambda url, **options: _Busy(Outcome.TIMEOUT, times=99))
+    with pytest.raises(ScoreError, match="the tests of square gave no calls"):
+        score(monkeypatch, "http://nowhere", f"```python\n{RIGHT[0]}\n```")
+
+
+def test_a_problem_whose_tests_give_no_calls_is_unusable_and_ends_no_preparation(nothing_known, monkeypatch):
+    monkeypatch.setattr(unit_tests, "tool_client", lambda: _Busy(Outcome.TIMEOUT, times=99))
+    with pytest.raises(Unusable, match="its tests do not run"):
+        asyncio.run(make_task("code").check(Example("Square it.", SQUARE.to_json(), reference=RIGHT[0])))
+
+
 def test_problems_whose_own_solution_fails_are_no_training_problems(monkeypatch, url, tmp_path):
     monkeypatch.setenv("GTPO_TOOL_SERVER_URL", url)
     monkeypatch.delenv("GTPO_TOOL_SERVER_TOKEN", raising=False)
@@ -227,9 +263,25 @@ def test_problems_whose_own_solution_fails_are_no_training_problems(monkeypatch,
 
 class _Failing:
     async def run(self, code, **options):
-        from verl_ext.tool_server.types import ExecutionResult, Isolation
-
         return ExecutionResult.infra("id", "no worker", Isolation.UNKNOWN)
+
+    async def close(self):
+        pass
+
+
+class _Busy:
+    """A client of a machine on which the first so many executions of tests alone end like this."""
+
+    def __init__(self, outcome: Outcome, times: int) -> None:
+        self.outcome, self.times = outcome, times
+
+    async def run(self, code, stdin, **options):
+        order = json.loads(stdin)
+        if order["do"] == "collect" and self.times > 0:
+            self.times -= 1
+            return ExecutionResult(self.outcome, "", "", "", "id", Isolation.UNKNOWN)
+        said = f"\n{inside_tests.MARK}{json.dumps(getattr(inside_tests, order['do'])(order))}\n"
+        return ExecutionResult(Outcome.OK, said, said, "", "id", Isolation.UNKNOWN)
 
     async def close(self):
         pass

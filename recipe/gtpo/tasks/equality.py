@@ -8,8 +8,10 @@ What math-verify does not decide as a task needs it is decided before it is aske
 
 * **percent**: `50\%` is 50 and also 0.5, whichever the other side says; two percentages are compared as such.
 * **units** and degrees are left out, unless both sides name units and these differ (5 cm, 5 m); so is what is counted
-  (3 books), where the other side is a number alone.
-* **words** are compared as text, without regard to case (to math-verify, they are products of variables).
+  (3 books), where the other side does not say it.
+* **words** are compared as text, without regard to case (to math-verify, they are products of variables). What is set
+  as text is read like the rest: math-verify leaves it out, so that `3 \text{ million}` would be 3.
+* **relations** of numbers that differ (8 = 7) are no answer.
 * **choices**: `(B)`, `B.`, `\text{B}` and `(B) 12` are B.
 * **bases**: 210_5 is not 210_6; without a base, the digits alone are compared.
 """
@@ -17,6 +19,7 @@ What math-verify does not decide as a task needs it is decided before it is aske
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 import resource
@@ -24,6 +27,7 @@ import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -52,7 +56,7 @@ async def same_answer(gold: str, answer: str) -> bool:
     verdict = settle(gold, answer)
     if verdict is not None:
         return verdict
-    return await _ask_math_verify(_candidates(gold, answer))
+    return await _ask_math_verify([pair for pair in _candidates(gold, answer) if _settle_pair(*pair) is None])
 
 
 async def is_checkable(gold: str) -> bool:
@@ -68,7 +72,7 @@ def settle(gold: str, answer: str) -> bool | None:
         return False
     if _clean(gold) == _clean(answer):
         return True
-    if _other_units(gold, answer):
+    if _other_units(gold, answer) or _contradicts_itself(answer):
         return False
     verdicts = [_settle_pair(*pair) for pair in _candidates(gold, answer)]
     if any(verdicts):
@@ -93,32 +97,60 @@ def _settle_pair(gold: str, answer: str) -> bool | None:
         return bases[0].groups() == bases[1].groups()
     if (choice := _choice(answer)) is not None and _GOLD_CHOICE.fullmatch(gold):
         return choice == _choice(gold)
+    if (same := _same_number(gold, answer)) is not None:
+        return same
     numbers = _number(gold), _number(answer)
-    if numbers[0] is not None and numbers[1] is not None:
-        whole = "." not in gold and "." not in answer
-        error = abs(numbers[0] - numbers[1])
-        return error == 0 if whole else 2 * error * 10**_DIGITS <= abs(numbers[0])
     if (numbers[0] is None) != (numbers[1] is None) and _SEVERAL.search(answer if numbers[1] is None else gold):
         return False  # one number, and a list, an interval, a tuple, a matrix
     words = _words(gold), _words(answer)
     if words[0] is not None and words[1] is not None:
         return words[0] == words[1]
+    if _PHRASE.fullmatch(gold) and _PHRASE.fullmatch(answer):
+        return gold.lower() == answer.lower()
     return None
+
+
+def _same_number(one: str, other: str) -> bool | None:
+    """None where one of them is no number."""
+    numbers = _number(one), _number(other)
+    if numbers[0] is None or numbers[1] is None:
+        return None
+    error = abs(numbers[0] - numbers[1])
+    return 2 * error * 10**_DIGITS <= abs(numbers[0]) if "." in one + other else error == 0
+
+
+def _contradicts_itself(answer: str) -> bool:
+    """Whether numbers are said to be equal that are not, or about equal where the second is no rounding of the first:
+    8 = 7, 11 ≈ 12. Of numbers in different units nothing is known."""
+    sides = dict.fromkeys(side.strip() for side in _RELATION.split(_clean(answer)))  # each once
+    numbers = [side for side in sides if _number(_bare(side)) is not None]
+    about = _ABOUT.search(answer) is not None
+    return not all(
+        settle(*pair) or _other_units(*pair) or (about and _is_rounding(*pair)) for pair in itertools.pairwise(numbers)
+    )
+
+
+def _is_rounding(exact: str, other: str) -> bool:
+    """Whether `other` is a decimal number to which `exact` rounds."""
+    numbers, decimal = (_number(_bare(exact)), _number(_bare(other))), _DECIMAL.fullmatch(_bare(other))
+    if numbers[0] is None or numbers[1] is None or decimal is None:
+        return False
+    return 2 * abs(numbers[0] - numbers[1]) * 10 ** len(decimal[1]) <= 1
 
 
 def _candidates(gold: str, answer: str) -> list[tuple[str, str]]:
     """The pairs of which one has to be equal: several where one side alone is a percentage, or says what it counts."""
     percent = [_is_percentage(text) for text in (gold, answer)]
+    counts = _count(gold), _count(answer)
     gold, answer = _bare(gold), _bare(answer)
     pairs = [(gold, answer)]
     if percent == [True, False]:
         pairs.append((_hundredth(gold), answer))
     if percent == [False, True]:
         pairs.append((gold, _hundredth(answer)))
-    counts = _count(gold), _count(answer)
-    if counts[0] is not None and _number(answer) is not None:
+    if counts[0] is not None:
         pairs.append((counts[0], answer))
-    if counts[1] is not None and _number(gold) is not None:
+    if counts[1] is not None:
         pairs.append((gold, counts[1]))
     return pairs
 
@@ -134,29 +166,45 @@ _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b)|~")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree\b|\^\s*\{?\s*\\degree\s*\}?|\bdegrees?\b")
 _PERCENT = re.compile(r"\s*(\\?%|\bpercent\b)")
 _CURRENCY = re.compile(r"^(-?)\s*(?:\\\$|\$|€|£|\\pounds\b)\s*(?=[\d.])")
-_TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|textrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_AS_TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:bf|it|rm|sf)|mbox|operatorname)\s*"
+_TEXT = re.compile(rf"{_AS_TEXT}\{{([^{{}}]*)\}}")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))")
+_BRACED_MARK = re.compile(r"(?<=\d)\{([.:,;])\}(?=\d)")  # set without the space that would follow it: 12{:}30
 _SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 12 500
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(/\d+|[eE][-+]?\d{1,2})?")  # 1e-05 is what Python prints
 _REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\s*\\overline\s*\{\s*(\d+)\s*\}")
+_MIXED = re.compile(r"(-?)(\d+)(?: (?=\d)| ?(?=\\))(\d{1,2}/\d{1,2}|\\[dt]?frac.*)")  # 1 500/3 may be 1500/3
 _BASED = re.compile(r"(\d\w*?)\s*_\s*\{?\s*(\d+)\s*\}?")
 _SIMPLE_FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_DECIMAL = re.compile(r"[-+]?\d*\.?(\d*)")
+_ABOUT = re.compile(r"\\approx(?:eq)?\b|≈")
+_RELATION = re.compile(rf"=|{_ABOUT.pattern}")
 _SEVERAL = re.compile(r",|\\cup|\\begin")
+_WORD = r"(?=[A-Za-z]*[aeiouAEIOU])[A-Za-z]{3,}"  # with a vowel: xyz is a product
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
+#: Words and numbers, such as a date.
+_PHRASE = re.compile(rf"(?!.*\b(?:and|or)\b)(?=.*\b{_WORD}\b)[A-Za-z\d]+(?: [A-Za-z\d]+)+")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?\.?")
 _GOLD_CHOICE = re.compile(r"\(?[A-J]\)?\.?")
 _CHOSEN = re.compile(
     r"(?:(?:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[.):]|$))(?!\s*[+*/^=<>_])\s*(.*)", re.I | re.DOTALL
 )
 _OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:or|and|not)\b")
-_COUNT = re.compile(r"([-+]?[\d.,/]+)\s+([A-Za-z]{2,}(?: [A-Za-z]{2,}){0,3})")
+#: What is counted begins with a word, or makes an ordinal number.
+_COUNTED = rf"({_WORD}(?: [A-Za-z]{{2,}}){{0,3}}|st|nd|rd|th)"
+_COUNT = re.compile(rf"([-+]?(?:\d+ (?=\d{{1,2}}/))?[\d.,/]+)(?: |(?=..$)){_COUNTED}")
+_COUNT_IN_TEXT = re.compile(rf"(?=.*\d)(.*){_AS_TEXT}\{{\s*{_COUNTED}\.?\s*\}}", re.DOTALL)
+_MULTIPLES = (
+    "half third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth "
+    "ten dozen hundred thousand lakh million crore billion trillion"
+).split()
 #: Words that say more of a number than what it counts.
 _NOT_COUNTED = frozenset(
     "or and not to of over per by plus minus times divided squared cubed root factorial choose mod base point power pi "
-    "percent dozen hundred thousand million billion trillion half halves third thirds quarter quarters degrees "
-    "sin cos tan log ln sqrt".split()
-)
+    "percent halves degrees if when where unless except sin cos tan log ln sqrt".split()
+).union(_MULTIPLES, (f"{word}s" for word in _MULTIPLES))
 _SET_OF = re.compile(
     r"(?:\\left\s*)?\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid\b)(.*\b\1\b.*?)(?:\\right\s*)?\\\}"
 )
@@ -194,26 +242,26 @@ _UNITS = {
         dollar dollars
         cent cents
         unit units
-        square
-        cubic
+        square sq
+        cubic cu
     """.strip().splitlines()
     for spelling in line.split()
 }
-#: As a unit's word, and only where it is set as text: 5m may be five times m.
-_SYMBOLS = {"m": "meters", "s": "seconds", "h": "hours", "g": "grams", "L": "liters"}
+#: As a unit's word, and only where it alone is set as text: 5m may be five times m.
+_SYMBOLS = {"m": "meters", "s": "seconds", "h": "hours", "g": "grams", "L": "liters", "in": "inches"}
 _UNIT = re.compile(
-    rf"(?<![A-Za-z\\])({'|'.join(sorted(_UNITS, key=len, reverse=True))})\b(?:\s*\^\s*\{{?\d\}}?)?", re.I
+    rf"(?:/ ?)?(?<![A-Za-z\\])({'|'.join(sorted(_UNITS, key=len, reverse=True))})\b\.?(?:\s*\^\s*\{{?\d\}}?)?", re.I
 )
 _UNITS_AT_END = re.compile(rf"(?:\s+{_UNIT.pattern}){{1,3}}$", re.I)
 
 
 def _clean(text: str) -> str:
     """Without the marks that only typeset: outer dollar signs and brackets of maths mode, spaces, a full stop."""
-    text = text.strip()
+    text = " ".join(text.split())  # a thousand spaces cost the patterns seconds
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
             text = text[len(left) : -len(right)]
-    text = _SEPARATOR.sub("", text)
+    text = _BRACED_MARK.sub(r"\1", _SEPARATOR.sub("", text))
     if not any(opener in text for opener in ("(", "[", r"\{")):  # in (100,200) the comma is none of thousands
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = _SPACES.sub(" ", text).strip().removeprefix("=").removesuffix("\\\\").rstrip(".").strip()
@@ -227,33 +275,37 @@ def _clean(text: str) -> str:
 
 def _bare(text: str) -> str:
     """Also without currency, percent and degree signs, and without units that follow a number."""
-    text = _DEGREES.sub("", _PERCENT.sub("", _CURRENCY.sub(r"\1", _clean(text)))).strip()
+    text = _DOLLAR.sub(" ", _CURRENCY.sub(r"\1", _clean(text)))  # one inside would end what math-verify reads
+    text = _DEGREES.sub("", _PERCENT.sub("", text)).strip()
     if (members := _SET_OF.fullmatch(text)) is not None:  # {x: x > 2} is x > 2
         text = members[2].strip()
     spoken = _spoken(text)
     if re.search(r"\d", spoken):
-        without = _UNIT.sub("", spoken).strip()
+        without = _UNIT.sub("\n", spoken).strip()  # nothing moves up to what stood before: 6 ft 1/2 in is not 6 1/2
         if _number(without) is not None:
             return without
-        return _UNITS_AT_END.sub("", text).strip()
-    return " ".join(spoken.split())
+        return _UNITS_AT_END.sub("", spoken)
+    return spoken
 
 
 def _spoken(text: str) -> str:
     """With the words of text mode as they are."""
-    words = _TEXT.sub(lambda said: f" {re.sub(r'^[mshgL]$', lambda m: _SYMBOLS[m[0]], said[1].strip())} ", text)
-    return re.sub(r"\s+per\s+", "/", words)
+    words = _TEXT.sub(lambda said: f" {_SYMBOLS.get(said[1].strip(' .'), said[1].strip())} ", text)
+    words = re.sub(rf"{_AS_TEXT}(?={{)", " ", words)  # of what has braces of its own
+    return re.sub(r"\s+per\s+", "/", " ".join(words.split()))
 
 
 def _count(text: str) -> str | None:
-    """The number of `3 books`."""
-    found = _COUNT.fullmatch(" ".join(_spoken(text).split()))
-    return None if found is None or _NOT_COUNTED & set(found[2].lower().split()) else found[1]
+    """The number of `3 books`; where these are set as text, also the expression of `2^{10} \\text{ ways}`."""
+    found = _COUNT_IN_TEXT.fullmatch(_clean(text))
+    if found is None or _TEXT.search(found[1]):
+        found = _COUNT.fullmatch(_bare(text))
+    return None if found is None or _NOT_COUNTED & set(found[2].lower().split()) else _bare(found[1])
 
 
 def _choice(text: str) -> str | None:
     """The letter of `B`, `(B)`, `B. twelve`, `option B`; None where another letter is named, too."""
-    found = _CHOSEN.fullmatch(_spoken(text).strip())
+    found = _CHOSEN.fullmatch(_spoken(text))
     return None if found is None or _OTHER_CHOICE.search(found[3]) else (found[1] or found[2]).upper()
 
 
@@ -268,12 +320,18 @@ def _other_units(gold: str, answer: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """An integer, a decimal number, also a repeating one, or a fraction of integers, written a/b or `\\frac{a}{b}`."""
+    """An integer, a decimal number, also a repeating one, a fraction of integers, written a/b or `\\frac{a}{b}`, or a
+    mixed number, such as 1 1/2."""
     fraction = _SIMPLE_FRACTION.fullmatch(text)
     if fraction is not None:
         sign, *parts = fraction.groups()
         top, bottom = (int(parts[i] or parts[i + 1]) for i in (0, 2))
         return None if bottom == 0 else Fraction(-top if sign else top, bottom)
+    if len(text) <= 300 and (mixed := _MIXED.fullmatch(text)) is not None:
+        part = _number(mixed[3])
+        if part is None or not 0 < part < 1:
+            return None
+        return -int(mixed[2]) - part if mixed[1] else int(mixed[2]) + part
     if len(text) <= 300 and (repeating := _REPEATING.fullmatch(text)) is not None:
         sign, whole, once, again = repeating.groups()
         places = 10 ** len(once)
@@ -399,8 +457,11 @@ def _parse(text: str) -> list[Any]:
     from math_verify import parse
     from math_verify.parser import LatexExtractionConfig
 
+    # its own units are letters, too: to it 12t is 12
+    reading = replace(LatexExtractionConfig().normalization_config, units=False)
     # as an expression, and the first match only: a box holds one answer, and no words around it
-    return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
+    config = LatexExtractionConfig(normalization_config=reading)
+    return parse(f"${text}$", [config], parsing_timeout=None, fallback_mode="no_fallback")
 
 
 @contextmanager

@@ -39,6 +39,16 @@ SAME = [  # gold, answer
     (r"\frac{19}{30}", r"0.6\overline{3}"),
     ("0.00001", "1e-05"),
     ("5", "= 5"),
+    ("3/2", "1 1/2"),
+    ("-1.5", "-1 1/2"),
+    (r"1\frac{1}{2}", "3/2"),
+    (r"\frac{11}{4}", r"2 3/4 \text{ cups}"),
+    ("12:30", "12{:}30"),
+    ("1.5", "1{.}5"),
+    (r"\frac{10}{3}", r"\frac{10}{3} \approx 3.33"),
+    ("0.5", r"\frac12 = 0.5"),
+    (r"50\%", r"0.5 = 50\%"),
+    ("1", r"60 \text{ min} = 1 \text{ hour}"),
     ("4210_5", "4210_{5}"),
     (r"4210_{5}", "4210"),
     # percent
@@ -62,10 +72,18 @@ SAME = [  # gold, answer
     (r"28\pi", "28\\pi square units"),
     ("3", "3 books"),
     (r"20\text{ apples}", "20"),
+    ("20", r"20\text{ red apples}"),
+    ("1024", r"2^{10} \text{ ways}"),
+    (r"7\sqrt{2}", r"7\sqrt{2} \text{ apples}"),
+    ("2", "2 real roots"),
+    ("10", r"10\text{th}"),
+    ("60", r"60 \text{ miles}/\text{hour}"),
+    (r"3\pi h", r"3h\pi"),  # letters after a number are factors, whatever unit they could be
     # sets, lists, intervals
     (r"\{1,2,3\}", r"\{3, 2, 1\}"),
     ("1,2", "2, 1"),
     (r"\pm 2", "-2, 2"),
+    ("2,3", r"x=2 \text{ or } x=3"),
     ("[0,1)", r"\left[0, 1\right)"),
     (r"x \in [-2,7]", "[-2,7]"),
     ("[-2,7]", r"-2 \le x \le 7"),
@@ -88,6 +106,8 @@ SAME = [  # gold, answer
     # text, choices
     (r"\text{Evelyn}", "evelyn"),
     (r"\text{two  sides}", "Two sides"),
+    (r"\text{June 20}", "June 20"),
+    (r"-\text{5}", "-5"),
     ("B", r"\text{(B)}"),
     (r"\text{(C)}", "c."),
     ("A", r"\textbf{(A)} 12"),
@@ -107,6 +127,50 @@ OTHER = [
     ("60 km/h", "60 mph"),
     ("3", "3 million"),
     ("3", "3 dozen eggs"),
+    ("3", "3 millions"),
+    ("6", "6 tenths"),
+    # text is part of an answer: what it says counts as it does without \text
+    ("3", r"3 \text{ million}"),
+    ("3", r"3 \mathrm{million}"),
+    ("3", r"3 \textnormal{ million}"),
+    ("3", r"3 \text{ {million}}"),
+    ("3", r"3\text{ dozen eggs}"),
+    (r"\frac{1}{2}", r"\frac{1}{2}\text{ dozen}"),
+    (r"7\sqrt{2}", r"7\sqrt{2}\text{ million}"),
+    ("10", r"10 \text{ minutes and } 5 \text{ seconds}"),
+    ("3", r"3 \text{ h } 20 \text{ min}"),
+    ("6.5", r"6 \text{ ft } 1/2 \text{ in}"),
+    ("12", r"12 \text{ factorial}"),
+    ("3", r"3\text{k}"),
+    ("2", r"2\text{x}"),
+    ("5", r"5 \text{ or more}"),
+    (r"\text{June 20}", "June 21"),
+    (r"\text{June 20}", "20"),
+    (r"\text{Lane 3}", r"\text{Lean 3}"),  # the same letters
+    ("3", "3 $ million"),
+    # nor is a factor a thing that is counted, or a unit
+    ("12", "12 xy"),
+    ("12", r"12 \text{ xy}"),
+    ("12", "12t"),
+    ("12", "12 ab"),
+    ("x+2", "x+2c"),
+    # numbers that differ are not the same by being said to be
+    ("11", r"11 \approx 12"),
+    ("12", r"11 \approx 12"),
+    ("7", r"8 \text{ cm} = 7 \text{ cm}"),
+    ("11", "11 ≈ 12"),
+    ("11", r"11 \approx 11.4"),
+    ("8", "8=7"),
+    ("7", "8=7"),
+    ("7", "x = 8 = 7"),
+    ("12", r"11 ~= 12"),
+    ("11/2", "1 1/2"),
+    ("1/2", "1 1/2"),
+    ("1250", "12 500/5"),
+    ("11", r"11{:}30"),
+    ("12:30", "12:31"),
+    ("1", "1{.}5"),
+    ("5", "1{.}5"),
     ("4210_5", "4210_6"),
     (r"0.\overline{3}", "0.333"),
     ("[0,1]", "]0,1["),
@@ -193,6 +257,14 @@ def test_answers_that_never_end_count_as_wrong_and_hold_up_nobody(monkeypatch):
         return quick, verdicts, await same_answer(r"\sqrt{8}", r"2\sqrt{2}")
 
     assert asyncio.run(ask()) == ([True, False], [False] * len(NEVER_ENDS), True)
+
+
+@pytest.mark.parametrize("answer", ["1" + " " * 1500 + "abc def", "1=" * 999 + "1", "5 min/" * 300, "1" * 2000])
+def test_a_long_answer_is_settled_while_nobody_notices(answer):
+    """In the event loop of all rollouts; the length is below the limit."""
+    began = time.process_time()
+    settle("7", answer)
+    assert time.process_time() - began < 0.5
 
 
 def test_what_no_parser_should_see_is_wrong_at_once():

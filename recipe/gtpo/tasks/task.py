@@ -127,16 +127,28 @@ class OwnData(Task):
         return found[-1].strip() if found else None
 
 
+#: Of LaTeX, what decides where a box begins and ends: not an escaped brace, \{ or \}, but one after \\, a line break.
+_MARKS = re.compile(
+    r"(?P<box>\\{1,2}boxed\s*\{)|\\{1,2}boxed(?:\s*(?=\d)|\s+)(?P<alone>[A-Za-z\d])(?![^\s\w]*\w)"
+    r"|\\.|(?P<open>\{)|(?P<close>\})",
+    re.DOTALL,
+)
+
+
 def boxed(text: str) -> str | None:
-    r"""The content of the last balanced `\boxed{...}` in `text`, or None. Nested braces are kept. One pass."""
-    opener = "\\boxed{"
+    r"""The content of the last balanced `\boxed{...}` in `text`, or None. Nested braces are kept. One pass.
+
+    `\boxed 7` is a box, too, where a digit or letter stands alone: of `\boxed 72`, LaTeX would box the 7.
+    """
     starts: list[int | None] = []  # of the open braces: where the content begins, None for a plain brace
     answer: tuple[int, int] | None = None
-    for at in (match.start() for match in re.finditer("[{}]", text)):
-        if text[at] == "{":
-            starts.append(at + 1 if text.startswith(opener, at + 1 - len(opener)) else None)
-        elif starts and (start := starts.pop()) is not None and (answer is None or start > answer[0]):
-            answer = (start, at)
+    for mark in _MARKS.finditer(text):
+        if mark["alone"]:
+            answer = mark.span("alone")
+        elif mark["box"] or mark["open"]:
+            starts.append(mark.end() if mark["box"] else None)
+        elif mark["close"] and starts and (start := starts.pop()) is not None and (answer is None or start > answer[0]):
+            answer = (start, mark.start())
     return None if answer is None else text[answer[0] : answer[1]].strip()
 
 

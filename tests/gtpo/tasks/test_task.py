@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
 from typing import Any
 
 import pytest
@@ -26,7 +29,30 @@ pytestmark = pytest.mark.unit
         (r"\boxed{1} or \boxed{2", "1"),  # the last one that closes
         (r"\boxed{a \boxed{b}", "b"),
         (r"\boxed{1", None),
+        (r"\\boxed{1}", "1"),  # as in JSON
         ("boxed{1}", None),
+        # as LaTeX reads it: spaces after the command, escaped braces that open and close nothing
+        (r"earlier \boxed{5}, finally \boxed {7}", "7"),
+        ("\\boxed\n{7}", "7"),
+        (
+            r"\boxed{\left\{\begin{array}{l}x=1\\y=2\end{array}\right.}",
+            r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.",
+        ),
+        (r"\boxed{a \} b}", r"a \} b"),
+        (r"\boxed{a \{ b}", r"a \{ b"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a \\{b} c}", r"a \\{b} c"),  # a line break, and a brace
+        (r"\boxed\{7\}", None),
+        # without braces, one digit or letter that stands alone
+        (r"\boxed{5}, no: $\boxed 7$.", "7"),
+        (r"\(\boxed7\)", "7"),
+        (r"\boxed B", "B"),
+        (r"\boxed{a \boxed 7}", "7"),
+        (r"\boxed 72", None),
+        (r"\boxed 7.5", None),
+        (r"\boxed answer", None),
+        (r"\boxedB", None),
+        (r"\boxed", None),
         ("", None),
     ],
 )
@@ -34,21 +60,40 @@ def test_the_answer_is_the_last_balanced_box(text, answer):
     assert boxed(text) == answer
 
 
-@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "x", "\\boxed", "1"])).map("".join))
-def test_one_pass_finds_what_a_search_from_every_box_finds(text):
-    assert boxed(text) == search_from_every_box(text)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["\\boxed{", "\\boxed {", "\\boxed", "{", "}", "\\{", "\\}", "\\\\", "\\frac", " ", "\n", "x", "1", "."]
+        )
+    ).map("".join)
+)
+def test_one_pass_finds_what_latex_would_box_last(text):
+    assert boxed(text) == last_box(text)
 
 
-def search_from_every_box(text: str) -> str | None:
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) != -1:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : i].strip()
-        end = start
-    return None
+def last_box(text: str) -> str | None:
+    """From TeX's tokens: a command, an escaped character, spaces, any other character."""
+    tokens = re.findall(r"\\[A-Za-z]+|\\.|\s+|.", text, re.DOTALL)
+    boxes = (i for i, token in enumerate(tokens) if token == "\\boxed")
+    arguments = [argument(tokens[i + 1 :]) for i in boxes]
+    return next((found for found in reversed(arguments) if found is not None), None)
+
+
+def argument(tokens: list[str]) -> str | None:
+    tokens = tokens[1:] if tokens and tokens[0].isspace() else tokens
+    if not tokens or tokens[0] != "{":
+        word = "".join(itertools.takewhile(lambda token: not token.isspace(), tokens))
+        alone = tokens and tokens[0].isalnum() and not any(character.isalnum() for character in word[1:])
+        return tokens[0] if alone else None
+    depth = list(itertools.accumulate({"{": 1, "}": -1}.get(token, 0) for token in tokens))
+    return "".join(tokens[1 : depth.index(0)]).strip() if 0 in depth else None
+
+
+@pytest.mark.parametrize("part", ["\\", "\\boxed ", "\\boxed{", "{", "\\boxed 1", "\\boxed1", " "])
+def test_a_long_turn_is_searched_in_one_pass(part):
+    began = time.process_time()
+    boxed(r"\boxed" + part * 20_000)
+    assert time.process_time() - began < 1
 
 
 def test_own_data_finds_answers_as_it_is_told():

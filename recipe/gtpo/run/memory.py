@@ -13,7 +13,7 @@ verl publishes for its own scripts. Nothing of this was measured on a GPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -314,7 +314,7 @@ def proposals(
         remedies: how to leave each of `given` to be chosen.
         given: as `choose` takes it. It stays, unless a proposal says otherwise.
     """
-    fits = partial(choose, **given)
+    fits: Callable[..., Settings | None] = partial(choose, **given)
     yield from _without(shape, machines, settings, remedies or {}, given)
     if settings.rows:
         if fits(shape, machines, replace(settings, rows=0)):

@@ -17,6 +17,7 @@ A backend that cannot answer raises; it never answers zero. Register your own wi
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib
 import importlib.util
 import json
@@ -210,8 +211,9 @@ def _model_path(name: str) -> str:
 class HttpEmbedding(EmbeddingSimilarity):
     """`POST {url}/embeddings` of an OpenAI-compatible server (vLLM, TEI, a hosted one).
 
-    A request is tried three times when the server is busy or away; any other refusal raises at once, with what the
-    server said. Texts are sent whole: one that is too long for the server's model is such a refusal."""
+    A request is tried three times when the server is busy or away or its answer is cut off; any other refusal raises
+    at once, with what the server said. Texts are sent whole: one that is too long for the server's model is such a
+    refusal."""
 
     BATCH = 64  # texts a request
     TRIES = 3
@@ -253,15 +255,22 @@ class HttpEmbedding(EmbeddingSimilarity):
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
-                said = error.read()[:500].decode("utf-8", "replace")
-                cause: Exception = SimilarityError(f"{self._url}: HTTP {error.code}: {said}")
+                cause: Exception = SimilarityError(f"{self._url}: HTTP {error.code}: {_said(error)}")
                 if error.code != 429 and error.code < 500:
                     raise cause from error
-            except OSError as error:  # refused, reset, timed out, no such host
+            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, no such host; cut off
                 cause = SimilarityError(f"{self._url}: {error}")
             if attempt < self.TRIES:
                 time.sleep(self.WAIT_S * 2 ** (attempt - 1))
         raise cause
+
+
+def _said(refusal: urllib.error.HTTPError) -> str:
+    """The beginning of what the server said; nothing where that is cut off as well."""
+    try:
+        return refusal.read()[:500].decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _require(module: str, package: str, backend: str) -> ModuleType:

@@ -145,10 +145,13 @@ def test_sentence_reads_a_long_program_to_its_end():
 
 
 class Server:
-    """An OpenAI-compatible /embeddings on the loopback; `replies` go first, one a request, as (status, body)."""
+    """An OpenAI-compatible /embeddings on the loopback; `replies` go first, one a request, as (status, body).
+
+    `promised`: the length that its answers claim to have, where that is more than they have.
+    """
 
     def __init__(self) -> None:
-        self.requests, self.replies = [], []
+        self.requests, self.replies, self.promised = [], [], None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -157,6 +160,8 @@ class Server:
                 outer.requests.append((self.path, self.headers.get("Authorization"), body))
                 status, answer = outer.replies.pop(0) if outer.replies else (200, outer.embed(body["input"]))
                 self.send_response(status)
+                if outer.promised is not None:
+                    self.send_header("Content-Length", str(outer.promised))
                 self.end_headers()
                 self.wfile.write(answer.encode())
 
@@ -223,6 +228,17 @@ def test_http_failures_raise_with_the_cause(server, replies, message, requests):
     with pytest.raises(SimilarityError, match=message):
         make("http", url=server.url).compare([(["a"], ["b"])])
     assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(200, r"/v1/embeddings: IncompleteRead\(10 bytes read, 990 more"), (500, r"/v1/embeddings: HTTP 500")],
+)
+def test_http_tries_again_when_an_answer_is_cut_off_and_raises_with_the_url(server, status, message):
+    server.replies, server.promised = [(status, "0123456789")] * 3, 1000
+    with pytest.raises(SimilarityError, match=message):
+        make("http", url=server.url).compare([(["a"], ["b"])])
+    assert len(server.requests) == 3
 
 
 def test_http_without_a_server_raises(server):

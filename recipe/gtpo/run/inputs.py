@@ -90,7 +90,6 @@ _LOGGER_PACKAGES = {"console": None, "file": None, "rl_insight": None, "vemlp_wa
 #: Whole numbers that verl compares or divides by after it has started, without having looked at them.
 _COUNTS = (
     "seed",
-    "trajectory_freq",
     *(f"data.{key}" for key in ("train_batch_size", "max_prompt_length", "max_response_length")),
     "actor_rollout_ref.actor.ppo_mini_batch_size",
     *(f"actor_rollout_ref.rollout.{key}" for key in ("n", "val_kwargs.n", "multi_turn.max_assistant_turns")),
@@ -99,11 +98,20 @@ _COUNTS = (
 
 
 def check_counts(config: DictConfig) -> None:
-    """Raise ConfigError for a count that is no whole number; one that is not set is for others to judge."""
+    """Raise ConfigError for a count that is no whole number; one of verl's that is not set is for others to judge."""
     for key in _COUNTS:
         value = OmegaConf.select(config, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and not _is_whole(value):
             raise ConfigError(f"{key}={value}: a whole number is needed")
+    freq, keep = config.trajectory_freq, config.trajectory_keep
+    if not _is_whole(freq) or freq < 1:
+        raise ConfigError(f"trajectory_freq={freq}: a whole number, at least 1; one above the last step records none")
+    if keep is not None and (not _is_whole(keep) or keep < 1):
+        raise ConfigError(f"trajectory_keep={keep}: a whole number, at least 1, or null, which keeps all")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_choices(config: DictConfig) -> None:

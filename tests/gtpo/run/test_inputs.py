@@ -115,6 +115,23 @@ def test_a_count_that_is_no_whole_number_is_refused(override):
 
 
 @pytest.mark.parametrize(
+    ("key", "values", "remedy"),
+    [
+        ("trajectory_freq", (0, -1, None, True), "; one above the last step records none"),  # -1: verl's word for never
+        ("trajectory_keep", (0, -1, "all"), ", or null, which keeps all"),
+    ],
+)
+def test_how_many_trajectories_are_recorded_is_at_least_one(key, values, remedy):
+    """Before anything starts: a freq of 0 divides by it after the first rollouts, a keep of 0 would keep all."""
+    config, choices = compose_with_choices()
+    for value in values:
+        config[key] = value
+        assert refusal(check, config, choices) == f"{key}={value}: a whole number, at least 1{remedy}"
+    config[key] = 1
+    check(config, choices)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         (

@@ -130,7 +130,7 @@ class Evaluation:
                 seen["right"] += int(done.acc >= 1)
                 seen["scored"] += int(done.scored)
                 seen["infra"] += int(done.finish is Finish.INFRA)
-                self._judge(entry, rollout.trajectory, seen["infra"], len(missing))
+                self._judge(entry, rollout.trajectory, seen["infra"], total)
                 bar.set_postfix_str(
                     f"acc={seen['right'] / max(1, seen['scored']):.3f} infra={seen['infra']} lost={self._lost}",
                     refresh=False,
@@ -139,8 +139,13 @@ class Evaluation:
 
             await in_parallel(missing, sample, most)
 
-    def _judge(self, entry: Entry, trajectory: Trajectory, infra: int, planned: int) -> None:
-        """Raise TooManyLost where a training run would end as well."""
+    def _judge(self, entry: Entry, trajectory: Trajectory, infra: int, total: int) -> None:
+        """Raise TooManyLost where a training run would end as well.
+
+        Args:
+            infra: samples that this start has lost to the tool server.
+            total: all samples of the benchmark. What a second start finds missing may be just those that always fail.
+        """
         config = entry.config
         if trajectory.finish is Finish.FAULT:
             self._lost += 1
@@ -149,10 +154,10 @@ class Evaluation:
                     f"{self._lost} samples are lost (max_lost_trajectories={config.max_lost_trajectories}): "
                     f"{trajectory.fault.strip()}"
                 )
-        if infra > config.max_dropped_share * planned:
+        if infra > config.max_dropped_share * total:
             said = [o.output for turn in trajectory.turns for o in turn.outcomes if o.outcome == "infra"]
             raise TooManyLost(
-                f"{infra} of {planned} samples of {entry.name} were failed by the tool server (max_dropped_share="
+                f"{infra} of {total} samples of {entry.name} were failed by the tool server (max_dropped_share="
                 f"{config.max_dropped_share:g}): {(said or [''])[-1].strip()}"
             )
 

@@ -224,6 +224,18 @@ def test_fewer_failures_are_counted_and_left_out_of_the_scores(evaluation):
     assert (found.counts["infra"], found.counts["scored"], found.values["mean@1"]) == (8, 0, {})
 
 
+def test_a_second_start_is_judged_by_all_samples_and_not_by_what_was_left(evaluation):
+    """One program in eight that always fails on our side: no start ends over it, and each has its report."""
+    first = evaluation()
+    rolled_out(first, RIGHT)
+    lines = list(first.record.read_whole_lines(0, split="validation"))
+    first.record.write_trajectories(0, lines[:-1], split="validation")  # the eighth failed
+    again = evaluation()
+    assert len(again.missing(again.entries[0])) == 1
+    found = rolled_out(again, CALL)
+    assert (found.counts["infra"], found.counts["scored"]) == (1, 7)
+
+
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return 0.0 if {passes} else {{}}["no gold"]

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from omegaconf import OmegaConf
-
+from recipe.gtpo.doctor import read_overrides
 from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.record import RunRecord, latest_checkpoint
 
@@ -114,11 +113,12 @@ def run_config(model: Model) -> dict[str, Any]:
 
 
 def run_overrides(model: Model) -> list[str]:
-    """What was on the command line of the run's latest start."""
-    if model.run is None:
-        return []
-    found = sorted((model.run / "hydra").glob("*/overrides.yaml"))
-    return [] if not found else list(OmegaConf.load(found[-1]))
+    """What was on the command line of the run's latest start.
+
+    Not the latest that hydra has kept: it writes its folder also for a command that the run then refuses.
+    """
+    starts = [] if model.run is None else RunRecord(model.run).read_starts()
+    return read_overrides(starts[-1]["command"][1:]) if starts else []
 
 
 def fingerprint(model: Model) -> str:

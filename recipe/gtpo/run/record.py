@@ -18,7 +18,8 @@
         summary.json               what the last lines of the terminal said
 
     and what others write there:
-        hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, its log
+        hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, also of one that was then
+                               refused; its log
         checkpoints/               verl (trainer.default_local_dir)
         tensorboard/               verl: the curves
         evaluation.json, data/     evaluate: what came of an evaluation, whose folder this is; its problems

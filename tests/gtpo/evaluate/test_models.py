@@ -15,8 +15,9 @@ from verl.model_merger.base_model_merger import ModelMergerConfig
 from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
 from recipe.gtpo.evaluate.models import find_base, find_model, fingerprint, merge, run_overrides
+from recipe.gtpo.evaluate.request import task_of
 from recipe.gtpo.run.errors import ConfigError
-from recipe.gtpo.run.record import RecordError
+from recipe.gtpo.run.record import RecordError, RunRecord
 
 pytestmark = pytest.mark.unit
 
@@ -181,12 +182,38 @@ def test_a_base_that_is_gone_is_named(run, tmp_path):
         find_base(model)
 
 
-def test_the_latest_start_says_how_it_was_run(run, tmp_path):
+@pytest.fixture
+def started(run, tmp_path, monkeypatch):
+    """A run whose folder has the starts that are given, each by its arguments."""
     model = _copy(run, tmp_path)
-    for time, seed in (("20260101-000000", 1), ("20260102-000000", 2)):
-        (model.run / "hydra" / time).mkdir(parents=True)
-        (model.run / "hydra" / time / "overrides.yaml").write_text(f"- seed={seed}\n")
-    assert run_overrides(model) == ["seed=2"]
+
+    def start(*arguments):
+        monkeypatch.setattr("sys.argv", ["recipe/gtpo/main.py", *arguments])
+        RunRecord(model.run).write_start(seed=1)
+        return model
+
+    return start
+
+
+def test_the_latest_start_says_how_it_was_run(started):
+    started("seed=1")
+    assert run_overrides(started("seed=2", "task.system=Be quick, please.")) == [
+        "seed=2",
+        "task.system=Be quick, please.",
+    ]
+
+
+def test_a_folder_of_ones_own_configs_is_no_override_whatever_its_name(started):
+    overrides = run_overrides(started("--config-dir", "task", "seed=2"))
+    assert overrides[0] == "seed=2" and task_of(overrides, "arithmetic") == "arithmetic"
+
+
+def test_a_command_that_the_run_has_refused_says_nothing_of_it(started):
+    """Its folder of hydra is written before the run's own is found to belong to another config."""
+    model = started("task.system=Be quick.")
+    (model.run / "hydra/20990101-000000").mkdir(parents=True)
+    (model.run / "hydra/20990101-000000/overrides.yaml").write_text("- task=gsm8k\n")
+    assert run_overrides(model) == ["task.system=Be quick."]
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./gone", "a/b/c"])

@@ -25,9 +25,11 @@ from recipe.gtpo.evaluate.request import (
     overrides_of,
     task_of,
 )
+from recipe.gtpo.models.cache import FACTS
 from recipe.gtpo.run import checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import machine_checks
+from recipe.gtpo.run.identity import differences, flatten
 from recipe.gtpo.run.inputs import ask_reward, check_data, check_machine, check_reward, expand_paths, fill_open
 from recipe.gtpo.run.model import check_model
 from recipe.gtpo.run.record import RunRecord
@@ -80,10 +82,12 @@ def make_record(request: Request, model: Model, entries: Sequence[Entry]) -> Run
     """In `run_dir=`, or in a folder that is named by what is asked for."""
     if any(key_of(one) == "run_dir" for one in request.overrides):
         return RunRecord(Path(entries[0].config.run_dir).expanduser().resolve())
-    more = [*request.overrides, f"compare={request.compare}", f"endpoint={request.endpoint}"]
+    copies = [] if request.local is None else [f"local={_local(request)}"]
+    more = [*request.overrides, *copies, f"compare={request.compare}", f"endpoint={request.endpoint}"]
     names = "-".join(entry.name for entry in entries)
     facts = hashlib.sha256("\n".join([*sorted(more), names]).encode()).hexdigest()[:6]
-    plain_one = not request.overrides and request.compare is None and request.endpoint is None and len(names) < 60
+    chosen = request.overrides or copies or request.compare is not None or request.endpoint is not None
+    plain_one = not chosen and len(names) < 60
     return RunRecord(
         Path("outputs/evaluations").resolve() / f"{model.label}-{names[:60]}{'' if plain_one else '-' + facts}"
     )
@@ -122,14 +126,46 @@ def _find_problems(entry: Entry, record: RunRecord, request: Request) -> dict[st
         raise ConfigError(f"benchmarks={one.name} is no set of task={one.task}: {', '.join(names)}")
     file = record.dir / "data" / f"{one.name}.parquet"
     prepared = Path(task.folder).resolve()
-    if file.is_file():
+    facts = {"task": task.name, "set": one.chosen, "local": _local(request), "settings": task.settings}
+    if file.is_file() and _made_of(file) == facts:
         pass
     elif request.local is None and _is_prepared(task, prepared, one.chosen):
         file = prepared / f"{one.chosen}.parquet"
     else:
-        prepare_evaluation(task, one.chosen, file, local=request.local, say=lambda text: say(f"data: {text}"))
+        _make(file, facts, task, record, request)
     entry.config.data.val_files = str(file)
     return {}
+
+
+def _make(file: Path, facts: dict[str, Any], task: PreparedTask, record: RunRecord, request: Request) -> None:
+    """Write the problems, and beside them of what they are made. Raises ConfigError where samples may be of others."""
+    if file.is_file() and record.read_config() is not None:
+        theirs = _made_of(file)
+        other = (
+            "that is not written down" if theirs is None else f"else: {differences(flatten(theirs), flatten(facts))}"
+        )
+        raise ConfigError(
+            f"{file} was made of something {other}. Give this evaluation a folder of its own (run_dir=...), or the "
+            "same values"
+        )
+    _facts_of(file).unlink(missing_ok=True)  # first: a kill in between leaves problems that are made again
+    prepare_evaluation(task, facts["set"], file, local=request.local, say=lambda text: say(f"data: {text}"))
+    _facts_of(file).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _facts_of(file: Path) -> Path:
+    return file.with_suffix(f".{FACTS}")
+
+
+def _made_of(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(_facts_of(file).read_text())
+    except (FileNotFoundError, ValueError):  # made before this was written down, or cut off
+        return None
+
+
+def _local(request: Request) -> str | None:
+    return None if request.local is None else str(request.local.resolve())
 
 
 def _is_prepared(task: PreparedTask, folder: Path, name: str) -> bool:
@@ -169,6 +205,7 @@ def identity(entries: Sequence[Entry], models: Sequence[Model], request: Request
     first["evaluation"] = {
         "models": {str(i): {"name": str(m), "files": fingerprint(m)} for i, m in enumerate(models)},
         "endpoint": request.endpoint,
+        "local": _local(request),
         "served_model": request.served_model,
         "benchmarks": {
             entry.name: {

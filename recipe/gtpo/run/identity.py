@@ -73,14 +73,19 @@ def claim(record: RunRecord, config: DictConfig) -> None:
     if theirs is None:
         record.write_config(ours)
         return
-    differs = [key for key in sorted({*ours, *theirs}) if not _is_free(key) and ours.get(key) != theirs.get(key)]
-    if differs:
-        shown = "; ".join(f"{key}={theirs.get(key)} there, {ours.get(key)} here" for key in differs[:4])
-        more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
+    theirs, ours = ({key: value for key, value in one.items() if not _is_free(key)} for one in (theirs, ours))
+    if differs := differences(theirs, ours):
         raise RecordError(
-            f"{record.dir} belongs to a run with another config: {shown}{more}. Give this one a folder of its own "
+            f"{record.dir} belongs to a run with another config: {differs}. Give this one a folder of its own "
             "(run_dir=...), or the same values"
         )
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first values in which two flat mappings differ, in words; "" where there are none."""
+    differs = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    shown = "; ".join(f"{key}={theirs.get(key)} there, {ours.get(key)} here" for key in differs[:4])
+    return f"{shown} and {len(differs) - 4} more" if len(differs) > 4 else shown
 
 
 def same_overrides(one: Sequence[str], other: Sequence[str]) -> bool:

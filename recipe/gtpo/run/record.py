@@ -18,11 +18,12 @@
         summary.json               what the last lines of the terminal said
 
     and what others write there:
-        hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, also of one that was then
+        hydra/<time>/, main.log    hydra: the composed config and the overrides of every start, also of one that is then
                                refused; its log
         checkpoints/               verl (trainer.default_local_dir)
         tensorboard/               verl: the curves
-        evaluation.json, data/     evaluate: what came of an evaluation, whose folder this is; its problems
+        evaluation.json, data/     evaluate: what came of an evaluation, whose folder this is; its problems, and of what
+                               they were made
         terminal.log               experiments/compare.py: the command's output, where a comparison started it
 
 The trainer writes, on the node where it runs; the command that started it reads, to show progress.

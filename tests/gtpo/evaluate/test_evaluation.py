@@ -40,6 +40,13 @@ def copies(tmp_path):
     return tmp_path / "copies"
 
 
+@pytest.fixture
+def others(tmp_path):
+    """Another one."""
+    write_jsonl(tmp_path / "others/gsm8k/test.jsonl", [gsm8k("What is 4+4?", 8)])
+    return tmp_path / "others"
+
+
 def prepared(toy_policy, folder, *arguments):
     """The entries and everything around them, as the command makes them."""
     request = Request.parse([f"model={toy_policy}", f"run_dir={folder}", *arguments])
@@ -61,7 +68,8 @@ def test_a_set_is_written_for_the_evaluation_alone(toy_policy, tmp_path, copies,
     assert entry.files == [str(record.dir / "data/gsm8k.parquet")] and entry.samples == 4
     said = capsys.readouterr().out
     assert "gsm8k: 3 rows of" in said and "1 left out, the same problem as an earlier line: line 3" in said
-    assert sorted(path.name for path in (record.dir / "data").iterdir()) == ["gsm8k.parquet"]  # and no training set
+    made = ["gsm8k.made_of.json", "gsm8k.parquet"]  # and no training set
+    assert sorted(path.name for path in (record.dir / "data").iterdir()) == made
     (again,), _, _, _ = prepared(toy_policy, tmp_path / "out", "benchmarks=gsm8k", f"local={copies}")
     assert again.files == entry.files and "rows of" not in capsys.readouterr().out
 
@@ -85,6 +93,20 @@ def test_prepared_data_of_the_same_prompt_are_taken(toy_policy, tmp_path, copies
         toy_policy, tmp_path / "other", *given, "task.system=Be quick.", f"local={copies}"
     )
     assert other.files == [str(record.dir / "data/gsm8k.parquet")]
+
+
+def test_problems_that_an_earlier_start_made_of_something_else_are_made_again(toy_policy, tmp_path, copies, others):
+    """That start got no further: with the first claim of the folder they stay (the next section)."""
+    given = (toy_policy, tmp_path / "out", "benchmarks=gsm8k")
+    prepared(*given, f"local={copies}", "task.system=Be slow.")
+    for arguments, system, question in (
+        ((f"local={copies}", "task.system=Be quick."), "Be quick.", "What is 2+3?"),
+        ((f"local={others}", "task.system=Be quick."), "Be quick.", "What is 4+4?"),
+    ):
+        entries, model, record, request = prepared(*given, *arguments)
+        Evaluation(entries, model, 0, record, request).load()
+        about = describe(entries[0])
+        assert about["system_message"] == system and about["first_prompt"][-1]["content"] == question
 
 
 def test_the_embedded_task_needs_no_policy_of_its_own(toy_policy, tmp_path):
@@ -146,10 +168,43 @@ def test_the_folder_belongs_to_what_is_asked_for(toy_policy, tmp_path, copies):
     for other, named in (
         (["temperature=0.5"], "temperature=1.0 there, 0.5 here"),
         (["seed=2"], "seed=1 there, 2 here"),
-        (["task.system=Be quick."], "system="),
     ):
         with pytest.raises(RecordError, match=named):
             claimed(toy_policy, tmp_path / "out", *given, *other)
+
+
+def test_the_problems_of_a_claimed_folder_are_never_made_of_something_else(toy_policy, tmp_path, copies, others):
+    """Samples may have been drawn on them. What is refused costs nothing: the first command still goes on."""
+    given = (toy_policy, tmp_path / "out", "benchmarks=gsm8k")
+    record = claimed(*given, f"local={copies}")
+    file = record.dir / "data/gsm8k.parquet"
+    before = file.read_bytes()
+    for other, named in (
+        ((f"local={others}",), f"local={copies} there, {others} here"),
+        ((f"local={copies}", "task.system=Be quick."), r"settings\.system=Solve .* there, Be quick\. here"),
+    ):
+        with pytest.raises(ConfigError, match=rf"gsm8k\.parquet was made of something else: {named}\. Give this "):
+            claimed(*given, *other)
+        assert file.read_bytes() == before
+    claimed(*given, f"local={copies}")
+    (record.dir / "data/gsm8k.made_of.json").unlink()  # as it was before this was written down
+    with pytest.raises(
+        ConfigError, match=r"gsm8k\.parquet was made of something that is not written down\. Give this "
+    ):
+        claimed(*given, f"local={copies}")
+
+
+def test_a_copy_in_the_place_of_prepared_problems_is_refused(toy_policy, tmp_path, copies, others):
+    """Though the folder has no file of its own that could be compared."""
+    from recipe.gtpo.data.__main__ import run
+
+    write_jsonl(copies / "gsm8k/train.jsonl", [gsm8k("What is 9+9?", 18)])
+    run(["prepare", "task=gsm8k", f"local={copies}", f"out={tmp_path}/prepared"])
+    given = (toy_policy, tmp_path / "out", "benchmarks=gsm8k", "task=gsm8k", f"task.folder={tmp_path}/prepared")
+    claimed(*given)
+    with pytest.raises(RecordError, match=rf"evaluation\.local=None there, {others} here"):
+        claimed(*given, f"local={others}")
+    claimed(*given)
 
 
 def test_other_problems_in_the_same_file_are_refused(toy_policy, tmp_path):
@@ -163,7 +218,7 @@ def test_other_problems_in_the_same_file_are_refused(toy_policy, tmp_path):
         claimed(toy_policy, tmp_path / "out", *given)
 
 
-def test_without_a_folder_it_is_named_by_what_is_asked_for(toy_policy, tmp_path, monkeypatch):
+def test_without_a_folder_it_is_named_by_what_is_asked_for(toy_policy, tmp_path, monkeypatch, copies, others):
     monkeypatch.chdir(tmp_path)
 
     def named(*arguments):
@@ -173,8 +228,10 @@ def test_without_a_folder_it_is_named_by_what_is_asked_for(toy_policy, tmp_path,
 
     plain = named("benchmarks=gsm8k")
     assert plain == tmp_path / f"outputs/evaluations/{toy_policy.name}-gsm8k"
-    others = [named("benchmarks=gsm8k", other) for other in ("seed=2", "temperature=0.5", f"compare={toy_policy}")]
-    assert len({plain, *others}) == 4 and named("benchmarks=gsm8k", "samples=3") == plain
+    other = ("seed=2", "temperature=0.5", f"compare={toy_policy}", f"local={copies}", f"local={others}")
+    assert len({plain, *(named("benchmarks=gsm8k", one) for one in other)}) == 6
+    assert named("benchmarks=gsm8k", "samples=3") == plain
+    assert named("benchmarks=gsm8k", "local=copies") == named("benchmarks=gsm8k", f"local={copies}")
 
 
 # -- failures of ours -------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig, open_dict  # noqa: E402
 
 from recipe.gtpo.run.checks import first_checks, prepare, register  # noqa: E402
-from recipe.gtpo.run.ending import end, end_of, end_on_sigterm, sigterm_came  # noqa: E402
+from recipe.gtpo.run.ending import end, end_on_sigterm, end_over, sigterm_came  # noqa: E402
 from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, ConfigError, call_hydra, one_line  # noqa: E402
 from recipe.gtpo.run.identity import claim  # noqa: E402
 from recipe.gtpo.run.progress import Progress, summarize, validation_accuracy  # noqa: E402
@@ -124,11 +123,7 @@ def train(config: DictConfig, record: RunRecord) -> None:
     """One run, from the tool server to the summary. Raises what ended it early."""
     record.write_start(config.seed)
     end_on_sigterm(record)
-    try:
-        _train(config, record)
-    except (ConfigError, ServerStartError) as e:
-        record.write_cause(str(e).partition("\n")[0])  # the folder has a start that would never have ended
-        raise
+    _train(config, record)
 
 
 class TaskRunnerAfterRay:
@@ -174,8 +169,13 @@ def keep_logs(record: RunRecord) -> None:
     """Copy the workers' output out of Ray's temporary session folder."""
     # Ray has no public name for the folder of the session it is in; tests/gtpo/test_plugin.py breaks when it moves.
     node = ray._private.worker._global_node
-    if node is not None:
-        record.keep_logs(node.get_logs_dir_path())
+    if node is None:
+        return
+    folder = node.get_logs_dir_path()
+    try:
+        record.keep_logs(folder)
+    except OSError:  # a full disk; what ended the run is on its way to the last line
+        say(f"warning: the workers' output could not be copied, it stays in {folder}")
 
 
 def run(config: DictConfig) -> int:
@@ -185,13 +185,15 @@ def run(config: DictConfig) -> int:
     # the watch on the tool server, nor whoever stops it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     record = RunRecord(Path(config.run_dir).resolve())
-    record.drop_cause()
+    started: RunRecord | None = None  # before the folder is known to be this start's, its cause is another one's
     try:
         for look in first_checks(config, dict(HydraConfig.get().runtime.choices)).values():
             look(say)
         prepare(config, say)
         validate(config)
         claim(record, config)
+        record.drop_cause()
+        started = record
         if "triton" not in sys.modules:  # which comes with vLLM, and ends with a page on all that was not collected
             gc.freeze()  # all is imported; the process ends a second sooner when it does not look for cycles in verl
         gc.enable()
@@ -212,25 +214,22 @@ def run(config: DictConfig) -> int:
             summarize(record, config, seconds=time.monotonic() - began)
         return 0
     except (ConfigError, RecordError) as e:
-        return end("gtpo", str(e))
+        return end("gtpo", str(e), record=started)
     except ServerStartError as e:
         head, _, log = str(e).partition("\n")
         if log:
             print(log, file=sys.stderr)
-        return end("gtpo", f"{head} {last_line(log)}" if log else head)
+        return end("gtpo", f"{head} {last_line(log)}" if log else head, record=started)
     except KeyboardInterrupt:
-        if cause := record.read_cause():
+        if started is not None and (cause := started.read_cause()):  # of the watch that sent it
             return end("gtpo", cause)
-        record.write_cause("interrupted")
-        return end("gtpo", "interrupted", status=130)
+        return end("gtpo", "interrupted", 130, started)
     except SystemExit:
         if not sigterm_came():
             raise
-        return end("gtpo", TERMINATED, TERMINATED_STATUS)
+        return end("gtpo", TERMINATED, TERMINATED_STATUS, started)
     except Exception as e:
-        record.write_traceback("".join(traceback.format_exception(e)))
-        record.write_cause(end_of(e))  # unless there is one
-        return end("gtpo", f"{record.read_cause()} (whole report: {record.logs})")
+        return end_over(e, "gtpo", started)
 
 
 @hydra.main(config_path="config", config_name="gtpo_trainer", version_base=None)

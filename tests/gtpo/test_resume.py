@@ -18,9 +18,7 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from recipe.gtpo import main
 from recipe.gtpo.main import finished
-from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.record import RunRecord, latest_checkpoint
 from recipe.gtpo.trainer import GTPOTrainerMixin
 
@@ -202,12 +200,3 @@ def test_a_run_that_starts_over_keeps_nothing_of_the_one_before(tmp_path):
     assert record.read_metrics() == [] and record.trajectory_steps() == []
     run_once.fit(None)
     check(folder)
-
-
-def test_a_start_that_is_refused_after_its_entry_says_why_in_the_folder(tmp_path):
-    """A token or an address that the tool server refuses is known only when it is asked."""
-    config = compose(f"run_dir={tmp_path}", "tool_server.url=http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="does not answer"):
-        main.train(config, RunRecord(tmp_path))
-    assert len(RunRecord(tmp_path).read_starts()) == 1
-    assert "127.0.0.1:9 does not answer" in RunRecord(tmp_path).read_cause()

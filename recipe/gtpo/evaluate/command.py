@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import traceback
 from collections.abc import Sequence
 
 from hydra.errors import HydraException
@@ -26,7 +25,7 @@ from recipe.gtpo.evaluate.evaluation import Evaluation, TooManyLost, roll_out
 from recipe.gtpo.evaluate.models import Model, find_base, find_model, merge
 from recipe.gtpo.evaluate.report import report
 from recipe.gtpo.evaluate.request import Request
-from recipe.gtpo.run.ending import end, end_of, end_on_sigterm, sigterm_came
+from recipe.gtpo.run.ending import end, end_on_sigterm, end_over, sigterm_came
 from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, ConfigError, one_line
 from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RecordError, RunRecord, last_line
@@ -34,12 +33,12 @@ from recipe.gtpo.run.tool_server import tool_server
 from recipe.gtpo.run.tools import check_tools, environment
 from verl_ext.tool_server.launch import ServerStartError
 
-_GOES_ON = "what is done is kept, and the same command goes on"
+_GOES_ON = "; what is done is kept, and the same command goes on"
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Everything from the command line to the last line. Returns the exit status."""
-    record: RunRecord | None = None
+    record: RunRecord | None = None  # before the folder is known to be this start's, its cause is another one's
     try:
         end_on_sigterm()
         request = Request.parse(read_overrides(arguments))
@@ -52,8 +51,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         if compared is not None and steps[0] >= steps[1]:  # not two moments of one training
             steps = [0, 1]
         entries = make_entries(request, model)
-        record = make_record(request, model, entries)
-        record.drop_cause()
+        folder = make_record(request, model, entries)
         if request.endpoint is not None and model.checkpoint is not None:  # only the tokenizer is read here
             models = [Model(model.name, str(model.checkpoint / "actor" / "huggingface"), model.checkpoint, model.run)]
         else:
@@ -62,10 +60,12 @@ def evaluate(arguments: Sequence[str]) -> int:
                     say(f"the shards of {one} are merged in {one.path}")
         check_here(entries[0].config, request)
         for entry in entries:
-            fill(entry, record, request)
+            fill(entry, folder, request)
             check_entry(entry, models, request)
             OmegaConf.resolve(entry.config)
-        claim(record, identity(entries, models, request))
+        claim(folder, identity(entries, models, request))
+        folder.drop_cause()
+        record = folder
         record.write_start(int(entries[0].config.seed))
         end_on_sigterm(record)
         evaluations = [Evaluation(entries, m, step, record, request) for m, step in zip(models, steps, strict=True)]
@@ -80,26 +80,23 @@ def evaluate(arguments: Sequence[str]) -> int:
         report(evaluations, endpoint)
         return 0
     except (ConfigError, RecordError) as e:
-        return end("evaluate", str(e))
+        return end("evaluate", str(e), record=record)
     except (HydraException, OmegaConfBaseException) as e:
-        return end("evaluate", one_line(e))
+        return end("evaluate", one_line(e), record=record)
     except ServerStartError as e:
         head, _, log = str(e).partition("\n")
-        return end("evaluate", f"{head} {last_line(log)}" if log else head)
+        return end("evaluate", f"{head} {last_line(log)}" if log else head, record=record)
     except KeyboardInterrupt:
-        return end("evaluate", f"{(record and record.read_cause()) or 'interrupted'}; {_GOES_ON}", status=130)
+        cause = None if record is None else record.read_cause()  # of the watch that sent it
+        return end("evaluate", cause or "interrupted", 130, record, _GOES_ON)
     except SystemExit:
         if not sigterm_came():
             raise
-        return end("evaluate", f"{TERMINATED}; {_GOES_ON}", TERMINATED_STATUS)
+        return end("evaluate", TERMINATED, TERMINATED_STATUS, record, _GOES_ON)
     except TooManyLost as e:
-        return end("evaluate", f"{e}; {_GOES_ON}")
+        return end("evaluate", str(e), record=record, then=_GOES_ON)
     except Exception as e:
-        if record is None:
-            raise
-        record.write_traceback("".join(traceback.format_exception(e)))
-        record.write_cause(end_of(e))  # unless there is one
-        return end("evaluate", f"{record.read_cause()} (whole report: {record.logs}); {_GOES_ON}")
+        return end_over(e, "evaluate", record, _GOES_ON)
 
 
 def run(evaluations: Sequence[Evaluation], entries: Sequence[Entry]) -> None:

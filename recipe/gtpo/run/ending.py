@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
+from contextlib import suppress
 
 import ray
 
 from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, how_it_died, one_line, plain
-from recipe.gtpo.run.record import RunRecord
+from recipe.gtpo.run.record import RecordError, RunRecord
 
 
 def end_on_sigterm(record: RunRecord | None = None) -> None:
@@ -41,7 +43,32 @@ def end_of(error: Exception) -> str:
     return one_line(error)
 
 
-def end(program: str, cause: str, status: int = 1) -> int:
-    """Say the last line of `program`, and return the exit status."""
-    print(f"{program}: error: {plain(cause)}", file=sys.stderr, flush=True)
+def end(program: str, cause: str, status: int = 1, record: RunRecord | None = None, then: str = "") -> int:
+    """Say the last line of `program`, and return the exit status.
+
+    Args:
+        record: of the start that ends, which keeps the cause unless it has one. None as long as the folder is not this
+            start's: what stands there is another one's.
+        then: what the line says behind the cause.
+    """
+    cause = plain(cause)
+    if record is not None:
+        record.write_cause(cause.partition("\n")[0])
+    print(f"{program}: error: {cause}{then}", file=sys.stderr, flush=True)
     return status
+
+
+def end_over(error: Exception, program: str, record: RunRecord | None, then: str = "") -> int:
+    """End over an error that nobody has put in words. Its traceback is in the logs, or where they take nothing, here.
+
+    The last line has the cause that the record knows, if there is one: the error may be a consequence of that.
+    """
+    cause, report, where = end_of(error), "".join(traceback.format_exception(error)), ""
+    if record is not None:
+        cause = record.write_cause(cause)
+        with suppress(OSError, RecordError):
+            record.write_traceback(report)
+            where = f" (whole report: {record.logs})"
+    if not where:
+        print(report, file=sys.stderr)
+    return end(program, cause, then=where + then)

@@ -40,6 +40,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -80,6 +81,7 @@ class RunRecord:
         self._cause = self.dir / "cause.txt"
         self._checkpoint_metrics = self.dir / "checkpoint_metrics.json"
         self._rollout = self.dir / "rollout.json"
+        self._unwritten_cause: str | None = None  # of a start that ended on a full disk
         self._said: set[str] = set()
 
     # -- starts ------------------------------------------------------------------------------------------------------
@@ -127,20 +129,44 @@ class RunRecord:
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.logs / "driver.txt").write_text(text, errors="backslashreplace")
 
-    def write_cause(self, cause: str) -> None:
-        """Keep the first cause only: what follows it is a consequence."""
+    def write_cause(self, cause: str) -> str:
+        """Keep the first cause only: what follows it is a consequence. Returns the one that is kept.
+
+        Whoever writes one is ending a run and has to get on with it: on a disk that takes nothing it is kept here.
+        """
         try:
-            with self._cause.open("x", errors="backslashreplace") as f:
+            if self.read_cause() is None:
+                self._put_cause(cause)
+            return self.read_cause() or cause
+        except OSError:
+            self._unwritten_cause = cause
+            return cause
+
+    def _put_cause(self, cause: str) -> None:
+        """Whole or not at all, and never over another: a signal, a watch and the trainer's process may write theirs."""
+        handle, name = tempfile.mkstemp(prefix=".cause.", dir=self.dir)
+        partial = Path(name)
+        try:
+            with open(handle, "w", errors="backslashreplace") as f:
                 f.write(cause + "\n")
-        except FileExistsError:
-            return
+            os.chmod(partial, 0o644)  # mkstemp makes it private
+            try:
+                os.link(partial, self._cause)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without hard links
+                if not self._cause.exists():
+                    partial.replace(self._cause)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def drop_cause(self) -> None:
-        """At the next start: it has not ended."""
+        """At the next start, once the folder is its own: it has not ended."""
+        self._unwritten_cause = None
         self._cause.unlink(missing_ok=True)
 
     def read_cause(self) -> str | None:
-        return self._cause.read_text().strip() if self._cause.exists() else None
+        return self._cause.read_text().strip() if self._cause.exists() else self._unwritten_cause
 
     def last_write(self) -> float:
         """When the run last wrote anything of its own, in seconds since the epoch; 0.0 before its first start."""

@@ -8,10 +8,13 @@ import json
 import math
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from recipe.gtpo.run.record import RecordError, RunRecord, latest_checkpoint
@@ -49,6 +52,37 @@ def test_the_first_cause_of_a_start_s_end_stays(record):
     record.drop_cause()
     assert record.read_cause() is None
     record.drop_cause()
+
+
+def test_of_causes_that_come_at_once_one_stands_and_all_writers_are_told_it(record):
+    """A watch, a signal and the trainer's process write theirs."""
+    together = threading.Barrier(8)
+
+    def write(i):
+        together.wait()
+        return RunRecord(record.dir).write_cause(f"cause {i}")
+
+    with ThreadPoolExecutor(8) as threads:
+        told = set(threads.map(write, range(8)))
+    assert told == {record.read_cause()} and [path.name for path in record.dir.glob("*cause*")] == ["cause.txt"]
+
+
+def test_a_cause_on_a_full_disk_is_known_to_who_wrote_it_and_blocks_no_later_one(record):
+    with full_disk():
+        assert record.write_cause("no room") == record.write_cause("what follows") == record.read_cause() == "no room"
+    assert not list(record.dir.glob("*cause*"))
+    assert RunRecord(record.dir).write_cause("the trainer's own") == "the trainer's own" == record.read_cause()
+    record.drop_cause()
+    assert record.read_cause() is None
+
+
+def test_a_file_system_without_hard_links_keeps_the_first_cause_too(record, monkeypatch):
+    def link(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    assert [record.write_cause(cause) for cause in ("first", "second")] == ["first", "first"]
+    assert [path.name for path in record.dir.glob("*cause*")] == ["cause.txt"]
 
 
 def test_logs_lie_by_start(record, tmp_path):

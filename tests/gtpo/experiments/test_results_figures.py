@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_the_goal_of_the_fifth_design_is_called_what_it_is():
     for page in (TEXT, " ".join((PAGE.parents[3] / "README.md").read_text().split())):
         for d in best:
             assert points(d.mean, d.low, d.high) in page
+
+
+def test_the_sixth_design_shows_its_raw_numbers():
+    page = (PAGE.parent / "designs/6-small-real-model.md").read_text()
+    with (draw.RESULTS / "small_model.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        numbers = " | ".join(f"{float(row[name]):.3f}" for name in ("step_0", "step_10", "training_2_to_10"))
+        assert f"| {row['seed']} | `{row['method']}` | {numbers} |" in page
+    assert page.count("\n| 1") == len(rows) >= 5
 
 
 def test_figures_show_today_s_numbers():

@@ -235,7 +235,7 @@ def test_local_copies_are_found_by_set_and_split(tmp_path):
 )
 def test_rows_of_a_json_file(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     for name in ("x.json", "x.jsonl.gz"):
         assert [row["a"] for row in read_file(tmp_path / name)] == [1, 2]
 
@@ -251,7 +251,7 @@ def test_rows_of_a_json_file(tmp_path, text):
         ("x.json", b'[{"a": 1}, 5]', r"x\.json, entry 2, is no JSON object, but of type int"),
         ("x.json", b'[{"a": 1', r"x\.json is no JSON"),
         ("x.jsonl.gz", b'{"a": 1}\n', r"x\.jsonl\.gz is no whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], r"x\.jsonl\.gz is no whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9], r"x\.jsonl\.gz is no whole gzip file"),
         ("x.parquet", b"a,b", r"x\.parquet is no parquet file"),
     ],
 )

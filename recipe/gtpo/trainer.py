@@ -215,8 +215,11 @@ class GTPOTrainerMixin(_Trainer):
             [sample_turns[i] for i in kept],
             expected_acc_counts={key: count for key, count in expected.items() if key[1] not in failed},
         )
-        counts = {"rows": len(kept), "lost": lost, "infra": len(failed)}
-        return metrics | {f"gtpo/validation/{name}": float(count) for name, count in counts.items()}
+        return metrics | {
+            "gtpo/validation/rows": float(len(kept)),
+            "gtpo/validation/lost": float(lost),
+            "gtpo/validation/infra": float(len(failed)),
+        }
 
     # -- record -----------------------------------------------------------------------------------------------------
     #

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,8 +51,15 @@ def plain_python(code: str, stdin: str = "") -> Ending:
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, str(file)]
         done = subprocess.run(
-            command, cwd=folder, env=environment, input=stdin.encode(), capture_output=True, timeout=60
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env=environment,
+            input=stdin.encode(),
+            capture_output=True,
+            timeout=60,
+            # As in a terminal: tests that a script starts with `&` ignore SIGINT, and a program would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         out, err = (_comparable(text.decode("utf-8", "replace"), str(file)) for text in (done.stdout, done.stderr))
     died = done.returncode < 0
     return Ending(out, err, None if died else done.returncode, -done.returncode if died else None)

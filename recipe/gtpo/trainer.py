@@ -9,7 +9,6 @@ the same rewards, most of them summed over the trajectory.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -164,7 +163,7 @@ class GTPOTrainerMixin(_Trainer):
         lost = self._lose(faults, expected - len(trajectories), where)
         infra = sum(t.finish is Finish.INFRA for t in trajectories)
         share = (lost + infra) / max(1, expected, len(trajectories))
-        self._refuse_dropped(share, where, infra_outputs(trajectories) or faults)
+        self._refuse_dropped(share, where, [said for t in trajectories for said in t.infra_outputs] or faults)
         return {"gtpo/rows/lost_total": float(lost)}
 
     def _refuse_dropped(self, share: float, where: str, said: list[str]) -> None:
@@ -206,14 +205,15 @@ class GTPOTrainerMixin(_Trainer):
         failed = [uid for uid, infra in zip(sample_uids, infos.get("infra", []), strict=False) if infra]
         share = (lost + len(failed)) / max(1, sum(expected.values()), len(sample_uids))
         self._refuse_dropped(share, where, self._infra_said or faults)
-        kept = [i for i, uid in enumerate(sample_uids) if uid not in set(failed)]
+        left_out = set(failed)
+        kept = [i for i, uid in enumerate(sample_uids) if uid not in left_out]
         if failed and not kept:
             raise RuntimeError(f"the tool server failed every prompt of {where}: {self._infra_said[-1].strip()}")
         metrics = super()._val_metrics_update(
             *([column[i] for i in kept] for column in (data_sources, sample_uids)),
             {name: [values[i] for i in kept] for name, values in infos.items()},
             [sample_turns[i] for i in kept],
-            expected_acc_counts={key: count for key, count in expected.items() if key[1] not in failed},
+            expected_acc_counts={key: count for key, count in expected.items() if key[1] not in left_out},
         )
         return metrics | {
             "gtpo/validation/rows": float(len(kept)),
@@ -298,7 +298,7 @@ class GTPOTrainerMixin(_Trainer):
         real = [(trajectory, row) for trajectory, row in zip(found, describe_rows(batch), strict=True) if trajectory]
         if real:
             trajectories, rows = zip(*real, strict=True)
-            self._infra_said += infra_outputs(trajectories)
+            self._infra_said += [said for t in trajectories for said in t.infra_outputs]
             lines = validation_lines(self.global_steps, self.config.seed, trajectories, rows)
             self._writer.write(self.global_steps, lines, split="validation", more=self._validated)
             self._validated = True  # the data may come in several batches
@@ -360,11 +360,6 @@ def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Traj
             raise ValueError(f"row {key} has no recorded turns: set rollout.agent.default_agent_loop=gtpo_agent")
         trajectories.append(Trajectory.from_dict(fields[TRAJECTORY]))
     return trajectories
-
-
-def infra_outputs(trajectories: Sequence[Trajectory]) -> list[str]:
-    """What the tools said that failed on our side."""
-    return [o.output for t in trajectories for turn in t.turns for o in turn.outcomes if o.outcome == "infra"]
 
 
 def write_rewards(batch: KVBatchMeta, credit: Credit, uids: list[str], response_mask: torch.Tensor) -> None:

@@ -155,10 +155,9 @@ class Evaluation:
                     f"{trajectory.fault.strip()}"
                 )
         if infra > config.max_dropped_share * total:
-            said = [o.output for turn in trajectory.turns for o in turn.outcomes if o.outcome == "infra"]
             raise TooManyLost(
                 f"{infra} of {total} samples of {entry.name} were failed by the tool server (max_dropped_share="
-                f"{config.max_dropped_share:g}): {(said or [''])[-1].strip()}"
+                f"{config.max_dropped_share:g}): {(trajectory.infra_outputs or [''])[-1].strip()}"
             )
 
     async def results(self) -> dict[str, Result]:

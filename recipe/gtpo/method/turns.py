@@ -124,6 +124,11 @@ class Trajectory:
         return tuple(tuple(said[:k]) for k in range(len(said)))
 
     @property
+    def infra_outputs(self) -> list[str]:
+        """What the tools said that failed on our side."""
+        return [o.output for turn in self.turns for o in turn.outcomes if o.outcome == "infra"]
+
+    @property
     def truncated(self) -> bool:
         return self.finish in TRUNCATED
 

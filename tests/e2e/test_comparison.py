@@ -58,12 +58,11 @@ def test_a_matrix_that_is_told_to_end_ends_its_cells_and_says_how_to_go_on(tmp_p
     out = tmp_path / "matrix"
     command = [sys.executable, "-m", "recipe.gtpo.experiments.compare", *cell, f"out={out}"]
     with launch(command, out, tmp_path / "log") as matrix:
-        matrix.wait_until(lambda: (out / "gtpo-seed1" / "terminal.log").exists(), 100)
-        matrix.look()
+        matrix.wait_until(lambda: len(matrix.seen) >= 1, 100)  # the moment that its process is there
         matrix.process.send_signal(signal.SIGTERM)
         assert matrix.wait(100) == 143
         assert matrix.last_line() == "compare: error: terminated (SIGTERM); the same command goes on from here"
-        assert len(matrix.seen) >= 1 and matrix.left_behind() == []
+        assert matrix.left_behind() == []
 
 
 def run(command, seconds):

@@ -42,6 +42,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,7 @@ from recipe.gtpo.run.checks import ConfigError, config_file
 from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS
 from recipe.gtpo.run.identity import same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
+from recipe.gtpo.run.signals import signals_wait
 
 MODULES = {"verl": "recipe.gtpo.main", "twin": "recipe.gtpo.experiments.twin"}
 #: What `fair` in methods= stands for. Not in it: rivals on the sum of outcome and all format penalties (grpo_sum,
@@ -352,9 +354,9 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
             while queue and len(running) < parallel:
                 cell, attempt = queue.pop(0)
                 cell.dir.mkdir(parents=True, exist_ok=True)
-                running.append(
-                    _Started(cell, start(cell.command, cell.dir / "terminal.log"), time.monotonic(), attempt)
-                )
+                with signals_wait():  # a cell that is started is noted, and so ended below
+                    job = start(cell.command, cell.dir / "terminal.log")
+                    running.append(_Started(cell, job, time.monotonic(), attempt))
             time.sleep(_POLL_SECONDS)
             for started in list(running):
                 status = started.job.poll()
@@ -383,8 +385,9 @@ def run_matrix(cells: Sequence[Cell], start: Any, *, parallel: int, hours: float
             bar.set_postfix_str(", ".join(f"{name} step {step}" for name, step in steps.items()), refresh=False)
             bar.update(done - bar.n)
     finally:
-        for started in running:
-            started.job.stop()
+        with signals_wait(), ExitStack() as ends:  # all, also where one cannot be ended or a second signal comes
+            for started in running:
+                ends.callback(started.job.stop)
         bar.close()
     return outcome
 

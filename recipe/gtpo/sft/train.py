@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recipe.gtpo.models.cache import make_once
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.record import last_line
+from recipe.gtpo.run.signals import signals_wait
 from recipe.gtpo.sft.sources import Say
 from recipe.gtpo.sft.transcripts import Message
 from recipe.gtpo.tasks.task import write_parquet
@@ -127,11 +128,13 @@ def _run_worker(settings: DictConfig, folder: Path) -> None:
         environment.setdefault("OMP_NUM_THREADS", "1")
     log = folder / "sft.log"
     with log.open("wb") as output:
-        worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        worker = None
         try:
+            with signals_wait():
+                worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             status = worker.wait()
         finally:
-            if worker.poll() is None:
+            if worker is not None and worker.poll() is None:
                 worker.terminate()
                 worker.wait()
     if status != 0:

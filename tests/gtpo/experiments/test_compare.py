@@ -304,6 +304,42 @@ def test_an_interrupt_ends_what_runs(tmp_path):
     assert jobs[0].poll() is not None
 
 
+def test_a_signal_while_a_cell_starts_ends_that_cell_too(tmp_path):
+    """It came between the start of the process and the return of the call that starts it."""
+    jobs = []
+
+    def start(command, log):
+        jobs.append(LocalJob(command, log))
+        signal.raise_signal(signal.SIGINT)
+        return jobs[0]
+
+    command = (sys.executable, "-c", "import time; time.sleep(600)")
+    with pytest.raises(KeyboardInterrupt):
+        run_matrix([Cell("gtpo", 1, tmp_path / "on", command, 3)], start, parallel=1, hours=1, out=io.StringIO())
+    assert jobs[0].poll() is not None
+
+
+def test_every_cell_is_ended_where_one_cannot_be_and_a_second_signal_comes(tmp_path):
+    ended = []
+
+    class Stubborn:
+        def __init__(self, command, log):
+            self.name = log.parent.name
+
+        def poll(self):
+            raise KeyboardInterrupt
+
+        def stop(self):
+            ended.append(self.name)
+            signal.raise_signal(signal.SIGINT)
+            raise ConnectionError("the cluster is gone")
+
+    cells = [Cell("gtpo", seed, tmp_path / str(seed), (), 3) for seed in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        run_matrix(cells, Stubborn, parallel=3, hours=1, out=io.StringIO())
+    assert sorted(ended) == ["1", "2", "3"]
+
+
 class YoungCluster:
     """A job client whose cluster has no agent for its first `refusals` jobs."""
 

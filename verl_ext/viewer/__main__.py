@@ -18,7 +18,7 @@ from aiohttp import web
 
 from verl_ext.viewer import export, whatif
 from verl_ext.viewer.app import build_app
-from verl_ext.viewer.runs import Run
+from verl_ext.viewer.runs import Run, parse_steps
 
 #: Seconds between two looks for new lines.
 _TAIL_SECONDS = 1.0
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
     parser.add_argument("--export", type=Path, metavar="PAGE.html", help="write one self-contained page and end")
-    parser.add_argument("--steps", type=_steps, help="with --export: the steps to put in, as 1,5,10-12 (default: all)")
+    parser.add_argument(
+        "--steps", type=parse_steps, help="with --export: the steps to put in, as 1,5,10-12 (default: all)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.steps is not None and arguments.export is None:
         parser.error("--steps belongs to --export")
@@ -58,16 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 asyncio.run(_serve(runs, arguments.host, arguments.port))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
-
-def _steps(text: str) -> set[int]:
-    steps: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{part!r} is no step; write 1,5,10-12")
-        steps |= set(range(int(first), int(last or first) + 1))
-    return steps
 
 
 def _read(run: Run) -> None:

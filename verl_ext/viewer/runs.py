@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -171,3 +172,14 @@ def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
         partners.pop(None, None)  # a sibling that was not recorded
         row |= {"position": at, "similar": partners or None}
     return rows
+
+
+def parse_steps(text: str) -> set[int]:
+    """`1,5,10-12`, as an argument of a command. Raises argparse.ArgumentTypeError."""
+    steps: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{part!r} is no step; write 1,5,10-12")
+        steps |= set(range(int(first), int(last or first) + 1))
+    return steps

@@ -1,0 +1,73 @@
+"""The table of `python -m recipe.gtpo.whatif`: its means are those of the record, and its words are exact."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from recipe.gtpo.experiments.draw_credit import EXAMPLE
+from recipe.gtpo.whatif import __main__ as command
+
+pytestmark = pytest.mark.unit
+
+RECORD = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """A run folder with the committed group as its third step, and an index of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    (folder / "trajectories").mkdir(parents=True)
+    (folder / "trajectories" / "3.jsonl").write_text(EXAMPLE.read_text())
+    return folder
+
+
+def cells(text: str, row: str) -> list[str]:
+    """The cells of a row, as "+0.12(34%)"."""
+    line = next(line for line in text.splitlines() if line.startswith(row + " "))
+    return re.sub(r" *\( *", "(", line.removeprefix(row)).split()
+
+
+def test_a_mean_is_that_of_the_advantages_that_the_run_recorded(run_dir, capsys):
+    assert command.main([str(run_dir), "--methods", "grpo_outcome"]) == 0
+    text = capsys.readouterr().out
+    expected = {}
+    for record in RECORD:
+        for number, advantage in enumerate(record["advantages"], start=1):
+            expected.setdefault((record["acc"] != 1, number), []).append(advantage)
+    in_order = [expected[place] for place in sorted(expected)]
+    assert len(in_order) >= 3
+    assert cells(text, "of the run") == [
+        f"{sum(some) / len(some):+.2f}({sum(one > 0 for one in some) / len(some):.0%})" for some in in_order
+    ]
+    assert cells(text, "turns") == [str(len(some)) for some in in_order]
+
+
+def test_a_rival_gives_every_turn_of_a_right_answer_the_same(run_dir, capsys):
+    """GRPO on the plain outcome, n siblings of which k are right: (1 - k/n) / std and -(k/n) / std, std over n - 1."""
+    assert command.main([str(run_dir), "--methods", "grpo_outcome"]) == 0
+    n, k = len(RECORD), sum(record["acc"] == 1 for record in RECORD)
+    assert 0 < k < n
+    std = (k * (n - k) / n / (n - 1)) ** 0.5
+    right, wrong = f"{(1 - k / n) / std:+.2f}(100%)", f"{-k / n / std:+.2f}(0%)"
+    assert set(cells(capsys.readouterr().out, "grpo_outcome")) == {right, wrong}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "4"], "no step 4; recorded: 3 to 3"),
+        (["--methods", "gtop"], "--methods: 'gtop' is none of dr_grpo, "),
+    ],
+)
+def test_what_is_not_there_is_one_line(run_dir, capsys, arguments, said):
+    assert command.main([str(run_dir), *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_a_record_is_one_line(tmp_path, capsys):
+    assert command.main([str(tmp_path / "none")]) == 1
+    assert "RUN_DIR is the folder with trajectories/" in capsys.readouterr().err

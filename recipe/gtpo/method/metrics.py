@@ -121,6 +121,11 @@ def _turns(credit: Credit, returns: torch.Tensor, advantages: torch.Tensor) -> d
         metrics |= _by_turn(name, values, counts)
     deviation = torch.where(mask, advantages.double() - means["advantage/mean"], 0.0)
     metrics |= _by_turn("advantage/std", (deviation.square().sum(dim=0) / present).sqrt(), counts)
+    wrong = mask & ~credit.solved[:, None]  # what has an advantage above 0 is made more likely
+    failed = wrong.sum(dim=0)
+    sums = {"advantage/mean": torch.where(wrong, advantages.double(), 0.0), "above_zero": wrong & (advantages > 0)}
+    for name, values in sums.items():
+        metrics |= _by_turn(f"wrong/{name}", values.sum(dim=0) / failed.clamp_min(1), failed)
     for i, reason in enumerate(REASONS):
         broken = (credit.reasons == i).sum(dim=0)
         metrics[f"gtpo/format/{reason.value}"] = float(broken.sum()) / int(counts.sum())

@@ -69,6 +69,8 @@ def test_every_number():
         "gtpo/by_turn/advantage/mean/t1": 0.85,
         "gtpo/by_turn/advantage/std/t0": ((0.25 + 2.25 + 0.49 + 0.72) / 5 - 0.34**2) ** 0.5,
         "gtpo/by_turn/advantage/std/t1": 0.15,
+        "gtpo/by_turn/wrong/advantage/mean/t0": (-1.5 - 0.6 + 0.6) / 3,  # no wrong one has a second turn
+        "gtpo/by_turn/wrong/above_zero/t0": 1 / 3,
         "gtpo/groups/unsolved": 1 / 3,
         "gtpo/groups/all_solved": 1 / 3,
         "gtpo/groups/unsolved_with_signal": 1.0,

@@ -5,8 +5,8 @@
 
 A cell is one run in a folder of its own, `OUT/<method>-seed<seed>`, or with horizons=
 `OUT/<method>-h<horizon>-seed<seed>`. Cells that are complete are skipped, so the same command goes on where it was
-stopped; a cell that fails is started once more and then reported. The report is `OUT/report/index.html`
-(`recipe.gtpo.experiments.report`).
+stopped; a cell that fails is started once more and then reported. The report is `OUT/report/index.html`, of the cells
+of this command (`recipe.gtpo.experiments.report` makes one of any runs).
 
 Keys of this command; everything else goes to each run as it is, and both engines read the same overrides:
     methods     comma-separated files of recipe/gtpo/config/method; `fair` stands for GTPO as published, its
@@ -51,9 +51,9 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from recipe.gtpo.experiments.report import show_report
-from recipe.gtpo.experiments.report.runs import todays_name
+from recipe.gtpo.experiments.report.runs import finished_runs, todays_name
 from recipe.gtpo.run.checks import ConfigError, config_file
-from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS
+from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, one_line
 from recipe.gtpo.run.identity import same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
 from recipe.gtpo.run.signals import signals_wait
@@ -89,6 +89,9 @@ _CELL_SETS = {
 #: The flag of hydra that a cell may be given, with its folder in the next argument.
 _CONFIG_DIR = "--config-dir"
 _POLL_SECONDS = 1.0
+#: What Ray's job client raises where its server is away, or answers with an error (requests' errors are OSErrors).
+_UNANSWERED = (OSError, RuntimeError)
+_SILENT_SECONDS = 600.0  # that a job server may be away, as while its head node is busy
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ class Cell:
     @property
     def name(self) -> str:
         return self.dir.name
+
+    @property
+    def engine(self) -> str:
+        return next(name for name, module in MODULES.items() if module in self.command)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -137,17 +144,30 @@ def refuse_others(cells: Sequence[Cell]) -> None:
                 "algorithm.gtpo.format_rule=strict now and not the default. Give this matrix another out="
             )
         before = starts[-1]["command"][1:] if starts else cell.overrides
-        if not same_overrides(before, cell.overrides):
+        # `experiment=` is free for a run, whose config says what it set; here it says how many steps, too.
+        if not same_overrides(before, cell.overrides) or _experiments(before) != _experiments(cell.overrides):
             raise ValueError(
                 f"{cell.dir} was made by other overrides: {' '.join(before)}; here: {' '.join(cell.overrides)}. "
                 "Give this matrix another out="
             )
+        if starts and (engine := _engine(record)) != cell.engine:
+            raise ValueError(f"{cell.dir} was made by engine={engine}. Give this matrix another out=")
         shorter = [override for override in before if override.startswith(f"{_CELL_SETS['steps']}=")]
         if cell.steps is None and shorter:  # how many the task's own are, only the run knows
             raise ValueError(
                 f"{cell.dir} was made with steps={shorter[-1].partition('=')[2]}, and here steps= is not given: "
                 "give it, and the run goes on to that, or give this matrix another out="
             )
+
+
+def _experiments(overrides: Sequence[str]) -> set[str]:
+    return {override for override in overrides if override.startswith("experiment=")}
+
+
+def _engine(record: RunRecord) -> str:
+    """That of a started run: by its summary or, where it has none or does not say, by its program."""
+    program = Path(record.read_starts()[-1]["command"][0])
+    return (record.read_summary() or {}).get("engine") or ("twin" if program.parent.name == "twin" else "verl")
 
 
 def parse_integers(key: str, text: str) -> list[int]:
@@ -286,25 +306,53 @@ class LocalJob:
                     continue
 
 
+class ClusterError(Exception):
+    """The job server of a Ray cluster does not answer, or refuses a job. The message is one line."""
+
+
 class RayJob:
     """A job of a Ray cluster (Ray's job API). Its output stays with the job: `ray job logs ID`."""
 
     def __init__(self, command: Sequence[str], log: Path, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        self._client = JobSubmissionClient(address)
+        self._address = address
+        self._silent_since: float | None = None  # while the server does not answer
         entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
-        self._id = submit(self._client, entrypoint)
+        try:
+            self._client = JobSubmissionClient(address)
+            self._id = submit(self._client, entrypoint)
+        except _UNANSWERED as e:
+            raise ClusterError(f"no job at ray={address}: {one_line(e)}") from e
         with log.open("a") as out:
             out.write(f"Ray job {self._id} at {address}\n")
 
     def poll(self) -> int | None:
-        status = self._client.get_job_status(self._id)
+        """Its exit status, None while it runs, or as long as the server may come back.
+
+        Raises ClusterError where it has not for `_SILENT_SECONDS`.
+        """
+        try:
+            status = self._client.get_job_status(self._id)
+        except _UNANSWERED as e:
+            now = time.monotonic()
+            self._silent_since = self._silent_since or now
+            if now - self._silent_since < _SILENT_SECONDS:
+                return None
+            raise ClusterError(f"ray={self._address} does not answer: {one_line(e)}") from e
+        self._silent_since = None
         return None if not status.is_terminal() else int(status != "SUCCEEDED")
 
     def stop(self) -> None:
-        if self.poll() is None:
-            self._client.stop_job(self._id)
+        try:
+            if not self._client.get_job_status(self._id).is_terminal():
+                self._client.stop_job(self._id)
+        except _UNANSWERED as e:
+            print(
+                f"compare: Ray job {self._id} may still run, ray={self._address} does not answer ({one_line(e)}): "
+                f"ray job stop --address {self._address} {self._id}",
+                file=sys.stderr,
+            )
 
 
 def submit(client: Any, entrypoint: str, pauses: Sequence[float] = (1, 2, 4, 8, 16, 32)) -> str:
@@ -446,11 +494,24 @@ def main(arguments: Sequence[str]) -> int:
         why, status = ("interrupted", 130) if isinstance(e, KeyboardInterrupt) else (TERMINATED, TERMINATED_STATUS)
         print(f"compare: error: {why}; the same command goes on from here", file=sys.stderr)
         return status
+    except ClusterError as e:
+        print(f"compare: error: {e}; the same command goes on from here", file=sys.stderr)
+        return 1
     out = out_folder(own)
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:
         print(f"compare: failed: {name}, see {out / name / 'terminal.log'}")
-    status = show_report([out], out / "report")
+    finished = [cell.dir for cell in cells if cell.complete]
+    if not finished:
+        print("compare: no cell is complete, so there is no report", file=sys.stderr)
+        return 1
+    # Of this matrix alone: what else is in `out` may be of other settings.
+    if others := len(set(finished_runs(out)) - set(finished)):
+        print(
+            f"compare: {others} other finished runs in {out} are not in the report; all of them, where they can be "
+            f"compared: python -m recipe.gtpo.experiments.report {shlex.quote(str(out))} -o REPORT"
+        )
+    status = show_report(finished, out / "report")
     return 1 if outcome.failed else status
 
 

@@ -14,6 +14,7 @@ import time
 import psutil
 import pytest
 from composition import compose
+from ray.job_submission import JobStatus
 from recorded_runs import make_run
 
 from recipe.gtpo.experiments import compare
@@ -340,6 +341,58 @@ def test_every_cell_is_ended_where_one_cannot_be_and_a_second_signal_comes(tmp_p
     assert sorted(ended) == ["1", "2", "3"]
 
 
+class Cluster:
+    """A job client. `answers` are its status replies, one a call; an exception is raised."""
+
+    def __init__(self, *answers):
+        self.answers, self.stopped = list(answers), []
+
+    def get_job_status(self, _):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def stop_job(self, job):
+        self.stopped.append(job)
+
+
+def ray_job(client):
+    job = compare.RayJob.__new__(compare.RayJob)
+    job._client, job._id, job._address, job._silent_since = client, "raysubmit_1", "http://head:8265", None
+    return job
+
+
+def test_a_job_server_that_is_away_for_a_moment_ends_no_matrix():
+    away, busy = ConnectionError("Failed to connect to Ray"), RuntimeError("Request failed with status code 500")
+    job = ray_job(Cluster(away, busy, JobStatus.RUNNING, away, JobStatus.SUCCEEDED))
+    assert [job.poll() for _ in range(5)] == [None, None, None, None, 0]
+
+
+def test_one_that_stays_away_ends_it_with_one_line_and_the_jobs_names(monkeypatch, capsys):
+    away = ConnectionError("Failed to connect to Ray")
+    job = ray_job(Cluster(away, away, away))
+    assert job.poll() is None
+    monkeypatch.setattr(compare, "_SILENT_SECONDS", 0.0)
+    with pytest.raises(compare.ClusterError, match=r"^ray=http://head:8265 does not answer: ConnectionError: Failed"):
+        job.poll()
+    job.stop()
+    assert "ray job stop --address http://head:8265 raysubmit_1" in capsys.readouterr().err
+
+
+def test_a_job_that_runs_is_stopped_and_one_that_ended_is_not():
+    running, ended = Cluster(JobStatus.RUNNING), Cluster(JobStatus.FAILED)
+    ray_job(running).stop()
+    ray_job(ended).stop()
+    assert running.stopped == ["raysubmit_1"] and ended.stopped == []
+
+
+def test_an_address_where_no_job_server_is_is_one_line(tmp_path, capsys):
+    arguments = ["methods=gtpo", "seeds=1", f"out={tmp_path}", "ray=http://127.0.0.1:9", "parallel=1"]
+    assert compare.main(arguments) == 1
+    assert "compare: error: no job at ray=http://127.0.0.1:9: ConnectionError: " in capsys.readouterr().err
+
+
 class YoungCluster:
     """A job client whose cluster has no agent for its first `refusals` jobs."""
 
@@ -381,6 +434,42 @@ def test_finished_cells_of_other_overrides_are_not_counted_as_done(tmp_path, cap
     assert "was made by other overrides" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["experiment=horizon4", "experiment=first_call", "engine=twin"])
+def test_finished_cells_of_another_experiment_are_not_counted_as_done(tmp_path, other, capsys):
+    """The default out= is the same for all: horizon 4 would be reported as the answer for horizon 6."""
+    common = ["methods=gtpo", "seeds=1", f"out={tmp_path}"]
+    (made,) = matrix(*parse([*common, "experiment=horizon6"]))
+    make_run(tmp_path, "gtpo", 1, {0: 0.2, 20: 0.5})
+    (made.dir / "versions.json").write_text(json.dumps([{"command": ["twin/__main__.py", *made.overrides]}]))
+    compare.refuse_others([made])
+    assert compare.main([*common, other]) == 1
+    assert "was made by other overrides" in capsys.readouterr().err
+
+
+def test_finished_cells_of_another_engine_are_not_counted_as_done(tmp_path, capsys):
+    arguments = ["methods=gtpo", "seeds=1", "steps=20", f"out={tmp_path}"]
+    (made,) = matrix(*parse([*arguments, "engine=twin"]))
+    make_run(tmp_path, "gtpo", 1, {0: 0.2, 20: 0.5})
+    (made.dir / "versions.json").write_text(json.dumps([{"command": ["twin/__main__.py", *made.overrides]}]))
+    compare.refuse_others([made])
+    assert compare.main(arguments) == 1
+    assert "gtpo-seed1 was made by engine=twin" in capsys.readouterr().err
+
+
+def test_the_report_is_of_this_matrix_and_other_runs_of_its_folder_are_counted(tmp_path, capsys):
+    """Runs of another learning rate and of other seeds used to be pooled with those that were asked for."""
+    arguments = ["methods=gtpo,grpo", f"out={tmp_path}", "engine=twin"]
+    for cell in matrix(*parse([*arguments, "seeds=1..2"])):
+        make_run(tmp_path, cell.method, cell.seed, {0: 0.2, 20: 0.5 + 0.1 * cell.seed})
+        start = {"command": ["twin/__main__.py", *cell.overrides]}
+        (cell.dir / "versions.json").write_text(json.dumps([start]))
+    assert compare.main([*arguments, "seeds=2"]) == 0
+    said = capsys.readouterr().out
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {run["seed"] for run in facts["runs"]} == {2}
+    assert "compare: 2 other finished runs in" in said
+
+
 def test_a_trial_of_few_steps_is_not_counted_as_the_whole_run(tmp_path):
     arguments = ["methods=gtpo", "seeds=1", f"out={tmp_path}"]
     (trial,) = matrix(*parse([*arguments, "steps=2"]))
@@ -414,7 +503,7 @@ def test_a_cell_made_before_there_was_a_format_rule_is_not_counted_as_done(tmp_p
         compare.refuse_others([cell])
     arguments = ["experiment=horizon6", "methods=gtpo", "seeds=1", f"out={tmp_path}"]
     (published,) = matrix(*parse(arguments))
-    (cell.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *published.overrides]}]))
+    (cell.dir / "versions.json").write_text(json.dumps([{"command": ["twin/__main__.py", *published.overrides]}]))
     compare.refuse_others([published])
 
 

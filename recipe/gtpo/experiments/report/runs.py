@@ -13,6 +13,7 @@ from typing import Any
 
 from scipy import integrate
 
+from recipe.gtpo.run.identity import differences
 from recipe.gtpo.run.progress import validation_accuracy, validation_mean
 from recipe.gtpo.run.record import RunRecord
 
@@ -27,6 +28,12 @@ _REWARD_NAMES = {
     "outcome": "the outcome",
     "recorded_gdpo": "outcome and well-formed apart",
 }
+#: What has to be equal in the runs of one method, of whatever machine: keys, or how they begin.
+_TRAINING = (
+    *("algorithm.", "actor_rollout_ref.actor.optim.", "actor_rollout_ref.actor.clip_ratio", "data.train_batch_size"),
+    *("actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.rollout.n", "actor_rollout_ref.rollout.temp"),
+)
+_STEPS = "actor_rollout_ref.actor.optim.total_training_steps"
 
 
 def todays_name(method: str, config: Mapping[str, Any] | None) -> str:
@@ -56,6 +63,7 @@ class Run:
     seed: int
     lines: list[dict[str, Any]]  # metrics.jsonl
     start: dict[str, Any]  # the last entry of versions.json
+    config: dict[str, Any]  # of training, flat; empty where the run is older than config.json
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -77,6 +85,7 @@ class Run:
             seed=summary["seed"],
             lines=record.read_metrics(),
             start=starts[-1],
+            config={key: value for key, value in config.items() if key.startswith(_TRAINING) and key != _STEPS},
         )
         if len(run.curve) < 2:
             raise ValueError(f"{folder}: no validation before and after training; set trainer.test_freq")
@@ -150,25 +159,36 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
     Raises:
         ValueError: there is none, one is given twice, or they are not comparable (task, engine, number of steps, steps
-            that were validated; some name a horizon and some do not).
+            that were validated; some name a horizon and some do not), or runs of one method differ in their training.
     """
     runs = [Run.load(folder) for path in paths for folder in _finished(path)]
     seen: dict[tuple[str, int | None, int], Run] = {}
+    firsts: dict[tuple[str, int | None], Run] = {}
     for run in runs:
         other = seen.setdefault((run.method, run.horizon, run.seed), run)
         if other is not run:
             at = "" if run.horizon is None else f" at horizon {run.horizon}"
             raise ValueError(f"{run.dir} and {other.dir} are both {run.method} with seed {run.seed}{at}")
         _check_comparable(run, runs[0])
+        first = firsts.setdefault((run.method, run.horizon), run)
+        both = run.config.keys() & first.config.keys()  # a record from before an option does not have it
+        if differs := differences({k: first.config[k] for k in both}, {k: run.config[k] for k in both}):
+            raise ValueError(
+                f"{run.dir} is not another seed of {first.dir}: {differs}. Give the report runs of one setting"
+            )
     return runs
 
 
-def _finished(path: Path) -> list[Path]:
-    """The run folder itself, or those in a folder of run folders. Raises ValueError where there is none."""
+def finished_runs(path: Path) -> list[Path]:
+    """The run folder itself, or those in a folder of run folders."""
     if RunRecord(path).read_summary() is not None:
         return [path]
-    found = sorted(folder for folder in path.glob("*") if RunRecord(folder).read_summary() is not None)
-    if not found:
+    return sorted(folder for folder in path.glob("*") if RunRecord(folder).read_summary() is not None)
+
+
+def _finished(path: Path) -> list[Path]:
+    """`finished_runs`. Raises ValueError where there is none."""
+    if not (found := finished_runs(path)):
         raise ValueError(f"{path}: no finished run (no summary.json in it or in its folders)")
     return found
 

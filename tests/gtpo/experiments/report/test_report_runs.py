@@ -56,6 +56,23 @@ def test_curves_that_were_validated_at_other_steps_are_not_compared(tmp_path, va
         load_runs([base, method])
 
 
+def test_seeds_of_two_learning_rates_are_not_pooled(tmp_path):
+    runs = [make_run(tmp_path, "gtpo", seed, {0: 0.2, 2: 0.5}) for seed in (1, 2)]
+    runs.append(make_run(tmp_path, "grpo", 1, {0: 0.2, 2: 0.5}))
+    for run, rate in zip(runs, (3e-5, 1e-4, 1e-4), strict=True):
+        path = run / "config.json"
+        config = json.loads(path.read_text()) | {
+            "actor_rollout_ref.actor.optim.lr": rate,
+            "trainer.nnodes": int(1e9 * rate),
+        }
+        path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"gtpo-seed2 is not another seed of .*gtpo-seed1: .*optim.lr=3e-05 there, 0.0001"
+    ):
+        load_runs(runs)
+    assert len(load_runs([runs[0], runs[2]])) == 2  # a method may have a rate of its own
+
+
 def test_the_command_is_given_in_the_repository_again(tmp_path):
     folder = make_run(tmp_path, "gtpo", 1, {0: 0.2, 2: 0.5})
     start = {"command": ["somewhere/__main__.py", f"run_dir={folder}", "note=two words"]}

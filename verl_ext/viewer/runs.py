@@ -87,6 +87,19 @@ class Run:
             self._rows = (key, _rows(found))
         return self._rows[1]
 
+    def unread(self, split: str, steps: Sequence[int]) -> tuple[int, str]:
+        """How many lines of these steps are no record, one without an end included, and which is the first and why."""
+        marks = ", ".join("?" * len(steps))
+        with self.index.connect() as db:
+            found = db.execute(
+                "SELECT name, skipped, why, torn FROM files "
+                f"WHERE split = ? AND step IN ({marks}) AND (skipped > 0 OR torn) ORDER BY step",
+                (split, *steps),
+            ).fetchall()
+        first = found[0] if found else None
+        why = "" if first is None else f"{first['name']}, {first['why'] or 'its last line has no end'}"
+        return sum(one["skipped"] + bool(one["torn"]) for one in found), why
+
     def recompute(self, split: str, step: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """The answer of `whatif.recompute`, for all trajectories of a step."""
         assert self.whatif is not None

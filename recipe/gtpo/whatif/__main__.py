@@ -93,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--methods: {unknown[0]!r} is none of {', '.join(presets)}")
         run = Run(arguments.run_dir, whatif)
         run.index.update()
+        lost, why = run.unread("train", steps)
+        if lost:  # a mean is one of all siblings
+            print(f"whatif: {lost} lines are left out, so groups and numbers are not the run's: {why}", file=sys.stderr)
+        if not any(run.rows("train", step) for step in steps):
+            raise ValueError(f"{run.path}: no trajectory can be read{': ' if why else ''}{why}")
         methods = {OWN: run.settings or {}} | {name: presets[name] for name in names}
         found = table(run, tqdm(steps, unit="step", file=sys.stderr), methods)
     except (ValueError, OSError, SimilarityError) as e:

@@ -71,3 +71,21 @@ def test_what_is_not_there_is_one_line(run_dir, capsys, arguments, said):
 def test_a_folder_without_a_record_is_one_line(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 1
     assert "RUN_DIR is the folder with trajectories/" in capsys.readouterr().err
+
+
+def test_lines_that_are_no_record_are_counted(run_dir, capsys):
+    path = run_dir / "trajectories" / "3.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*whole[:2], whole[2][:40] + "\n", *whole[3:-1], whole[-1][:40]]))
+    assert command.main([str(run_dir), "--methods", "grpo_outcome"]) == 0
+    said = capsys.readouterr()
+    assert "whatif: 2 lines are left out, so groups and numbers are not the run's: trajectories/3.jsonl, " in said.err
+    assert "of the run" in said.out
+
+
+def test_a_record_that_nobody_here_can_read_is_one_line(run_dir, capsys):
+    path = run_dir / "trajectories" / "3.jsonl"
+    path.write_text("".join(json.dumps(record | {"version": 99}) + "\n" for record in RECORD))
+    assert command.main([str(run_dir)]) == 1
+    said = capsys.readouterr()
+    assert "no trajectory can be read: trajectories/3.jsonl, " in said.err and said.out == ""

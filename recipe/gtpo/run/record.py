@@ -216,7 +216,8 @@ class RunRecord:
     def forget_after(self, step: int) -> None:
         """Drop the lines and trajectories of later steps (-1: of all): a resumed run does these steps again.
 
-        Afterwards metrics.jsonl has exactly one line a step, and no torn one.
+        And the summary of a run that was done and now goes on: stopped on its way, it would be taken for one that is
+        done, at a step that was not its last. Afterwards metrics.jsonl has exactly one line a step, and no torn one.
         """
         if self.metrics_path.exists():
             lines = [line for line in self.read_metrics() if line["step"] <= step]
@@ -228,6 +229,7 @@ class RunRecord:
                     path.unlink()
         if self._read_checkpoint_metrics()[0] > step:
             self._checkpoint_metrics.unlink()
+        self._summary.unlink(missing_ok=True)
 
     def complete(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Give the step that a run starts from its line, unless it has one.

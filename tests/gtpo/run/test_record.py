@@ -223,6 +223,13 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(record):
     assert len(record.read_metrics()) == 4  # the metrics of the lost step are gone too
 
 
+def test_a_run_that_was_done_and_goes_on_has_no_summary(record):
+    """Stopped at step 25 of 40, it would be taken for the run of 20 steps that it once was."""
+    record.write_summary({"steps": [0, 20]})
+    record.forget_after(20)
+    assert record.read_summary() is None
+
+
 def test_a_checkpoint_without_its_line_gets_it_from_what_was_saved_with_it(record):
     record.write_checkpoint_metrics(2, {"a": 0.5, "word": "x"})
     record.complete(2, {"val": 0.25})

@@ -78,7 +78,7 @@ def test_the_group_that_shows_most_is_chosen():
     assert draw_credit.choose({"quiet": [solved, solved], "mixed": [solved, failed]}) == "mixed"
 
 
-def test_a_run_is_drawn_at_twice_the_size_of_the_page(tmp_path, capsys):
+def test_a_run_is_drawn_at_twice_the_size_of_the_page(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run" / "trajectories"
     folder.mkdir(parents=True)
     shutil.copy(draw_credit.EXAMPLE, folder / "3.jsonl")
@@ -91,6 +91,9 @@ def test_a_run_is_drawn_at_twice_the_size_of_the_page(tmp_path, capsys):
         assert image.width == 1760
     assert out.stat().st_size < 200_000
     draw_credit.main([str(tmp_path / "run"), "-o", str(out)])  # the last step
+    monkeypatch.chdir(tmp_path)
+    draw_credit.main([str(tmp_path / "run")])  # and not over the picture of the example
+    assert (tmp_path / "credit.png").is_file()
     assert capsys.readouterr().out.splitlines()[-1].endswith("group other")
 
 

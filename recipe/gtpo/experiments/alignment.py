@@ -1,6 +1,6 @@
 """How far a method's gradient points where the outcome's does: cosines on the embedded policy, method by method.
 
-    python -m recipe.gtpo.experiments.alignment --seeds 501,502 --after 0 15 task.horizon=4 [hydra overrides]
+    python -m recipe.gtpo.experiments.alignment --seeds 501,502 --after 0,15 task.horizon=4 [hydra overrides]
 
 The outcome's gradient is that of the success rate alone: raw outcome minus the mean of its group, no scale, no format
 penalty, no shaping, averaged over `--reference` batches. A method's gradient is that of one other batch; the row
@@ -60,10 +60,21 @@ def load(seed: int, methods: Sequence[str], overrides: Sequence[str]) -> dict[st
     return settings
 
 
+def _ascending(text: str) -> list[int]:
+    """One training goes on from one number of steps to the next. Raises argparse.ArgumentTypeError."""
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: no numbers of steps, as in 0,20") from None
+    if steps != sorted(set(steps)) or steps[0] < 0:
+        raise argparse.ArgumentTypeError(f"{text}: each number of steps has to be larger than the one before")
+    return steps
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="501,502", help="of the warm starts and the problems")
-    parser.add_argument("--after", type=int, nargs="+", default=[0, 20], help="steps of grpo_sum, ascending")
+    parser.add_argument("--after", type=_ascending, default=[0, 20], help="steps of grpo_sum, as 0,20")
     parser.add_argument("--methods", default=",".join(METHODS), help="of the config, comma-separated")
     parser.add_argument("--batches", type=int, default=6, help="measured, one cosine each")
     parser.add_argument("--reference", type=int, default=24, help="batches behind the outcome's gradient")

@@ -228,16 +228,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", nargs="?", type=Path, help="a run folder; default: the committed example")
     parser.add_argument("--step", type=int, help="training step; default: the last one recorded")
     parser.add_argument("--group", help="the group's id or how it begins; default: the one that shows most")
-    parser.add_argument("-o", "--out", type=Path, default=DOCS / "credit.png")
+    parser.add_argument("-o", "--out", type=Path, help="default: ./credit.png; of the example, its picture in docs/")
     options = parser.parse_args(argv)
+    out = options.out or (DOCS if options.run_dir is None else Path()) / "credit.png"
     try:
         groups = by_prompt(_rows(options.run_dir, options.step))
         label = _find(groups, options.group) if options.group else choose(groups)
     except (OSError, ValueError) as e:
         sys.exit(str(e))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(groups[label], options.out)
-    print(f"{options.out}: group {label}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(groups[label], out)
+    print(f"{out}: group {label}")
 
 
 def _rows(run_dir: Path | None, step: int | None) -> list[dict[str, Any]]:

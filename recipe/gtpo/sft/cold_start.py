@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.gtpo.data.overlap import Known
 from recipe.gtpo.data.sources import read_file
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.tool_server import tool_server
@@ -17,7 +18,8 @@ from recipe.gtpo.run.tools import tool_schemas
 from recipe.gtpo.sft.sources import TEACHER, Say, collect, open_source
 from recipe.gtpo.sft.train import train
 from recipe.gtpo.sft.transcripts import question
-from recipe.gtpo.tasks.task import load_task
+from recipe.gtpo.tasks.prepared import PreparedTask
+from recipe.gtpo.tasks.task import Task, load_task
 from verl_ext.tool_server import ToolClient
 
 
@@ -37,7 +39,7 @@ def cold_start(config: DictConfig, say: Say) -> Path:
             open_source(options.source, task, run_code),
             count=options.count,
             system=getattr(task, "system", None),
-            held_out=_held_out(config),
+            held_out=_held_out(config, task),
             say=say,
         )
     return train(config, transcripts, tool_schemas(config), say)
@@ -51,10 +53,17 @@ def check_source(config: DictConfig) -> None:
         )
 
 
-def _held_out(config: DictConfig) -> frozenset[str]:
+def _held_out(config: DictConfig, task: Task) -> Known:
+    """What the run validates on. A published problem is also known in part: transcripts may frame it in instructions.
+
+    Elsewhere a prompt may be instructions for the greater part, the same for all: there only an equal one counts.
+    """
+    known = Known(partial=isinstance(task, PreparedTask) and not task.templated)
     files = config.data.val_files
-    paths = [files] if isinstance(files, str) else list(files or ())
-    return frozenset(question(row[config.data.prompt_key]) for path in paths for row in read_file(Path(path)))
+    for path in [files] if isinstance(files, str) else list(files or ()):
+        for row in read_file(Path(path)):
+            known.add(question(row[config.data.prompt_key]), str(path))
+    return known
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipe.gtpo.data.overlap import Known, key
 from recipe.gtpo.data.sources import SUFFIXES, read_file, read_hub_training
 from recipe.gtpo.sft.transcripts import Message, NoTranscriptError, check, from_record, question, read, with_system
 from recipe.gtpo.tasks.task import Task
@@ -56,14 +57,14 @@ def collect(
     *,
     count: int | None,
     system: str | None,
-    held_out: frozenset[str],
+    held_out: Known,
     say: Say,
 ) -> list[list[Message]]:
     """The first `count` transcripts (None: all), one a problem, and none of a held-out problem; says what it left out.
 
     Args:
         system: for transcripts that have no system message.
-        held_out: `transcripts.question` of the problems that a run validates on.
+        held_out: the problems that a run validates on.
 
     Raises ValueError where none is left.
     """
@@ -80,12 +81,12 @@ def collect(
             dropped[str(e)] += 1
             continue
         asked = question(messages)
-        if asked in held_out:
-            dropped["its problem is one of the held-out ones"] += 1
-        elif asked in seen:
+        if known := held_out.find(asked):
+            dropped[f"its problem is, {known[0]}, one of the held-out ones"] += 1
+        elif key(asked) in seen:
             dropped["another transcript of the same problem"] += 1
         else:
-            seen.add(asked)
+            seen.add(key(asked))
             kept.append(messages)
     reasons = "; ".join(f"{number} left out: {reason}" for reason, number in dropped.most_common())
     say(f"{len(kept)} transcripts" + (f" ({reasons})" if reasons else ""))

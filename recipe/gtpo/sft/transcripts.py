@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from recipe.gtpo.data.overlap import key
 from verl_ext.records.schema import Record
 
 Message = dict[str, str]
@@ -143,14 +142,14 @@ def check(messages: Sequence[Message]) -> None:
 
 
 def question(messages: Iterable[Mapping[str, str]]) -> str:
-    """What problems are compared by: the last message of the user before the assistant speaks."""
+    """The problem: the last message of the user before the assistant speaks."""
     asked = ""
     for message in messages:
         if message["role"] == "assistant":
             break
         if message["role"] == "user":
             asked = message["content"]
-    return key(asked)
+    return asked
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -3,12 +3,17 @@ left out with its reason."""
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from composition import compose
+
+from recipe.gtpo.data.overlap import Known
 from recipe.gtpo.parsing import parse_calls
+from recipe.gtpo.sft import cold_start
 from recipe.gtpo.sft.sources import collect, open_source
 from recipe.gtpo.sft.transcripts import NoTranscriptError, call_text, check, from_record, question, read, with_system
-from recipe.gtpo.tasks.task import OwnData
+from recipe.gtpo.tasks.task import OwnData, load_task
 from verl_ext.records.schema import Record
 from verl_ext.tools.schema import python_schema
 
@@ -176,17 +181,45 @@ def test_one_transcript_a_problem_none_of_a_held_out_one_and_every_loss_is_said(
 
     found = [lambda a=a: transcript(a) for a in ("A?", "a", "B", "C", "D")] + [raising]
     lines: list[str] = []
-    held_out = frozenset([question([{"role": "user", "content": " b "}])])
+    held_out = Known()
+    held_out.add(" b ", "mine")
     kept = collect(found, count=None, system="Be brief.", held_out=held_out, say=lines.append)
-    assert [question(one) for one in kept] == ["a", "c", "d"]
+    assert [question(one) for one in kept] == ["A?", "C", "D"]
     assert all(one[0] == {"role": "system", "content": "Be brief."} for one in kept)
     assert lines == [
-        "3 transcripts (1 left out: another transcript of the same problem; 1 left out: its problem is one of the "
-        "held-out ones; 1 left out: not solved)"
+        "3 transcripts (1 left out: another transcript of the same problem; 1 left out: its problem is, exactly, one "
+        "of the held-out ones; 1 left out: not solved)"
     ]
-    assert len(collect(found, count=2, system=None, held_out=frozenset(), say=lines.append)) == 2
+    assert len(collect(found, count=2, system=None, held_out=Known(), say=lines.append)) == 2
     with pytest.raises(ValueError, match=r"no transcript.*not solved"):
-        collect([raising], count=None, system=None, held_out=frozenset(), say=lines.append)
+        collect([raising], count=None, system=None, held_out=Known(), say=lines.append)
+
+
+HELD_OUT = "A train leaves at noon and goes 60 miles an hour for 3 hours: how many miles has it gone by then?"
+FRAMED = f"Answer the following Math Problem and box it. *user question:*\n{HELD_OUT}\nThink step by step, please."
+
+
+@pytest.mark.parametrize("task", ["task=math task.folder=somewhere", "task=arithmetic"])
+def test_a_held_out_problem_in_a_frame_of_instructions_is_known(task, tmp_path):
+    """Only where problems are published ones: own prompts may share most of their words."""
+    config = compose(*task.split())
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text(json.dumps({config.data.prompt_key: [{"role": "user", "content": HELD_OUT}]}) + "\n")
+    config.data.val_files = [str(rows)]
+    known = cold_start._held_out(config, load_task(config))
+    transcript = [{"role": "user", "content": FRAMED}, *said("assistant", "tool", "assistant")]
+
+    def collected():
+        return collect([lambda: transcript], count=None, system=None, held_out=known, say=lambda _: None)
+
+    if "math" in task:
+        with pytest.raises(ValueError, match="its problem is, in part, one of the held-out ones"):
+            collected()
+    else:
+        assert len(collected()) == 1
+    transcript[0] = {"role": "user", "content": HELD_OUT.upper()}
+    with pytest.raises(ValueError, match="its problem is, exactly, one of the held-out ones"):
+        collected()
 
 
 def test_a_system_message_of_the_transcript_s_own_stays():

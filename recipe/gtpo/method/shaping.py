@@ -4,6 +4,9 @@ For a failed trajectory i, with P the successful trajectories of the same prompt
 
     acc[i] = (alpha / |P|) * sum over p in P of sim(c_i, c_p)          0 when P or c_i is empty; sim in [0, 1]
 
+where a success has outcome 1, as in the paper. One that is paid less (a score that falls with the length, say) bounds
+it: no more than alpha times the least outcome in P.
+
 Shaping pays for closeness, not for correctness: for every similarity measured, a buggy near-copy of a correct program
 scores higher than a correct rewording. Hence alpha < 1, its own metric, and a switch. Validation is never shaped.
 """
@@ -60,19 +63,27 @@ def shape_outcomes(
     for row, group in enumerate(group_ids):
         members[group].append(row)
     is_solved = solved.tolist()
-    failed_rows, solved_rows, successes, pairs = [], [], [], []  # one entry for each group that needs comparing
+    failed_rows, solved_rows, successes, most, pairs = (
+        [],
+        [],
+        [],
+        [],
+        [],
+    )  # one entry for each group that needs comparing
     for rows in members.values():
         failed = [i for i in rows if not is_solved[i] and codes[i].strip()]
         models = [i for i in rows if is_solved[i] and codes[i].strip()]
         if failed and models:
             failed_rows.append(failed)
             solved_rows.append(models)
-            successes.append(sum(is_solved[i] for i in rows))
+            paid = [float(shaped[i]) for i in rows if is_solved[i]]
+            successes.append(len(paid))
+            most.append(alpha * min(paid))
             pairs.append(([codes[i] for i in failed], [codes[i] for i in models]))
     answers = similarity.compare(pairs) if pairs else []
-    for failed, models, count, matrix in zip(failed_rows, solved_rows, successes, answers, strict=True):
+    for failed, models, count, limit, matrix in zip(failed_rows, solved_rows, successes, most, answers, strict=True):
         close = _in_range(matrix, (len(failed), len(models)))
-        credit = alpha / count * close.sum(axis=1)
+        credit = np.minimum(alpha / count * close.sum(axis=1), limit)
         shaped[failed] = torch.maximum(shaped[failed], torch.as_tensor(credit, dtype=torch.float32))
         for i, row in enumerate(failed):
             partners[row] = tuple(zip(models, close[i].tolist(), strict=True))

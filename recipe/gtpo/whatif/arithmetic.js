@@ -36,7 +36,8 @@ globalThis.viewerCredit = (() => {
       for (const i of group) {
         if (rows[i].acc === 1 || !rows[i].code || !models.length) continue;
         const close = sum(models.map((j) => Math.min(1, Math.max(0, rows[i].similar[j]))));
-        shaped.set(i, Math.max(rows[i].outcome, (s["shaping.alpha"] / solved.length) * close));
+        const most = s["shaping.alpha"] * Math.min(...solved.map((j) => rows[j].outcome));
+        shaped.set(i, Math.max(rows[i].outcome, Math.min((s["shaping.alpha"] / solved.length) * close, most)));
       }
     }
     return shaped;

@@ -64,6 +64,14 @@ def test_a_perfect_copy_earns_alpha_and_never_more():
     assert shape([1.0, 0.0], ["A", "c"], "gg", Table(cA=1.0000004))[1] == 0.5  # a float32 cosine of equal vectors
 
 
+def test_a_success_that_is_paid_less_bounds_what_closeness_pays():
+    """Right and long, at 0.3: a wrong copy of it used to get 0.5."""
+    solved, same = torch.tensor([True, False, True]), Table(cA=1.0, cB=1.0)
+    for outcomes, expected in (([0.3, 0.0, 0.9], 0.15), ([3.0, 0.0, 1.0], 0.5), ([0.3, 0.2, 0.3], 0.2)):
+        shaped = shape_outcomes(torch.tensor(outcomes), solved, ["A", "c", "B"], "ggg", same, 0.5).outcomes.tolist()
+        assert shaped == pytest.approx([outcomes[0], expected, outcomes[2]])
+
+
 @pytest.mark.parametrize("answer", [np.array([[np.nan]]), np.array([[1.5]]), np.zeros((1, 2)), np.zeros(1)])
 def test_an_impossible_answer_raises(answer):
     class Broken:

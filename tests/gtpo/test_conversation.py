@@ -192,6 +192,7 @@ def test_what_a_tool_said_is_data_and_what_we_say_is_not():
         (torch.tensor(1.0), (1.0, True, "")),
         ({"score": 1.0}, (1.0, True, "")),
         ({"acc": 1.0, "pred": 7}, (1.0, True, "7")),
+        ({"score": 0.0, "pred": None}, (0.0, False, "")),  # no answer is not the answer "None", which would have a vote
         ({"acc": False}, (0.0, False, "")),
         ({"score": -1.0, "acc": False, "pred": "x"}, (-1.0, False, "x")),  # verl's math_dapo
         ({"score": 0.4, "acc": True}, (0.4, True, "")),

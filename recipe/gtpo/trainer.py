@@ -9,6 +9,7 @@ the same rewards, most of them summed over the trajectory.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
@@ -143,8 +144,9 @@ class GTPOTrainerMixin(_Trainer):
         # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
         fields = ["advantages", "returns", "response_mask"]
         result = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        trained = result["response_mask"]  # less than was generated, where rollout_correction has rejected tokens
         returns, advantages = (
-            at_turn_ends(result[name], credit.turn_mask, credit.spans) for name in ("returns", "advantages")
+            at_turn_ends(result[name], credit.turn_mask, credit.spans, trained) for name in ("returns", "advantages")
         )
         metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
         # with rollout_correction.bypass_mode the two are one
@@ -192,23 +194,29 @@ class GTPOTrainerMixin(_Trainer):
     def _val_metrics_update(
         self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=None
     ) -> dict[str, float]:
-        """Also say over how many rows the means of a validation are, and leave prompts out that the tool server failed.
+        """Also say over how many rows the means of a validation are, and leave out prompts with a trajectory that the
+        tool server failed or that was lost.
 
-        Such a trajectory would count as a wrong answer. Its whole prompt goes: verl names a mean after the number of
-        samples of a prompt, so one with fewer would be in another metric.
+        It would count as a wrong answer; verl puts one in even where a row is missing. The whole prompt goes: verl
+        names a mean after the number of samples of a prompt, so one with fewer would be in another metric.
         """
         where = f"the validation at step {self.global_steps}"
         infos = dict(reward_extra_infos_dict)
-        faults = [fault for fault in infos.pop("fault", []) if fault]
+        faults = infos.pop("fault", [""] * len(sample_uids))
+        causes = [fault for fault in faults if fault]
         expected = expected_acc_counts or {}
-        lost = self._lose(faults, sum(expected.values()) - len(sample_uids), where)
-        failed = [uid for uid, infra in zip(sample_uids, infos.get("infra", []), strict=False) if infra]
-        share = (lost + len(failed)) / max(1, sum(expected.values()), len(sample_uids))
-        self._refuse_dropped(share, where, self._infra_said or faults)
-        left_out = set(failed)
-        kept = [i for i, uid in enumerate(sample_uids) if uid not in left_out]
-        if failed and not kept:
-            raise RuntimeError(f"the tool server failed every prompt of {where}: {self._infra_said[-1].strip()}")
+        lost = self._lose(causes, sum(expected.values()) - len(sample_uids), where)
+        infra = infos.get("infra", [0.0] * len(sample_uids))
+        failed = sum(map(bool, infra))
+        share = (lost + failed) / max(1, sum(expected.values()), len(sample_uids))
+        self._refuse_dropped(share, where, self._infra_said or causes)
+        there = Counter(map(str, sample_uids))
+        left_out = {str(uid) for uid, a, b in zip(sample_uids, infra, faults, strict=True) if a or b}
+        left_out |= {uid for (_, uid), count in expected.items() if there[uid] < count}
+        kept = [i for i, uid in enumerate(sample_uids) if str(uid) not in left_out]
+        if left_out and not kept:
+            cause = (self._infra_said or causes or [_MISSING])[-1].strip()
+            raise RuntimeError(f"no prompt of {where} is whole, so there is no mean: {cause}")
         metrics = super()._val_metrics_update(
             *([column[i] for i in kept] for column in (data_sources, sample_uids)),
             {name: [values[i] for i in kept] for name, values in infos.items()},
@@ -218,7 +226,7 @@ class GTPOTrainerMixin(_Trainer):
         return metrics | {
             "gtpo/validation/rows": float(len(kept)),
             "gtpo/validation/lost": float(lost),
-            "gtpo/validation/infra": float(len(failed)),
+            "gtpo/validation/infra": float(failed),
         }
 
     # -- record -----------------------------------------------------------------------------------------------------

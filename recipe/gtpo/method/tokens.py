@@ -69,10 +69,23 @@ def scatter_to_tokens(
     return list(flat.split(size.tolist()))
 
 
-def at_turn_ends(token_values: torch.Tensor, turn_mask: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """(B, T): the value on the last token of each turn, 0 where there is no turn. `token_values`: (B, L), or nested."""
+def at_turn_ends(
+    token_values: torch.Tensor, turn_mask: torch.Tensor, spans: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, T): the value on the last token of each turn, 0 where there is no turn.
+
+    Args:
+        token_values: (B, L), or nested.
+        kept: as token_values, 0 on tokens that are not trained on; the last of the others is a turn's last one, and a
+            turn without any has 0. None: all are.
+    """
+    values = dense(token_values)
     last = (spans[..., 1] - 1).clamp_min(0)
-    return torch.where(turn_mask, dense(token_values).gather(1, last), 0.0)
+    if kept is None:
+        return torch.where(turn_mask, values.gather(1, last), 0.0)
+    places = torch.where(dense(kept) > 0, torch.arange(values.shape[1]), -1).cummax(dim=1).values
+    last = places.gather(1, last)
+    return torch.where(turn_mask & (last >= spans[..., 0]), values.gather(1, last.clamp_min(0)), 0.0)
 
 
 def mean_by_turn(token_values: torch.Tensor, turn_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,6 +42,19 @@ def test_values_at_turn_ends_are_those_scattered_there():
     assert torch.equal(tokens.at_turn_ends(nested.to_padded_tensor(9.0), EXISTS, spans), values)
 
 
+def test_a_value_is_that_of_the_last_token_that_is_trained_on():
+    """rollout_correction may reject a turn's last token, or all of them."""
+    spans, exists = torch.tensor([[[0, 3], [4, 6], [6, 8]]]), torch.ones(1, 3, dtype=torch.bool)
+    values = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.7, 0.7, 0.0, 0.0]])
+    kept = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]])
+    assert torch.allclose(tokens.at_turn_ends(values, exists, spans, kept), torch.tensor([[0.5, 0.7, 0.0]]))
+    assert torch.equal(tokens.at_turn_ends(values, exists, spans)[0, 0], torch.tensor(0.0))
+    nested = [torch.nested.as_nested_tensor([row[0], row[0, :3]], layout=torch.jagged) for row in (values, kept)]
+    two = tokens.at_turn_ends(nested[0], exists.expand(2, 3) & torch.tensor([[True] * 3, [True, False, False]]),
+                              torch.stack([spans[0], torch.tensor([[0, 3], [0, 0], [0, 0]])]), nested[1])  # fmt: skip
+    assert torch.allclose(two, torch.tensor([[0.5, 0.7, 0.0], [0.5, 0.0, 0.0]]))
+
+
 def test_every_token_of_a_turn_gets_the_turns_value():
     ids = torch.tensor([[-1, 0, 0, -1, 1], [0, 1, 1, -1, -1], [-1, -1, -1, -1, -1]])
     runs = tokens.find_runs(ids >= 0, ids)

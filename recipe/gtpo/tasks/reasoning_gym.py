@@ -134,13 +134,19 @@ class ReasoningGym(PreparedTask):
         answer = boxed(solution_str)
         if answer is None or extra_info is None:
             return {"acc": 0.0, "pred": ""}
-        entry = {"answer": ground_truth, "metadata": json.loads(extra_info["metadata"])}
+        case = self._case(answer, ground_truth, extra_info)
         try:
-            reward = await _processes().call(_verify, extra_info["generator"], answer, entry, seconds=_SECONDS)
+            reward = await _processes().call(_verify, *case, seconds=_SECONDS)
         except TimeoutError:
             logger.warning("an answer takes too long to verify and counts as wrong: %.80r", answer)
             reward = 0.0
         return {"acc": float(reward == 1.0), "pred": answer}
+
+    def _case(self, answer: str, gold: str, extra: Mapping[str, Any]) -> tuple[str, str, str, Mapping[str, Any]]:
+        """The arguments of `_verify`."""
+        name = extra["generator"]
+        settings = json.dumps(self.generators.get(name) or {}, sort_keys=True)
+        return name, settings, answer, {"answer": gold, "metadata": json.loads(extra["metadata"])}
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,9 +178,16 @@ def _package() -> types.ModuleType:
             del sys.modules["pycosat"]
 
 
-def _verify(generator: str, answer: str, entry: Mapping[str, Any]) -> float:
+def _verify(generator: str, settings: str, answer: str, entry: Mapping[str, Any]) -> float:
     """In a process: what the generator's verifier gives an answer, 0 for one that it cannot read."""
+    verifier = _verifier(generator, settings)
     try:
-        return float(_package().get_score_answer_fn(generator)(answer, entry))
+        return float(verifier(answer, entry))
     except Exception:  # verifiers parse answers, each in its own way, and raise in as many
         return 0.0
+
+
+@functools.cache  # some read a file of their package, which takes up to a second
+def _verifier(generator: str, settings: str) -> Callable[[str, Mapping[str, Any]], float]:
+    """With the settings that the problems were made with: tolerances and the form of an answer may depend on them."""
+    return _package().create_dataset(generator, **json.loads(settings)).score_answer

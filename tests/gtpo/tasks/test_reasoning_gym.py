@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import inspect
 import re
+from decimal import Decimal
 
 import pyarrow.parquet
 import pytest
@@ -97,17 +98,39 @@ def test_the_refused_generators_are_those_whose_verifiers_evaluate():
     } == EVALUATE_ANSWERS
 
 
-def scored(said):
-    asked = task()
-    row = asked.row(asked.read(next(iter(asked.rows(asked.training[0]))), asked.training[0]), asked.training[0], 0)
+def first_row(asked):
+    (source,) = asked.training
+    return asked.row(asked.read(next(iter(asked.rows(source))), source), source, 0)
+
+
+def scored(asked, row, said):
     truth = row["reward_model"]["ground_truth"]
     return read_score(asyncio.run(asked.score("x", said.replace("ANSWER", truth), truth, row["extra_info"])))
 
 
 def test_full_credit_is_right_and_less_is_wrong():
-    assert scored(r"\boxed{ANSWER}")[1] is True and scored(r"\boxed{ANSWER.0}")[1] is True
+    asked = task()
+    row = first_row(asked)
+    assert scored(asked, row, r"\boxed{ANSWER}")[1] is True and scored(asked, row, r"\boxed{ANSWER.0}")[1] is True
     for wrong in (r"\boxed{ANSWER and more}", r"\boxed{7 7}", r"\boxed{}", "ANSWER", r"\boxed{text}"):
-        assert scored(wrong)[:2] == (0.0, False)
+        assert scored(asked, row, wrong)[:2] == (0.0, False)
+
+
+def only(generator, *settings):
+    """A task of this generator alone."""
+    left_out = [f"task.generators.{name}=null" for name in ("chain_sum", "products", "lcm", "simple_equations")]
+    return task(*left_out, f"task.generators.{generator}={{}}", *(f"task.generators.{generator}.{s}" for s in settings))
+
+
+def test_a_verifier_has_the_settings_that_the_problems_were_made_with():
+    """decimal_arithmetic's tolerance is the last of the decimal places that it is set to, 3 where it is not."""
+    asked = only(
+        "decimal_arithmetic", "precision=12", "min_num_decimal_places=8", "max_num_decimal_places=8", "max_terms=2"
+    )
+    row = first_row(asked)
+    gold = Decimal(row["reward_model"]["ground_truth"])
+    assert scored(asked, row, r"\boxed{ANSWER}")[1] is True
+    assert scored(asked, row, rf"\boxed{{{gold + Decimal('0.0001')}}}")[1] is False
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):

@@ -33,6 +33,8 @@ EVALUATE_ANSWERS = frozenset(
 )
 _NEED_PYCOSAT = frozenset({"zebra_puzzles"})
 _SECONDS = 10.0  # of one verdict
+_ROW_FORM = 2  # 1: metadata without _TUPLE and _PAIRS
+_TUPLE, _PAIRS = "__tuple__", "__pairs__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,11 @@ class ReasoningGym(PreparedTask):
         except (TypeError, AssertionError) as e:  # how generators refuse a setting
             raise ValueError(f"task.generators.{name}: {e}") from e
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """With the form of the rows, so that files in an older form are made again, too."""
+        return {**super().settings, "row_form": _ROW_FORM}
+
     def prepare(self) -> dict[str, Any]:
         file = Path(self.folder) / MANIFEST
         if not file.is_file() or json.loads(file.read_text()).get("settings") != self.settings:
@@ -121,7 +128,7 @@ class ReasoningGym(PreparedTask):
         return [*self.messages(example), *teacher.turns(code, said)]
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
-        extra = {"generator": row["generator"], "metadata": json.dumps(row["metadata"], default=str)}
+        extra = {"generator": row["generator"], "metadata": _to_json(row["metadata"])}
         return Example(row["question"], str(row["answer"]), extra)
 
     def row(self, example: Example, source: DataSet, index: int) -> dict[str, Any]:
@@ -142,11 +149,37 @@ class ReasoningGym(PreparedTask):
             reward = 0.0
         return {"acc": float(reward == 1.0), "pred": answer}
 
-    def _case(self, answer: str, gold: str, extra: Mapping[str, Any]) -> tuple[str, str, str, Mapping[str, Any]]:
+    def _case(self, answer: str, gold: str, extra: Mapping[str, Any]) -> tuple[str, ...]:
         """The arguments of `_verify`."""
         name = extra["generator"]
         settings = json.dumps(self.generators.get(name) or {}, sort_keys=True)
-        return name, settings, answer, {"answer": gold, "metadata": json.loads(extra["metadata"])}
+        return name, settings, answer, gold, extra["metadata"]
+
+
+def _to_json(metadata: Any) -> str:
+    """Some verifiers compare metadata with what they make of an answer: there a tuple is no list, and 1 no "1"."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return {_TUPLE: [plain(one) for one in value]}
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        if isinstance(value, Mapping):
+            if all(isinstance(key, str) for key in value):
+                return {key: plain(one) for key, one in value.items()}
+            return {_PAIRS: [[plain(key), plain(one)] for key, one in value.items()]}
+        return value
+
+    return json.dumps(plain(metadata), default=str)
+
+
+def _from_json(text: str) -> Any:
+    def made(found: dict[str, Any]) -> Any:
+        if found.keys() == {_TUPLE}:
+            return tuple(found[_TUPLE])
+        return dict(found[_PAIRS]) if found.keys() == {_PAIRS} else found
+
+    return json.loads(text, object_hook=made)
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,9 +211,9 @@ def _package() -> types.ModuleType:
             del sys.modules["pycosat"]
 
 
-def _verify(generator: str, settings: str, answer: str, entry: Mapping[str, Any]) -> float:
+def _verify(generator: str, settings: str, answer: str, gold: str, metadata: str) -> float:
     """In a process: what the generator's verifier gives an answer, 0 for one that it cannot read."""
-    verifier = _verifier(generator, settings)
+    verifier, entry = _verifier(generator, settings), {"answer": gold, "metadata": _from_json(metadata)}
     try:
         return float(verifier(answer, entry))
     except Exception:  # verifiers parse answers, each in its own way, and raise in as many

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
+import json
 import re
 from decimal import Decimal
 
@@ -131,6 +132,38 @@ def test_a_verifier_has_the_settings_that_the_problems_were_made_with():
     gold = Decimal(row["reward_model"]["ground_truth"])
     assert scored(asked, row, r"\boxed{ANSWER}")[1] is True
     assert scored(asked, row, rf"\boxed{{{gold + Decimal('0.0001')}}}")[1] is False
+
+
+def test_a_verifier_gets_the_metadata_that_the_generator_made():
+    """rearc's compares a board of tuples."""
+    asked = only("rearc")
+    row = first_row(asked)
+    assert scored(asked, row, r"\boxed{ANSWER}")[1] is True
+    assert scored(asked, row, r"\boxed{1 2}")[1] is False
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"board": ((1, 2), [3, (4,)]), "empty": [(), [], {}], "text": None},
+        {"moves": {1: "a", (2, 3): ("b",)}, "plain": {"1": [0.5, True]}},
+    ],
+)
+def test_tuples_and_keys_that_are_no_text_survive_a_file(made):
+    read = module._from_json(module._to_json(made))
+    assert read == made and repr(read) == repr(made)
+
+
+def test_metadata_of_an_earlier_form_are_read_and_folders_with_them_made_again(tmp_path):
+    assert module._from_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    asked = task(folder=tmp_path / "data")
+    asked.prepare()
+    file = tmp_path / "data/manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["settings"]["row_form"]
+    file.write_text(json.dumps(manifest))
+    asked.prepare()
+    assert json.loads(file.read_text())["settings"] == asked.settings
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):

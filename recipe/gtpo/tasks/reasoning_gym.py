@@ -20,7 +20,7 @@ from typing import Any
 
 from recipe.gtpo.run.processes import Processes
 from recipe.gtpo.tasks import teacher
-from recipe.gtpo.tasks.prepared import MANIFEST, DataSet, Example, PreparedTask
+from recipe.gtpo.tasks.prepared import MANIFEST, DataSet, Example, PreparedTask, Unusable
 from recipe.gtpo.tasks.task import boxed
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,24 @@ class ReasoningGym(PreparedTask):
         return [*self.messages(example), *teacher.turns(code, said)]
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
-        extra = {"generator": row["generator"], "metadata": _to_json(row["metadata"])}
-        return Example(row["question"], str(row["answer"]), extra)
+        if row["generator"] not in self.generators:  # a file's: settings unknown, verifier perhaps refused
+            raise Unusable("a generator that is not in task.generators")
+        metadata = _to_json(row["metadata"])
+        if row["answer"] is None and _from_json(metadata) != row["metadata"]:
+            raise Unusable("no answer, and metadata that cannot be written")
+        return Example(row["question"], str(row["answer"]), {"generator": row["generator"], "metadata": metadata})
+
+    async def check(self, example: Example) -> None:
+        """In this process, where the problem was made: no model wrote the answer.
+
+        Where several answers are right, as of a Rubik's cube, there is none to ask with. Their verifiers read metadata
+        alone, which `read` has compared.
+        """
+        if example.answer == str(None):
+            return
+        answer = boxed(rf"\boxed{{{example.answer}}}")
+        if answer is None or _verify(*self._case(answer, example.answer, example.extra)) != 1.0:
+            raise Unusable("its own answer counts as wrong")
 
     def row(self, example: Example, source: DataSet, index: int) -> dict[str, Any]:
         """Validation metrics are grouped by generator."""
@@ -212,7 +228,7 @@ def _package() -> types.ModuleType:
 
 
 def _verify(generator: str, settings: str, answer: str, gold: str, metadata: str) -> float:
-    """In a process: what the generator's verifier gives an answer, 0 for one that it cannot read."""
+    """What the generator's verifier gives an answer, 0 for one that it cannot read."""
     verifier, entry = _verifier(generator, settings), {"answer": gold, "metadata": _from_json(metadata)}
     try:
         return float(verifier(answer, entry))

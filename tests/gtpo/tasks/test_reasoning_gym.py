@@ -16,6 +16,7 @@ from recipe.gtpo.conversation import read_score
 from recipe.gtpo.data.__main__ import make_task
 from recipe.gtpo.tasks import reasoning_gym as module
 from recipe.gtpo.tasks import task as task_module
+from recipe.gtpo.tasks.prepared import Unusable
 from recipe.gtpo.tasks.reasoning_gym import EVALUATE_ANSWERS
 
 pytestmark = pytest.mark.unit
@@ -30,8 +31,12 @@ def task(*settings, folder="unused"):
     return make_task("reasoning_gym", [f"task.folder={folder}", *SMALL, *settings])
 
 
+def rows_of(file):
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
 def problems(file):
-    return [row["prompt"][-1]["content"] for row in pyarrow.parquet.read_table(file).to_pylist()]
+    return [row["prompt"][-1]["content"] for row in rows_of(file)]
 
 
 def test_a_run_makes_its_data_and_makes_them_again_when_the_settings_differ(tmp_path):
@@ -117,10 +122,11 @@ def test_full_credit_is_right_and_less_is_wrong():
         assert scored(asked, row, wrong)[:2] == (0.0, False)
 
 
-def only(generator, *settings):
+def only(generator, *settings, folder="unused"):
     """A task of this generator alone."""
     left_out = [f"task.generators.{name}=null" for name in ("chain_sum", "products", "lcm", "simple_equations")]
-    return task(*left_out, f"task.generators.{generator}={{}}", *(f"task.generators.{generator}.{s}" for s in settings))
+    chosen = [f"task.generators.{generator}={{}}", *(f"task.generators.{generator}.{one}" for one in settings)]
+    return task(*left_out, *chosen, folder=folder)
 
 
 def test_a_verifier_has_the_settings_that_the_problems_were_made_with():
@@ -164,6 +170,38 @@ def test_metadata_of_an_earlier_form_are_read_and_folders_with_them_made_again(t
     file.write_text(json.dumps(manifest))
     asked.prepare()
     assert json.loads(file.read_text())["settings"] == asked.settings
+
+
+def test_a_problem_whose_own_answer_counts_as_wrong_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    def odd_only(answer, entry):
+        return 1.0 if int(answer) % 2 else 0.5
+
+    monkeypatch.setattr(module, "_verifier", lambda generator, settings: odd_only)
+    asked = only("chain_sum", folder=tmp_path / "data")
+    answers = [int(row["answer"]) for row in asked.rows(asked.training[0])]
+    files = asked.prepare()
+    kept = [int(row["reward_model"]["ground_truth"]) for row in rows_of(files["data.train_files"])]
+    assert kept == [answer for answer in answers if answer % 2] and 0 < len(kept) < len(answers)
+    assert f"{len(answers) - len(kept)} left out, its own answer counts as wrong" in capsys.readouterr().out
+
+
+def test_a_problem_with_several_right_answers_is_kept_where_its_metadata_are_whole():
+    """rush_hour's answer is None: its verifier plays the moves that are answered, on the board in the metadata."""
+    asked = only("rush_hour")
+    (source,) = asked.training
+    row = next(iter(asked.rows(source)))
+    assert row["answer"] is None
+    asyncio.run(asked.check(asked.read(row, source)))
+    with pytest.raises(Unusable, match="metadata that cannot be written"):
+        asked.read({**row, "metadata": {"board_config": {1, 2}}}, source)
+
+
+def test_a_row_of_another_generator_is_none_of_the_task():
+    """Of countdown the verifier would run the row's own answer as Python, in the process that prepares."""
+    asked = task()
+    row = {"generator": "countdown", "question": "x", "answer": "1", "metadata": {}}
+    with pytest.raises(Unusable, match=r"not in task\.generators"):
+        asked.read(row, asked.training[0])
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):

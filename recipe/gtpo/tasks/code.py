@@ -13,7 +13,9 @@ from typing import Any
 from recipe.gtpo.tasks.prepared import DataSet, Example, PreparedTask, Unusable
 from recipe.gtpo.tasks.unit_tests import NoCalls, UnitTests, run_tests
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+#: A line that opens or closes a block, with its language: not ```code``` in a line of prose.
+_FENCE = re.compile(r"^[ \t]*```+[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
+_PYTHON = frozenset({"", "python", "py", "python3"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,13 @@ class Programs(PreparedTask):
     )
 
     def extract_answer(self, text: str) -> str | None:
-        blocks = _BLOCK.findall(text)
-        return blocks[-1] if blocks else None
+        program = opened = None
+        for fence in _FENCE.finditer(text):
+            if opened is not None and opened[1].lower() in _PYTHON:
+                program = text[opened.end() + 1 : fence.start()]
+            # a language opens a block also where the one before was never closed
+            opened = fence if opened is None or fence[1] else None
+        return program
 
     def read(self, row: Mapping[str, Any], source: DataSet) -> Example:
         if "entry_point" in row:  # HumanEval

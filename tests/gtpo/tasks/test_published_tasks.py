@@ -209,6 +209,28 @@ def test_the_last_block_of_python_is_the_answer():
     assert task.extract_answer("def f(): return 1") is None and task.extract_answer("```python\nx = 1") is None
 
 
+@pytest.mark.parametrize(
+    ("said", "program"),
+    [
+        ("It printed\n```output\n3\n```\nso it works:\n```python\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nIt prints\n```text\n3\n```\nas it should.", "x = 1\n"),
+        ("It printed\n```output\n3\n```\nso it works.", None),
+        ("```Python\nx = 1\n```", "x = 1\n"),
+        ("``` PY3\nx = 1\n```", None),
+        ("```python3 title=a.py\r\nx = 1\r\n```", "x = 1\r\n"),
+        ("````python\nx = 1\n````", "x = 1\n"),
+        ("1. So:\n    ```py\n    x = 1\n    ```", "    x = 1\n"),
+        ("```python\nx = 1\n```\nBetter:\n```python\nx = 2", "x = 1\n"),  # cut off
+        ("It printed\n```output\n3\n```python\nx = 1\n```", "x = 1\n"),  # the first is never closed
+        ("```python\nx = 1\n```Done.", "x = 1\n"),
+        ("Call `f`:\n```f(1)``` is 2, ```not``` 3.\n```python\nx = 1\n```\n`f` and\n```f(2)``` are right.", "x = 1\n"),
+        ("x = 1 ```python\n```", None),
+    ],
+)
+def test_fences_are_read_in_pairs(said, program):
+    assert make_task("code").extract_answer(said) == program
+
+
 def test_both_forms_of_mbpp_and_humaneval_are_read():
     task = make_task("code")
     code, tests = (

@@ -72,8 +72,8 @@ class GTPOAgentLoop(AgentLoopBase):
         # the servers take the model's length where max_model_len is not set
         self.rules = replace(rules, context_length=min(rules.context_length, model_length))
         stops = ids_of(self.tokenizer.eos_token_id) | model_stops  # at which every server stops
-        self.turn_end = turn_end(self.tokenizer)
-        self.ends = stops | ids_of(self.turn_end)
+        self.turn_close = turn_close(self.tokenizer)
+        self.ends = stops | ids_of(turn_end(self.tokenizer))
         self.asked_stops = sorted(self.ends - stops)  # a base model's server does not know its template's
         builder = self.continuous_token_builder
         builder.tokenizer = DataEncoder(self.tokenizer)
@@ -163,9 +163,11 @@ class GTPOAgentLoop(AgentLoopBase):
                 break
             before = [*messages, {"role": "assistant", "content": text}]
             messages = [*before, *({"role": "tool", "content": reply} for reply in replies)]
-            if self.turn_end not in (None, ids[-1]):  # another token ended the turn: what follows needs the template's
-                ids, mask = [*ids, self.turn_end], [*mask, 0]
-                log_probs = None if log_probs is None else [*log_probs, 0.0]
+            # The template's end of turn, unless the model wrote it, and the newline after it: verl's builder appends
+            # what follows both. Those of Qwen and MiniMax put a newline themselves, behind the end of turn alone.
+            close = self.turn_close[ids[-1:] == self.turn_close[:1] :]
+            ids, mask = [*ids, *close], [*mask, *[0] * len(close)]
+            log_probs = None if log_probs is None else [*log_probs, *[0.0] * len(close)]
             context, new_mask, new_log_probs = await self.ct_merge_context_msg(
                 before, messages, ids, mask, log_probs, tools=self.tool_schemas
             )
@@ -321,15 +323,21 @@ def _model_facts(section: str) -> tuple[frozenset[int], float]:
         return stops, float("inf")
 
 
-@functools.lru_cache(maxsize=4)
 def turn_end(tokenizer: Any) -> int | None:
     """The control token with which the chat template ends an assistant turn; None where it writes none after one."""
+    return next(iter(turn_close(tokenizer)), None)
+
+
+@functools.lru_cache(maxsize=4)
+def turn_close(tokenizer: Any) -> list[int]:
+    """That token and what the chat template writes between it and the next message, mostly a newline."""
     words = "The end of this turn"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template's own complaint; the run will hear it with its real messages
-        return None
+        return []
     after = rendered.rpartition(words)[2] if words in rendered else ""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return next((token for token in tokenizer.encode(after, add_special_tokens=False) if token in special), None)
+    ids = tokenizer.encode(after, add_special_tokens=False)
+    return next((ids[i:] for i, token in enumerate(ids) if token in special), [])

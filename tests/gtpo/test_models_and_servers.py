@@ -11,16 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import CALL, RIGHT, ContextServer, FakePython, Rollout, SGLangServer, assert_leaves_the_loop
+from scripted import (
+    CALL,
+    QUESTION,
+    RIGHT,
+    ContextServer,
+    FakePython,
+    Rollout,
+    SGLangServer,
+    assert_leaves_the_loop,
+)
 from tokenizers import AddedToken
-from transformers import GenerationConfig, Qwen2Config
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
 
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import Finish, FormatReason
-from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
+from recipe.gtpo.run.tools import schema_of
+from recipe.gtpo.tasks.arithmetic.policy import CHAT_TEMPLATE, train_tokenizer
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +189,10 @@ def test_a_turn_ends_with_the_tokens_that_the_record_names(tokenizer):
     assert all("stop_token_ids" not in request for request in rollout.server.requests)  # the server knows it
 
 
-def test_after_another_end_token_the_templates_own_closes_the_turn(base):
-    rollout = Rollout(base, [ids(base, CALL, "<|endoftext|>"), ids(base, RIGHT, "<|endoftext|>")], FakePython("5\n"))
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_after_another_end_token_the_templates_own_closes_the_turn(base, kind):
+    said = [ids(base, CALL, "<|endoftext|>"), ids(base, RIGHT, "<|endoftext|>")]
+    rollout = Rollout(base, said, FakePython("5\n"), kind=kind)
     assert [turn.text for turn in rollout.trajectory.turns] == [CALL, RIGHT]
     assert [turn.ended_by for turn in rollout.trajectory.turns] == ["<|endoftext|>"] * 2
     opening = "<|im_end|>\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
@@ -239,6 +253,60 @@ def test_the_end_tokens_of_the_generation_config_count(tmp_path):
     assert [turn.text for turn in rollout.trajectory.turns] == [CALL, RIGHT]
     assert rollout.context[0].startswith("<|im_end|>\n<|im_start|>user")
     assert rollout.server.requests[0]["stop_token_ids"] == ids(tokenizer, "<|im_end|>")
+
+
+# -- between two turns ------------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "embedded": None,
+    "qwen2.5": (ROOT / "recipe" / "gtpo" / "config" / "chat_template" / "qwen2_5.jinja").read_text(),
+    "qwen3": QWEN3,
+    "nothing after the end": CHAT_TEMPLATE.read_text().replace("<|im_end|>\n{{ '' }}", "<|im_end|>"),
+    "two lines after the end": CHAT_TEMPLATE.read_text().replace("<|im_end|>\n{{ '' }}", "<|im_end|>\n\n{{ '' }}"),
+}
+
+#: Model types by which verl takes its builder: Qwen's puts one newline after a turn by itself, the other nothing.
+KINDS = ("qwen2", "llama")
+# a template without that newline gets Qwen's all the same
+CHATS = [(name, kind) for name in TEMPLATES for kind in KINDS if (name, kind) != ("nothing after the end", "qwen2")]
+
+
+def small_real_model():
+    """The tokenizer of model=smollm2, where it has been made."""
+    made = sorted((ROOT / "outputs" / "models").glob("smollm2-*"))
+    return AutoTokenizer.from_pretrained(made[0]) if made else pytest.skip("model=smollm2 is not made here")
+
+
+def rendered(rollout, *messages):
+    """The conversation up to a turn, as the chat template and so every server that is given messages has it."""
+    return rollout.tokenizer.apply_chat_template(
+        [*QUESTION, *messages], tools=[schema_of(rollout.tool)], add_generation_prompt=True, tokenize=False
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), [*CHATS, ("smollm2", "llama")])
+def test_a_turn_begins_after_what_the_chat_template_renders(tmp_path, name, kind):
+    chatty = small_real_model() if name == "smollm2" else another_tokenizer(tmp_path, template=TEMPLATES[name])
+    rollout = Rollout(chatty, [CALL, RIGHT], FakePython("5\n"), LONG, kind=kind)
+    before = rendered(rollout, {"role": "assistant", "content": CALL}, {"role": "tool", "content": "5\n"})
+    second = rollout.server.requests[1]
+    assert rollout.decode(second["prompt_ids"]) == before
+    assert second["prompt_ids"] == chatty.encode(before, add_special_tokens=False)
+    # what the template wrote is nobody's word, and takes room
+    output, turns = rollout.output, rollout.trajectory.turns
+    assert [output.response_ids[turn.start : turn.end] for turn in turns] == rollout.server.said
+    generated = {t for turn in turns for t in range(turn.start, turn.end)}
+    assert output.response_mask == [int(t in generated) for t in range(len(output.response_ids))]
+    assert [p == 0 for p in output.response_logprobs] == [bit == 0 for bit in output.response_mask]
+    assert second["max_tokens"] == 2048 - turns[1].start
+    assert rollout.context[1] == ""  # nothing follows the last turn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turn_that_a_limit_cut_is_not_closed(tokenizer, kind):
+    changes = {"actor_rollout_ref.rollout.response_length": 4}
+    rollout = Rollout(tokenizer, [CALL], changes=changes, kind=kind)
+    assert rollout.trajectory.finish is Finish.LENGTH and rollout.output.response_ids == rollout.server.said[0]
 
 
 # -- the server's context ---------------------------------------------------------------------------------------------

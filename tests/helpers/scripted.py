@@ -138,7 +138,9 @@ class FakePython(BaseTool):
 class Rollout:
     """One trajectory and everything that went in and out of it."""
 
-    def __init__(self, tokenizer, turns, tool=None, changes=None, sampling=None, server=ScriptedServer, **row):
+    def __init__(
+        self, tokenizer, turns, tool=None, changes=None, sampling=None, server=ScriptedServer, kind="qwen2", **row
+    ):
         self.tokenizer = tokenizer
         self.tool = tool or FakePython()
         self.server = server(tokenizer, turns)
@@ -157,7 +159,7 @@ class Rollout:
 
         async def run():
             # inside a running event loop, as in verl's worker: the base class takes the current one
-            loop = make_loop(config, tokenizer, self.server, [self.tool])
+            loop = make_loop(config, tokenizer, self.server, [self.tool], kind)
             return await loop.run(sampling, **row)
 
         self.output = asyncio.run(run())
@@ -184,7 +186,8 @@ class Rollout:
         return [self.decode(self.output.response_ids[a:b]) for a, b in zip(ends, starts, strict=True)]
 
 
-def make_loop(config, tokenizer, server, tools):
+def make_loop(config, tokenizer, server, tools, kind="qwen2"):
+    """`kind`: the model_type by which verl chooses what builds a conversation."""
     return GTPOAgentLoop(
         trainer_config=DictConfigWrap(config),
         server_manager=server,
@@ -192,7 +195,7 @@ def make_loop(config, tokenizer, server, tools):
         processor=None,
         dataset_cls=None,
         data_config=DictConfigWrap(config.data),
-        hf_model_type="qwen2",
+        hf_model_type=kind,
         tools=ToolListWrap(tools) if tools is not None else None,
     )
 

@@ -31,6 +31,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.rollout.utils import get_max_position_embeddings
 
 from recipe.gtpo.conversation import Conversation, Rules, was_cut
+from recipe.gtpo.dataset import file_row
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import TRAJECTORY, Finish, ToolCall, ToolOutcome, Trajectory, validation_info
 from recipe.gtpo.parsing import BREAK, THOUGHT, as_data, encode_data, opens_thought, read_tokens
@@ -275,7 +276,7 @@ def sampled_with(told: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _name(row: Mapping[str, Any]) -> str:
     """Which row of the data a trajectory is of, as a user finds it."""
-    return f"{row.get('index')} of {row.get('data_source', 'the data')}"
+    return f"{file_row(row)} of the data files ({row.get('data_source', 'data')})"
 
 
 # -- the model and its tokenizer, the same for every trajectory of a worker --------------------------------------------

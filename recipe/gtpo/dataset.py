@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+#: A row's place in the data files, from 0, counted on from file to file.
+FILE_ROW = "gtpo_file_row"
+
 
 class NumberedDataset(RLHFDataset):
-    """`index` is the row's place in the data, whatever `extra_info` says.
+    """`index` is the row's place among those that are left, whatever `extra_info` says; FILE_ROW that in the files.
 
-    With `rollout.full_determinism` a trajectory's seed is made of it. verl takes `extra_info.index`, or 0 where there
-    is none: rows with the same one had the same seeds, and a question asked twice gave the same trajectories twice.
+    With `rollout.full_determinism` a trajectory's seed is made of the first. verl takes `extra_info.index`, or 0 where
+    there is none: rows with the same one had the same seeds, and a question asked twice gave the same trajectories
+    twice.
     """
 
     too_long = (
         0  # rows that verl left out: their prompt has more than data.max_prompt_length tokens, or no template fits
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # verl sets it to all rows and then to those that it chose, and asks nobody in between
+        if name == "dataframe" and FILE_ROW not in value.column_names:
+            value = value.add_column(FILE_ROW, range(len(value)))
+        super().__setattr__(name, value)
 
     def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
         kept = super().maybe_filter_out_long_prompts(dataframe)
@@ -34,3 +45,9 @@ class NumberedDataset(RLHFDataset):
         row.setdefault("data_source", "data")  # names a validation's metrics
         row.setdefault("reward_model", {})
         return row
+
+
+def file_row(row: Mapping[str, Any]) -> int | None:
+    """The number by which a user finds a row. A data set of one's own has `index` alone."""
+    place = row.get(FILE_ROW, row.get("index"))
+    return None if place is None else int(place)

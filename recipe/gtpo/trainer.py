@@ -22,6 +22,7 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from recipe.gtpo.dataset import FILE_ROW, file_row
 from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
@@ -334,14 +335,14 @@ class RolloutProgress:
 
 def describe_rows(batch: KVBatchMeta) -> list[Row]:
     """Where every row comes from. The agent loop's worker stores the row of the data set beside what came of it."""
-    fields = ["raw_prompt", "reward_model", "data_source", "index", "responses"]
+    fields = ["raw_prompt", "reward_model", "data_source", "index", FILE_ROW, "responses"]
     stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
     columns = {name: list(stored[name]) for name in fields if name in stored}
     return [
         Row(
             group=key.rsplit("_", 2)[0],
             session=int(key.rsplit("_", 2)[1]),
-            index=int(columns["index"][i]) if "index" in columns else None,
+            index=file_row({name: columns[name][i] for name in ("index", FILE_ROW) if name in columns}),
             data_source=str(columns["data_source"][i]) if "data_source" in columns else "",
             prompt=list(columns["raw_prompt"][i]) if "raw_prompt" in columns else None,
             gold=columns["reward_model"][i].get("ground_truth") if "reward_model" in columns else None,

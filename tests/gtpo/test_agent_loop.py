@@ -27,6 +27,7 @@ from scripted import (
 from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 
+from recipe.gtpo.dataset import FILE_ROW
 from recipe.gtpo.method.turns import Finish, FormatReason
 from recipe.gtpo.parsing import as_data, encode_data
 from recipe.gtpo.tasks.arithmetic.policy import train_tokenizer
@@ -149,11 +150,16 @@ def test_a_server_that_generates_nothing_loses_the_trajectory_with_a_word(tokeni
     rollout = Rollout(tokenizer, [[]])
     assert rollout.trajectory.finish is Finish.FAULT and rollout.trajectory.turns == ()
     assert rollout.trajectory.fault.startswith(
-        "row 4 of arithmetic: RuntimeError: the rollout server generated no token"
+        "row 4 of the data files (arithmetic): RuntimeError: the rollout server generated no token"
     )
     assert (
         rollout.output.response_mask == [0] and len(rollout.output.response_ids) == 1
     )  # what verl needs; nothing trains
+
+
+def test_a_lost_trajectory_names_the_row_as_the_data_files_have_it(tokenizer):
+    rollout = Rollout(tokenizer, [[]], **{FILE_ROW: 1400})
+    assert rollout.trajectory.fault.startswith("row 1400 of the data files (arithmetic): ")
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -465,7 +471,8 @@ def test_every_form_of_an_outcome_counts_and_no_trajectory_disappears(tokenizer,
 def test_a_reward_function_that_fails_loses_the_trajectory_and_is_named_with_the_row(tokenizer, tmp_path, body, cause):
     changes = scored_by(tmp_path, body) | {"reward_timeout_seconds": 2}
     rollout = Rollout(tokenizer, [CALL, RIGHT], FakePython("5\n"), changes)
-    assert rollout.trajectory.finish is Finish.FAULT and rollout.trajectory.fault.startswith("row 4 of arithmetic: ")
+    assert rollout.trajectory.finish is Finish.FAULT
+    assert rollout.trajectory.fault.startswith("row 4 of the data files (arithmetic): ")
     assert cause in rollout.trajectory.fault
     assert rollout.info["lost"] == 1.0 and len(rollout.trajectory.turns) == 2  # what it said is on record
     assert rollout.output.extra_fields["min_global_steps"] == 8  # verl's metrics of a step count with it
@@ -524,6 +531,7 @@ def seeds(tokenizer, determinism=True, **row):
 def test_the_same_row_gets_the_same_seeds_one_a_turn(tokenizer):
     first, second = seeds(tokenizer)
     assert [first, second] == seeds(tokenizer) and first != second
+    assert [first, second] == seeds(tokenizer, **{FILE_ROW: 1400})  # whatever its place in the files
 
 
 @pytest.mark.parametrize("other", [{"session_id": 2}, {"index": 5}, {"global_steps": 10}])

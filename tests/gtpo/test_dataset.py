@@ -1,12 +1,16 @@
-"""Rows are told apart by their place in the data, whatever they say of themselves; those left out are counted."""
+"""Rows are told apart by their place, whatever they say of themselves, and found by that in their files; those left out
+are counted."""
 
 from __future__ import annotations
+
+import pickle
 
 import pytest
 from composition import compose
 from omegaconf import OmegaConf
 from verl.utils.dataset.rl_dataset import get_dataset_class
 
+from recipe.gtpo.dataset import FILE_ROW
 from recipe.gtpo.tasks.task import write_parquet
 
 pytestmark = pytest.mark.unit
@@ -30,6 +34,29 @@ def test_rows_whose_prompt_is_too_long_are_counted(tmp_path, longest, kept):
     assert (len(dataset), dataset.too_long) == (kept, 3 - kept)
 
 
+def test_a_row_that_is_left_knows_its_place_in_the_files(tmp_path):
+    """What is shown and recorded, to be looked up; the number that seeds are made of is the place among those left."""
+    texts = ["a" * 30, "b" * 50, "c" * 40]
+    files = [write_parquet([asks(text) for text in texts], tmp_path / f"{name}.parquet") for name in ("one", "two")]
+    dataset = load_files(files, tmp_path, max_prompt_length=40)
+    rows = [dataset[i] for i in range(len(dataset))]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert [row[FILE_ROW] for row in rows] == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_row_that_was_chosen_knows_its_place_in_the_file(tmp_path, most, shuffle):
+    file = write_parquet([asks(str(i)) for i in range(20)], tmp_path / "rows.parquet")
+    for seed in range(3):
+        dataset = load_files(file, tmp_path, most, max_prompt_length=9, shuffle=shuffle, seed=seed)
+        rows = [dataset[i] for i in range(most)]
+        assert [str(row[FILE_ROW]) for row in rows] == [row["raw_prompt"][0]["content"] for row in rows]
+    again = pickle.loads(pickle.dumps(dataset))  # as a checkpoint of the data's loader has it
+    again.resume_dataset_state()
+    assert [again[i][FILE_ROW] for i in range(most)] == [row[FILE_ROW] for row in rows]
+
+
 def test_data_of_which_nothing_is_left_are_refused(tmp_path):
     rows = [{"prompt": QUESTION}] * 2
     with pytest.raises(ValueError, match=r"all 2 rows of \S+rows.parquet .* data.max_prompt_length=3 tokens"):
@@ -43,8 +70,16 @@ class Letters:
         return list("".join(message["content"] for message in messages).encode())
 
 
+def asks(text):
+    return {"prompt": [{"role": "user", "content": text}]}
+
+
 def load(rows, folder, **settings):
+    return load_files(write_parquet(rows, folder / "rows.parquet"), folder, **settings)
+
+
+def load_files(files, folder, max_samples=-1, **settings):
     data = OmegaConf.to_container(compose(), resolve=True)["data"]
     data |= {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": None, "cache_dir": str(folder)}
     config = OmegaConf.create(data | settings)
-    return get_dataset_class(config)(write_parquet(rows, folder / "rows.parquet"), tokenizer=Letters(), config=config)
+    return get_dataset_class(config)(files, tokenizer=Letters(), config=config, max_samples=max_samples)

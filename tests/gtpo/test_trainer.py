@@ -30,6 +30,7 @@ from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from recipe.gtpo import trainer as glue
+from recipe.gtpo.dataset import FILE_ROW
 from recipe.gtpo.method.advantage import compare_turns
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.estimators import turn_values
@@ -531,9 +532,10 @@ def test_every_training_trajectory_is_written_with_its_rewards_and_advantages(qu
     assert solved["partners"] == [] and solved["shaped"] == 1.0
 
 
-def test_a_record_says_where_its_row_comes_from(queue, tmp_path):
+@pytest.mark.parametrize("place", [{"index": 7}, {"index": 5, FILE_ROW: 7}])  # the first: a data set of one's own
+def test_a_record_says_where_its_row_comes_from(queue, tmp_path, place):
     asked = [{"role": "user", "content": "1?"}]
-    row = {"raw_prompt": asked, "reward_model": {"ground_truth": "1"}, "data_source": "mine", "index": 7}
+    row = {"raw_prompt": asked, "reward_model": {"ground_truth": "1"}, "data_source": "mine"} | place
     batch = put(queue, {"p_0_0": "SOLVED", "p_1_0": "WRONG"}, p_0_0=row, p_1_0=row)
     queue.tags["p_0_0"].update(min_global_steps=3, max_global_steps=4)
     trainer = make_trainer(tmp_path)

@@ -96,7 +96,7 @@ class Record(_Part):
     split: Literal["train", "validation"] = Field("train", description="nothing is trained on a validation")
     group: str = Field(description="equal for the trajectories of one prompt in one step")
     session: int | None = Field(None, description="which of the group's rollouts")
-    index: int | None = Field(None, description="the row of the data")
+    index: int | None = Field(None, description="the row in the data files, from 0, counted on from file to file")
     data_source: str = Field("", description="the row's, as metrics name it")
     prompt: list[Message] | None = Field(None, description="the messages before the first turn")
     gold: Any = Field(None, description="the row's ground truth")

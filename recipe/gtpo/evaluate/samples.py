@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.gtpo.dataset import file_row
 from recipe.gtpo.method.turns import FAILED, Finish, Trajectory, validation_info
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Row, validation_lines
 
-Key = tuple[str, int, int]  # benchmark, problem (its row), number of the sample
+Key = tuple[str, int, int]  # benchmark, problem (its number in the data set), number of the sample
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Samples:
         known = Row(
             group=f"{benchmark}-{index}",
             session=session,
-            index=index,
+            index=file_row(row),
             data_source=str(row.get("data_source") or benchmark),
             prompt=list(row["raw_prompt"]),
             gold=(row.get("reward_model") or {}).get("ground_truth"),
@@ -103,4 +104,5 @@ class Samples:
 
 
 def _key(line: Mapping[str, Any]) -> Key:
-    return line["group"].rpartition("-")[0], int(line["index"]), int(line["session"])
+    benchmark, _, index = line["group"].rpartition("-")
+    return benchmark, int(index), int(line["session"])

@@ -312,7 +312,8 @@ def rewarded(evaluation, tmp_path):
 
 def test_a_reward_function_that_raises_ends_it_with_the_row(rewarded):
     with pytest.raises(
-        TooManyLost, match=r"1 samples are lost \(max_lost_trajectories=0\): row \d of arithmetic: .*KeyError"
+        TooManyLost,
+        match=r"1 samples are lost \(max_lost_trajectories=0\): row \d of the data files .arithmetic.: .*KeyError",
     ):
         rolled_out(rewarded(f"solution_str == {SPECIMEN!r}"), RIGHT)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipe.gtpo.dataset import FILE_ROW
 from recipe.gtpo.evaluate.samples import Samples
 from recipe.gtpo.method.turns import Finish, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.run.record import RunRecord
@@ -51,6 +52,16 @@ def test_a_second_start_goes_on_with_what_is_missing(record):
     assert again == 0 and second.missing("gsm8k", 2, 2) == [(1, 0), (0, 1)]
     assert second.missing("aime24", 1, 1) == [(0, 0)]
     assert second.of("gsm8k", 2) == first.of("gsm8k", 2)
+
+
+def test_where_rows_are_left_out_a_second_start_goes_on_too(record):
+    """Problems are numbered without them; a record has the row of the data files."""
+    first, _ = opened(record)
+    first.add("gsm8k", ROW | {"index": 1, FILE_ROW: 1400}, 0, RIGHT, IDS)
+    second, _ = opened(record)
+    assert second.missing("gsm8k", 2, 1) == first.missing("gsm8k", 2, 1) == [(0, 0)]
+    (line,) = record.read_whole_lines(40, split="validation")
+    assert (line["group"], line["index"]) == ("gsm8k-1", 1400)
 
 
 def test_more_samples_are_more_and_fewer_are_the_first_ones(record):

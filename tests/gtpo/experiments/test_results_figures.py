@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -156,12 +156,20 @@ def test_the_goal_of_the_fifth_design_is_called_what_it_is():
 
 def test_the_sixth_design_shows_its_raw_numbers():
     page = (PAGE.parent / "designs/6-small-real-model.md").read_text()
-    with (draw.RESULTS / "small_model.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = draw.csv_rows("small_model.csv")
+    names = ("step_0", "step_10", "training_2_to_10")
     for row in rows:
-        numbers = " | ".join(f"{float(row[name]):.3f}" for name in ("step_0", "step_10", "training_2_to_10"))
+        numbers = " | ".join(f"{float(row[name]):.3f}" for name in names)
         assert f"| {row['seed']} | `{row['method']}` | {numbers} |" in page
     assert page.count("\n| 1") == len(rows) >= 5
+    for method in {row["method"] for row in rows}:
+        cells = []
+        for name in names[1:]:
+            cells.append(f"{fmean(draw.by_seed(rows, method, name).values()):.3f}")
+            for rival in ("grpo", "grpo_outcome"):
+                d = draw.minus(rows, method, rival, name) if method.startswith("gtpo") else None
+                cells.append("" if d is None else points(d.mean, d.low, d.high))
+        assert " ".join(f"| `{method}` | {' | '.join(cells)} |".split()) in " ".join(page.split())
 
 
 def test_figures_show_today_s_numbers():

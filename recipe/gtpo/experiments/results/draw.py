@@ -191,10 +191,27 @@ class FirstCall:
 
 
 @cache
+def csv_rows(name: str) -> list[dict[str, str]]:
+    """A file of raw numbers, with a row for each method and seed."""
+    with (RESULTS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def by_seed(rows: Sequence[Mapping[str, str]], method: str, column: str) -> dict[int, float]:
+    return {int(row["seed"]): float(row[column]) for row in rows if row["method"] == method}
+
+
+def minus(rows: Sequence[Mapping[str, str]], method: str, rival: str, column: str) -> Interval:
+    """`method` minus `rival`, paired by seed. Raises ValueError where one has a seed that the other lacks."""
+    ours, theirs = by_seed(rows, method, column), by_seed(rows, rival, column)
+    if lacking := ours.keys() ^ theirs.keys():
+        raise ValueError(f"{method} and {rival} do not both have the seeds {sorted(lacking)}")
+    return _bootstrap([ours[seed] - theirs[seed] for seed in ours])
+
+
 def first_call() -> list[FirstCall]:
     """Both settings, of the seeds that every method has. Raises ValueError where a seed lacks a method."""
-    with (RESULTS / "first_call.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows("first_call.csv")
     found = []
     for rollouts in sorted({int(row["rollouts"]) for row in rows}):
         here = [row for row in rows if int(row["rollouts"]) == rollouts]

@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, SimilarityError) as e:
         print(f"whatif: error: {e}", file=sys.stderr)
         return 1
-    print(f"{run.path}: mean advantage of a turn (share of turns above 0), steps {', '.join(map(str, steps))}")
+    over = f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+    print(f"{run.path}: mean advantage of a turn (share of turns above 0), {over}")
     print("\n".join(lines(found)))
     return 0
 

@@ -501,7 +501,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"compare: {len(outcome.complete)} complete, {len(outcome.skipped)} were, {len(outcome.failed)} failed")
     for name in outcome.failed:
         print(f"compare: failed: {name}, see {out / name / 'terminal.log'}")
-    finished = [cell.dir for cell in cells if cell.complete]
+    finished = sorted(cell.dir for cell in cells if cell.complete)
     if not finished:
         print("compare: no cell is complete, so there is no report", file=sys.stderr)
         return 1

@@ -305,6 +305,15 @@ def test_an_interrupt_ends_what_runs(tmp_path):
     assert jobs[0].poll() is not None
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_while_a_cell_starts_ends_that_cell_too(tmp_path):
     """It came between the start of the process and the return of the call that starts it."""
     jobs = []
@@ -320,6 +329,7 @@ def test_a_signal_while_a_cell_starts_ends_that_cell_too(tmp_path):
     assert jobs[0].poll() is not None
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_every_cell_is_ended_where_one_cannot_be_and_a_second_signal_comes(tmp_path):
     ended = []
 

@@ -48,7 +48,7 @@ def config(tmp_path_factory):
 def test_the_policy_learns_its_transcripts_once_and_keeps_its_precision(config):
     said: list[str] = []
     made = cold_start(config, said.append)
-    assert said[0] == "7 transcripts (1 left out: its problem is one of the held-out ones)"
+    assert said[0] == "7 transcripts (1 left out: its problem is, exactly, one of the held-out ones)"
     losses = [float(x) for x in re.findall(r"train/loss:([\d.]+)", (made / "sft.log").read_text())]
     assert len(losses) == 4 * (7 // 2) and losses[-1] < losses[0] / 2
     before = load_file(f"{config.actor_rollout_ref.model.path}/model.safetensors")

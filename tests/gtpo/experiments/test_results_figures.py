@@ -12,6 +12,7 @@ from composition import names
 from PIL import Image
 from scipy import stats
 
+from recipe.gtpo.experiments.compare import FAIR
 from recipe.gtpo.experiments.results import draw
 
 pytestmark = pytest.mark.unit
@@ -170,6 +171,22 @@ def test_the_sixth_design_shows_its_raw_numbers():
                 d = draw.minus(rows, method, rival, name) if method.startswith("gtpo") else None
                 cells.append("" if d is None else points(d.mean, d.low, d.high))
         assert " ".join(f"| `{method}` | {' | '.join(cells)} |".split()) in " ".join(page.split())
+
+
+def test_the_seventh_design_shows_its_raw_numbers():
+    page = (PAGE.parent / "designs/7-every-rival.md").read_text()
+    rows = draw.csv_rows("every_rival.csv")
+    assert {row["method"] for row in rows} == set(FAIR)
+    for method in FAIR:
+        means = [f"{fmean(draw.by_seed(rows, method, f'step_{step}').values()):.3f}" for step in (0, 10, 20)]
+        finals = ", ".join(f"{final:.3f}" for final in draw.by_seed(rows, method, "step_20").values())
+        assert f"| `{method}` | {' | '.join(means)} | {finals} |" in page
+    said = " ".join(page.split())
+    for ours in ("gtpo_turn_batch_std", "gtpo"):
+        for rival in ("dr_grpo", "grpo"):
+            difference = draw.minus(rows, ours, rival, "step_20")  # of two seeds the interval's ends are the two
+            assert re.search(rf"`{rival}`[^(`]* {100 * difference.mean:+.1f}[^(]*\(", said)
+            assert f"({100 * difference.high:+.1f}" in said and f"{100 * difference.low:+.1f}" in said
 
 
 def test_figures_show_today_s_numbers():

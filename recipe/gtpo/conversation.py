@@ -268,12 +268,8 @@ def read_score(scored: Any, success_threshold: float = 1.0) -> tuple[float, bool
         raise ValueError(f"the reward function returned the keys {sorted(map(str, scored))}: it needs score or acc")
     outcome = _number(scored["score" if "score" in scored else "acc"])
     solved = outcome >= success_threshold if "acc" not in scored else _number(scored["acc"]) >= 1
-    pred = scored.get("pred")
-    return (
-        outcome,
-        solved,
-        "" if pred is None else str(pred),
-    )  # None: it found no answer, which is not the answer "None"
+    pred = scored.get("pred")  # None: it found no answer, which is not the answer "None"
+    return outcome, solved, "" if pred is None else str(pred)
 
 
 def _number(value: Any) -> float:

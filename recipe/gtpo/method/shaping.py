@@ -63,13 +63,8 @@ def shape_outcomes(
     for row, group in enumerate(group_ids):
         members[group].append(row)
     is_solved = solved.tolist()
-    failed_rows, solved_rows, successes, most, pairs = (
-        [],
-        [],
-        [],
-        [],
-        [],
-    )  # one entry for each group that needs comparing
+    # one entry for each group that needs comparing
+    failed_rows, solved_rows, successes, most, pairs = [], [], [], [], []
     for rows in members.values():
         failed = [i for i in rows if not is_solved[i] and codes[i].strip()]
         models = [i for i in rows if is_solved[i] and codes[i].strip()]

@@ -190,7 +190,6 @@ class FirstCall:
     best_rival: str  # with the highest mean final accuracy
 
 
-@cache
 def csv_rows(name: str) -> list[dict[str, str]]:
     """A file of raw numbers, with a row for each method and seed."""
     with (RESULTS / name).open() as file:
@@ -209,6 +208,7 @@ def minus(rows: Sequence[Mapping[str, str]], method: str, rival: str, column: st
     return _bootstrap([ours[seed] - theirs[seed] for seed in ours])
 
 
+@cache
 def first_call() -> list[FirstCall]:
     """Both settings, of the seeds that every method has. Raises ValueError where a seed lacks a method."""
     rows = csv_rows("first_call.csv")

@@ -6,6 +6,7 @@ What is real in these rollouts and what is a fake: tests/helpers/scripted.py.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from scripted import (
     assert_leaves_the_loop,
 )
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers import GenerationConfig, Qwen2Config
 
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.turns import Finish, FormatReason
+from recipe.gtpo.models import smollm2
 from recipe.gtpo.run.tools import schema_of
 from recipe.gtpo.tasks.arithmetic.policy import CHAT_TEMPLATE, train_tokenizer
 
@@ -272,9 +274,10 @@ CHATS = [(name, kind) for name in TEMPLATES for kind in KINDS if (name, kind) !=
 
 
 def small_real_model():
-    """The tokenizer of model=smollm2, where it has been made."""
-    made = sorted((ROOT / "outputs" / "models").glob("smollm2-*"))
-    return AutoTokenizer.from_pretrained(made[0]) if made else pytest.skip("model=smollm2 is not made here")
+    """The tokenizer of model=smollm2."""
+    if not all(importlib.util.find_spec(package.replace("-", "_")) for package in smollm2.PACKAGES):
+        pytest.skip(f"needs {smollm2.REMEDY} (tests/run.sh does)")
+    return smollm2.read_tokenizer(smollm2.packaged(), smollm2.CHAT_TEMPLATE.read_text())
 
 
 def rendered(rollout, *messages):

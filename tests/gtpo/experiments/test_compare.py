@@ -94,6 +94,11 @@ def test_a_published_result_is_one_word_and_the_command_line_has_the_last(tmp_pa
     assert (own["engine"], own["methods"], own["seeds"]) == ("verl", "grpo_sum,gtpo_turn_batch_std", "1")
 
 
+def test_each_experiment_has_a_folder_of_its_own():
+    folders = [parse(arguments)[0]["out"] for arguments in ([], ["experiment=horizon4"], ["experiment=horizon6"])]
+    assert folders == ["outputs/compare", "outputs/horizon4", "outputs/horizon6"]
+
+
 @pytest.mark.parametrize("name", ["horizon4", "horizon6"])
 def test_a_published_result_composes_to_what_its_page_says(name):
     """RESULTS.md: 20 steps of six calls, 30 of four; rate 5e-4, 256 and 1024 held-out problems."""

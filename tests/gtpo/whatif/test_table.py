@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
 from recipe.gtpo.experiments.draw_credit import EXAMPLE
 from recipe.gtpo.whatif import __main__ as command
+from recipe.gtpo.whatif.__main__ import Weighed
 
 pytestmark = pytest.mark.unit
 
@@ -40,10 +42,35 @@ def test_a_mean_is_that_of_the_advantages_that_the_run_recorded(run_dir, capsys)
             expected.setdefault((record["acc"] != 1, number), []).append(advantage)
     in_order = [expected[place] for place in sorted(expected)]
     assert len(in_order) >= 3
-    assert cells(text, "of the run") == [
+    *means, praise = cells(text, "of the run")
+    assert means == [
         f"{sum(some) / len(some):+.2f}({sum(one > 0 for one in some) / len(some):.0%})" for some in in_order
     ]
     assert cells(text, "turns") == [str(len(some)) for some in in_order]
+    assert praise.endswith("%")
+
+
+def test_praise_of_wrong_answers_is_a_share_of_the_weight():
+    """A right turn weighs 2 x 3, the wrong ones +0.5 x 4 and -1 x 2: 2 of 10."""
+    turns = {(True, 1): [Weighed(2.0, 3)], (False, 1): [Weighed(0.5, 4)], (False, 2): [Weighed(-1.0, 2)]}
+    assert command.praise_of_wrong(turns) == pytest.approx(0.2)
+    assert command.praise_of_wrong({(False, 1): [Weighed(0.0, 4)]}) is None
+    assert command.lines({"gtpo": turns})[1].split()[-1] == "20.0%"
+    assert command.lines({"gtpo": {(False, 1): [Weighed(0.0, 4)]}})[1].split()[-1] == "-"
+
+
+def test_several_runs_are_one_table(run_dir, tmp_path, capsys):
+    """The same trajectories twice: the same means and shares, twice the turns."""
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    tables = []
+    for folders in ([run_dir], [run_dir, other]):
+        assert command.main([*map(str, folders), "--methods", "gtpo,grpo_outcome"]) == 0
+        tables.append(capsys.readouterr().out)
+    for row in ("of the run", "gtpo", "grpo_outcome"):
+        assert cells(tables[0], row) == cells(tables[1], row)
+    assert [2 * int(n) for n in cells(tables[0], "turns")] == [int(n) for n in cells(tables[1], "turns")]
+    assert f"{run_dir}: " in tables[1] and f"{other}: " in tables[1]
 
 
 def test_a_rival_gives_every_turn_of_a_right_answer_the_same(run_dir, capsys):
@@ -53,7 +80,7 @@ def test_a_rival_gives_every_turn_of_a_right_answer_the_same(run_dir, capsys):
     assert 0 < k < n
     std = (k * (n - k) / n / (n - 1)) ** 0.5
     right, wrong = f"{(1 - k / n) / std:+.2f}(100%)", f"{-k / n / std:+.2f}(0%)"
-    assert set(cells(capsys.readouterr().out, "grpo_outcome")) == {right, wrong}
+    assert set(cells(capsys.readouterr().out, "grpo_outcome")) == {right, wrong, "0.0%"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from recipe.gtpo.dataset import FILE_ROW, file_row
 from recipe.gtpo.estimator import recorded_turns
 from recipe.gtpo.method.credit import Credit, assign_credit
+from recipe.gtpo.method.estimators import turn_returns
 from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
@@ -143,12 +144,12 @@ class GTPOTrainerMixin(_Trainer):
 
         began = time.perf_counter()
         # Read back what the estimator made of it, whichever it is: baselines are measured by turn too.
-        fields = ["advantages", "returns", "response_mask"]
+        fields = ["advantages", "response_mask"]
         result = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         trained = result["response_mask"]  # less than was generated, where rollout_correction has rejected tokens
-        returns, advantages = (
-            at_turn_ends(result[name], credit.turn_mask, credit.spans, trained) for name in ("returns", "advantages")
-        )
+        advantages = at_turn_ends(result["advantages"], credit.turn_mask, credit.spans, trained)
+        # verl's estimators of one advantage a trajectory say that it is the return, too
+        returns = turn_returns(self.config.algorithm.adv_estimator, credit, self.options)
         metrics.update(credit_metrics(credit, trajectories, returns, advantages, self.options.baseline))
         # with rollout_correction.bypass_mode the two are one
         if "rollout_log_probs" in rows and not self.config.algorithm.rollout_correction.bypass_mode:
@@ -297,9 +298,9 @@ class GTPOTrainerMixin(_Trainer):
         estimator = self.config.algorithm.adv_estimator
         token_log_probs = None if log_probs is None else dense(log_probs)
         numbers = Numbers.of(credit, adv, estimator, self.options, token_log_probs, gaps, masked)
-        lines = training_lines(self.global_steps, self.config.seed, trajectories, describe_rows(batch), numbers)
-        # separate_async may make several updates a step
-        self._writer.write(self.global_steps, lines, more=self.local_trigger_step > 0)
+        update = self.local_trigger_step  # separate_async may make several a step
+        lines = training_lines(self.global_steps, self.config.seed, trajectories, describe_rows(batch), numbers, update)
+        self._writer.write(self.global_steps, lines, more=update > 0)
 
     def _record_validation(self, batch: KVBatchMeta) -> None:
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
@@ -308,6 +309,9 @@ class GTPOTrainerMixin(_Trainer):
         if real:
             trajectories, rows = zip(*real, strict=True)
             self._infra_said += [said for t in trajectories for said in t.infra_outputs]
+            first = not self._validated and self.global_steps == self._loaded_step
+            if first and self.record.has_validation(self.global_steps):
+                return  # a run that goes on validates its checkpoint again; the step's line keeps its numbers
             lines = validation_lines(self.global_steps, self.config.seed, trajectories, rows)
             self._writer.write(self.global_steps, lines, split="validation", more=self._validated)
             self._validated = True  # the data may come in several batches

@@ -423,14 +423,16 @@ def test_a_rival_is_verls_own_estimator_on_the_reward_that_its_name_says(queue, 
 def check_both_engines(queue, trainer, rows):
     """A method's advantages, which the engines take from two places: verl's registry and `estimators.turn_values`."""
     batch = put(queue, rows)
-    trainer._compute_advantage(batch, {})
+    metrics: dict = {}
+    trainer._compute_advantage(batch, metrics)
     stored = queue.column(batch, "advantages")
     algorithm = trainer.config.algorithm
     credit = assign_credit([KINDS[kind] for kind in rows.values()], [key[0] for key in rows], trainer.options)
-    _, expected = turn_values(
+    returns, expected = turn_values(
         algorithm.adv_estimator, credit, trainer.options, divide=algorithm.norm_adv_by_std_in_grpo
     )
     assert expected.any()
+    assert metrics["gtpo/return/mean"] == pytest.approx(float(returns[credit.turn_mask].mean()), abs=1e-6)
     for i, (key, kind) in enumerate(rows.items()):
         for k, turn in enumerate(KINDS[kind].turns):
             of_turn = 0.0 if credit.dropped[i] else float(expected[i, k])
@@ -588,6 +590,19 @@ def test_a_validation_is_recorded_without_numbers(queue, tmp_path):
     assert {turn.advantage for record in records for turn in record.turns} == {None}
 
 
+@pytest.mark.parametrize(("of_line", "kept"), [("val-core/mine/acc/mean@1", 1.0), ("gtpo/acc/mean", 0.0)])
+def test_a_run_that_goes_on_keeps_the_validation_whose_numbers_its_step_has(queue, tmp_path, of_line, kept):
+    """verl validates a checkpoint again; a step that died before it had such numbers gets those of the second time."""
+    for kind in ("SOLVED", "CUT"):
+        trainer = make_trainer(tmp_path)
+        trainer.global_steps = trainer._loaded_step = 4
+        for group in ("p", "q"):  # the data may come in several batches
+            trainer._record_validation(put(queue, {f"{group}_0_0": kind}))
+        trainer._writer.wait()
+        trainer.record.complete(4, {of_line: 1.0})
+    assert [record.acc for record in Reader(tmp_path).read(4, "validation")] == [kept, kept]
+
+
 def test_rows_of_a_validation_pass_the_record_on_their_way(queue, tmp_path, monkeypatch):
     """verl clears them when it has validated."""
     batch = put(queue, {"p_0_0": "SOLVED"})
@@ -636,7 +651,7 @@ def test_a_step_of_several_updates_records_the_trajectories_of_all(queue, tmp_pa
             trainer._compute_advantage(put(queue, rows), {})
         trainer._writer.wait()
         lines = RunRecord(tmp_path).read_trajectories(1)
-        assert [line["group"] for line in lines] == ["p", "p", "q"], attempt
+        assert [(line["group"], line["update"]) for line in lines] == [("p", 0), ("p", 0), ("q", 1)], attempt
 
 
 def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):

@@ -33,6 +33,7 @@ COLUMNS: dict[str, pyarrow.DataType] = {
     "outcome": pyarrow.float64(),
     "shaped": pyarrow.float64(),
     "dropped": pyarrow.bool_(),
+    "update": pyarrow.int64(),
     "turn": pyarrow.int64(),  # from 0
     "turns": pyarrow.int64(),  # of the trajectory
     "tokens": pyarrow.int64(),

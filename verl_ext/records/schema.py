@@ -71,7 +71,7 @@ class Turn(_Part):
     return_: float | None = Field(None, alias="return", description="discounted, of GTPO; null: another estimator")
     pool_mean: float | None = Field(None, description="of the returns that this one is compared with")
     pool_std: float | None = Field(None, description="standard deviation of the same")
-    divisor: float | None = Field(None, description="advantage = (return - pool_mean) / divisor, or 0 in a flat pool")
+    divisor: float | None = Field(None, description="advantage = (return - pool_mean) / divisor, or 0: README.md")
     advantage: float | None = Field(None, description="what each of its tokens was trained with")
     masked: int | None = Field(None, description="of its tokens, how many rollout correction left out of the update")
     log_prob: float | None = Field(None, description="mean over its tokens, of the policy that is updated")
@@ -111,6 +111,7 @@ class Record(_Part):
     partners: list[Partner] = Field([], description="whom its code was compared with, to be shaped")
     fault: str = Field("", description="finish=fault: what failed, and on which row")
     dropped: bool = Field(False, description="left out of the update: the tool server failed it, or truncated=drop")
+    update: int = Field(0, description="of its step, from 0: pools and scales are of one; separate_async has several")
 
 
 class NewerRecordError(ValueError):

@@ -56,6 +56,7 @@ def numbers(record: Record) -> dict[str, Any]:
         "outcome": acc if outcome is None else outcome,
         "shaped": finite(record.shaped),
         "dropped": record.dropped,
+        "update": record.update,
         "pred": record.pred[:_ANSWER],
         "gold": None if record.gold is None else _text(record.gold)[:_ANSWER],
         "session": record.session,
@@ -86,6 +87,11 @@ def _numbers_of(turn: Turn) -> dict[str, Any]:
         "gap": turn.log_prob_gap,
     }
     return finite(kept)
+
+
+def trained_tokens(turn: Mapping[str, Any]) -> int:
+    """Of a turn of `numbers`: those that its advantage weighs, without what rollout correction left out."""
+    return turn["tokens"] - (turn.get("masked") or 0)
 
 
 def _said(turn: Turn) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ class Run:
             for k, turn in enumerate(row["turns"]):
                 if not turn["advantage"] or row["dropped"]:
                     continue
-                trained = trained_tokens(turn)
+                trained = records.trained_tokens(turn)
                 split_by = parts[i]["turns"][k]["advantage_parts"] if parts and k < len(parts[i]["turns"]) else {}
                 total = sum(abs(value) for value in split_by.values())
                 shares = {name: abs(v) / total for name, v in split_by.items() if v} if total else {"not split": 1.0}
@@ -174,11 +174,6 @@ class Run:
                     key = (k, kind, part)
                     weights[key] = weights.get(key, 0.0) + share * abs(turn["advantage"]) * trained
         return weights
-
-
-def trained_tokens(turn: Mapping[str, Any]) -> int:
-    """Of a row's turn: those that its advantage weighs, without what rollout correction masked."""
-    return turn["tokens"] - (turn["masked"] or 0)
 
 
 def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:

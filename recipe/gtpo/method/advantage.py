@@ -169,17 +169,10 @@ def compare_turns(
         solved: (B,) bool, the raw outcomes; needed only for `unsolved_groups=zero`.
         states: (B, T), `Credit.states`; needed only for `baseline=state` and `bootstrap`.
     """
-    returns = discounted_returns(turn_rewards, turn_mask, options.gamma)
-    targets = None
-    if options.bootstrap > 0:
-        if states is None:
-            raise ValueError("bootstrap needs `states`, what the tools had said before every turn")
-        sampled = _discounted(turn_rewards, turn_mask, options.gamma)
-        targets = bootstrap_returns(
-            sampled, turn_mask, states, gamma=options.gamma, bootstrap=options.bootstrap
-        ).float()
+    returns = returns_of(turn_rewards, turn_mask, options, states)
+    bootstrapped = options.bootstrap > 0
     compared = compare_returns(
-        returns,
+        discounted_returns(turn_rewards, turn_mask, options.gamma) if bootstrapped else returns,
         turn_mask,
         group_ids,
         baseline=options.baseline,
@@ -189,12 +182,24 @@ def compare_turns(
         sparse_turn=options.sparse_turn,
         solved=solved,
         unsolved_groups=options.unsolved_groups,
-        targets=targets,
+        targets=returns if bootstrapped else None,
         states=states,
         state_prior=options.state_prior,
         lone_state=options.lone_state,
     )
-    return returns if targets is None else targets, compared
+    return returns, compared
+
+
+def returns_of(
+    turn_rewards: torch.Tensor, turn_mask: torch.Tensor, options: GTPOOptions, states: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The returns of `compare_turns` alone: of (4), or with `bootstrap` above 0 the targets of (9)."""
+    if options.bootstrap == 0:
+        return discounted_returns(turn_rewards, turn_mask, options.gamma)
+    if states is None:
+        raise ValueError("bootstrap needs `states`, what the tools had said before every turn")
+    sampled = _discounted(turn_rewards, turn_mask, options.gamma)
+    return bootstrap_returns(sampled, turn_mask, states, gamma=options.gamma, bootstrap=options.bootstrap).float()
 
 
 def turn_advantages(

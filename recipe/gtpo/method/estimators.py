@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from recipe.gtpo.method import rivals
-from recipe.gtpo.method.advantage import turn_advantages
+from recipe.gtpo.method.advantage import returns_of, turn_advantages
 from recipe.gtpo.method.credit import Credit
 from recipe.gtpo.method.options import GTPOOptions
 
@@ -35,8 +35,14 @@ def turn_values(
         return turn_advantages(
             credit.rewards.combined, credit.turn_mask, credit.group_ids, options, credit.solved, credit.states
         )
-    advantages = _of_rival(estimator, credit, options, divide)
-    return credit.trajectory_rewards[:, None] * credit.turn_mask, advantages
+    return turn_returns(estimator, credit, options), _of_rival(estimator, credit, options, divide)
+
+
+def turn_returns(estimator: str, credit: Credit, options: GTPOOptions) -> torch.Tensor:
+    """The returns of `turn_values` alone."""
+    if estimator == "gtpo":
+        return returns_of(credit.rewards.combined, credit.turn_mask, options, credit.states)
+    return credit.trajectory_rewards[:, None] * credit.turn_mask
 
 
 def _of_rival(estimator: str, credit: Credit, options: GTPOOptions, divide: bool) -> torch.Tensor:

@@ -243,6 +243,12 @@ class RunRecord:
         if line and all(other["step"] != step for other in self.read_metrics()):
             self.write_metrics(step, line)
 
+    def has_validation(self, step: int) -> bool:
+        """Whether both are there: the numbers of a validation in the step's line, and its trajectories."""
+        lines = (line["metrics"] for line in self.read_metrics() if line["step"] == step)
+        validated = any(name.startswith("val-core/") for metrics in lines for name in metrics)
+        return validated and step in Reader(self.dir).files("validation")
+
     def _read_checkpoint_metrics(self) -> tuple[int, dict[str, float]]:
         saved = _read_json(self._checkpoint_metrics, dict)
         if saved is None:

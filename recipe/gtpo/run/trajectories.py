@@ -105,14 +105,20 @@ class Numbers:
 
 
 def training_lines(
-    step: int, seed: int, trajectories: Sequence[Trajectory | None], rows: Sequence[Row], numbers: Numbers
+    step: int,
+    seed: int,
+    trajectories: Sequence[Trajectory | None],
+    rows: Sequence[Row],
+    numbers: Numbers,
+    update: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a training step; none for padding rows (None)."""
+    """The lines of an update of a training step, from 0; none for padding rows (None)."""
     credit = numbers.credit
+    same = {"step": step, "split": "train", "seed": seed, "update": update}
     for i, (trajectory, row) in enumerate(zip(trajectories, rows, strict=True)):
         if trajectory is None:
             continue
-        line = row.line(trajectory) | {"step": step, "split": "train", "seed": seed, "dropped": bool(credit.dropped[i])}
+        line = row.line(trajectory) | same | {"dropped": bool(credit.dropped[i])}
         if credit.valid[i]:
             line["shaped"] = float(credit.shaped[i])
             line["partners"] = [

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from recipe.gtpo import whatif
 from recipe.gtpo.method.similarity import SimilarityError
 from verl_ext.records.reader import Reader
-from verl_ext.viewer.runs import Run, parse_steps, trained_tokens
+from verl_ext.viewer.records import trained_tokens
+from verl_ext.viewer.runs import Run, parse_steps
 
 OWN = "of the run"
 #: (the answer is right, turn number from 1)

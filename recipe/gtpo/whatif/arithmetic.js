@@ -131,7 +131,7 @@ globalThis.viewerCredit = (() => {
   // Centred and divided by the standard deviation over all tokens of the batch.
   function whiten(turns) {
     const tokens = sum(turns.map((t) => t.tokens));
-    const values = turns.map((t) => t.advantage);
+    const values = turns.filter((t) => t.tokens > 0).map((t) => t.advantage);
     const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
     const flat = tokens < 2 || high - low <= RELATIVE_RANGE * Math.max(Math.abs(low), Math.abs(high));
     const mean = sum(turns.map((t) => t.tokens * t.advantage)) / tokens;
@@ -213,17 +213,18 @@ globalThis.viewerCredit = (() => {
       const { group, turns: own } = rows[i];
       const rewards = turnRewards(rows[i], shaped.get(i), s);
       const combined = rewards.map((r) => r.outcome + r.shaping + r.format);
-      const total = sum(combined);
+      const total = sum(combined), update = rows[i].update ?? 0;
       const wellFormed = own.every((turn) => !charged(turn, s));
-      trajectories.push({ row: i, group, total, shaped: shaped.get(i), wellFormed, lastReward: combined.at(-1) });
+      trajectories.push({ row: i, update, group, total, shaped: shaped.get(i), wellFormed, lastReward: combined.at(-1) });
       own.forEach((turn, k) => turns.push({
-        row: i, turn: k, last: k === own.length - 1, group, groupSolved: solvedGroups.has(group), total,
+        row: i, update, turn: k, last: k === own.length - 1, group, groupSolved: solvedGroups.has(group), total,
         state: JSON.stringify([group, ...own.slice(0, k).map((t) => t.said)]),
-        tokens: Math.max(1, turn.tokens), rewards: rewards[k], reward: combined[k],
+        tokens: turn.tokens - (turn.masked ?? 0), rewards: rewards[k], reward: combined[k],
       }));
       answers[i].shaped = shaped.get(i);
     }
-    if (turns.length) evaluate(turns, trajectories, s);
+    const ofTrajectories = groupBy(trajectories, (t) => t.update);
+    for (const [update, own] of groupBy(turns, (t) => t.update)) evaluate(own, ofTrajectories.get(update), s);
     for (const { row, turn, rewards, return: value, mean = null, divisor = null, count = null, advantage } of turns) {
       answers[row].turns[turn] = { rewards, return: value, mean, divisor, count, advantage };
     }

@@ -6,7 +6,9 @@ test compares the two on a thousand generated groups. A row is what the viewer's
     group, finish, acc, outcome  as recorded; `acc` None: padding, or no outcome; such a row takes part in nothing
     code                         bool: it ran code that shaping compares
     similar                      {position of a sibling in the rows: similarity}; None where nothing was recorded
-    turns                        [{"tokens": n, "broken": reason or None, "said": what the tools said, "" for nothing}]
+    turns                        [{"tokens": n, "broken": reason or None, "said": what the tools said, "" for nothing}];
+                                 `masked`: of its tokens, how many rollout correction left out; missing or None: none
+    update                       which update of the step it was in: batches are of one; missing: 0
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.whatif import OF_VERL, defaults, uncontrolled
+from verl_ext.viewer.records import trained_tokens
 
 #: Reward parts, in the order in which they are shown.
 PARTS = ("outcome", "shaping", "format")
@@ -54,21 +57,35 @@ def recompute(
     """
     settings = {**defaults(), **settings}
     options = _options(settings, config)
-    taking_part = [i for i, row in enumerate(rows) if row["acc"] is not None and row["turns"]]
-    members = [_trajectory(i, rows[i]) for i in taking_part]
-    groups = [str(rows[i]["group"]) for i in taking_part]
-    credit = assign_credit(members, groups, options, _Recorded(rows, options, codes))
-    numbers = _numbers(credit, settings, options)
-    # One conversion each: asking a tensor for its numbers one by one takes most of the time of a step.
-    parts = {part: getattr(credit.rewards, part).tolist() for part in PARTS}
-    lists = {name: value.tolist() for name, value in numbers.items()}
-    shaped = credit.shaped.tolist()
-    counts, dropped = credit.turn_mask.sum(dim=1).tolist(), credit.dropped.tolist()
+    batches: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row["acc"] is not None and row["turns"]:
+            batches.setdefault(row.get("update", 0), []).append(i)
     answers: list[dict[str, Any]] = [{"dropped": False, "shaped": None, "turns": []} for _ in rows]
-    for at, i in enumerate(taking_part):
-        turns = [_turn(parts, lists, at, k) for k in range(counts[at])]
-        answers[i] = {"dropped": dropped[at], "shaped": None if dropped[at] else shaped[at], "turns": turns}
+    for batch in batches.values():
+        credit = _credit(rows, batch, options, codes)
+        numbers = _numbers(credit, settings, options)
+        # One conversion each: asking a tensor for its numbers one by one takes most of the time of a step.
+        parts = {part: getattr(credit.rewards, part).tolist() for part in PARTS}
+        lists = {name: value.tolist() for name, value in numbers.items()}
+        shaped = credit.shaped.tolist()
+        counts, dropped = credit.turn_mask.sum(dim=1).tolist(), credit.dropped.tolist()
+        for at, i in enumerate(batch):
+            turns = [_turn(parts, lists, at, k) for k in range(counts[at])]
+            answers[i] = {"dropped": dropped[at], "shaped": None if dropped[at] else shaped[at], "turns": turns}
     return answers
+
+
+def _credit(rows: Rows, batch: Sequence[int], options: GTPOOptions, codes: Callable[[], Sequence[str]]) -> Credit:
+    """Of the rows at these places. A turn counts with the tokens that were trained on, of which it may have none."""
+    members = [_trajectory(i, rows[i]) for i in batch]
+    credit = assign_credit(members, [str(rows[i]["group"]) for i in batch], options, _Recorded(rows, options, codes))
+    spans = torch.zeros_like(credit.spans)
+    for at, i in enumerate(batch):
+        if credit.valid[at]:
+            trained = [trained_tokens(turn) for turn in rows[i]["turns"]]
+            spans[at, : len(trained), 1] = torch.tensor(trained)
+    return replace(credit, spans=spans)
 
 
 def _options(settings: Settings, config: Mapping[str, Any] | None) -> GTPOOptions:

@@ -74,6 +74,7 @@ NEW = {
     "partners": [{"session": 1, "similarity": 0.5}],
     "fault": "",
     "dropped": False,
+    "update": 1,
 }
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from verl_ext.tool_server import ToolClient, start_server
+from verl_ext.tool_server.machine import processors
 from verl_ext.tool_server.runtime import ensure_runtime
 
 PROGRAMS = {
@@ -157,7 +158,7 @@ async def main() -> None:
                 "plain subprocess": (plain_subprocess, cpu_of_this_and_reaped),
                 "bubblewrap + python": (bubblewrapped(bwrap), cpu_of_this_and_reaped),
             }
-            cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+            cores, load = processors(), os.getloadavg()[0]
             print(f"{cores} cores, load {load:.1f} before the run, Python {sys.version.split()[0]}\n")
             print("| program | clients | rival | exec/s | p50 ms | p95 ms | p99 ms | CPU-ms/exec |")
             print("|---|---|---|---|---|---|---|---|")

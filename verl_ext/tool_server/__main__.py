@@ -23,6 +23,7 @@ from verl_ext.tool_server.app import build_app
 from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.isolation import TierUnavailable
+from verl_ext.tool_server.machine import processors
 from verl_ext.tool_server.probe import reach_tier
 from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, default_cache_dir, ensure_runtime
 from verl_ext.tool_server.types import KIB, MIB, Limits
@@ -83,7 +84,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add(
         "--unsafe-no-isolation", False, "Run code with nothing but rlimits around it; default: no.", action="store_true"
     )
-    add("--workers", len(os.sched_getaffinity(0)), "Executions at once; by default one for each CPU.", **_COUNT)
+    add("--workers", processors(), "Executions at once; by default one for each CPU.", **_COUNT)
     add("--queue-size", 1024, "Requests that may wait; more are answered 429.", **_COUNT_FROM_0)
     add("--queue-seconds", 60.0, "Longest wait for a worker; then the client is to ask again.", **_SECONDS)
     add(

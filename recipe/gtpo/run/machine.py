@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, driver, processors, memory. Read, never judged: `gpu.py` beside this judges."""
+"""What this machine has: GPUs, driver, memory. Read, never judged: `gpu.py` beside this judges."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_ext.tool_server.machine import CGROUP
+
 MIB, GB = 2**20, 1e9
-CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers have it
 _SECONDS = 10  # a driver in trouble answers nvidia-smi late or never
 
 
@@ -80,16 +81,6 @@ def _nvidia_smi(*arguments: str) -> str:
 
 def _mib(text: str) -> int:
     return int(float(text) * MIB) if re.fullmatch(r"[\d.]+", text) else 0  # "[N/A]" of a card that shares the host's
-
-
-def processors() -> int:
-    """Those that this process may use; a container's quota counts."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count
 
 
 def host_memory() -> int:

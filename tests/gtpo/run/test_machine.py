@@ -8,7 +8,7 @@ import pytest
 from gpus import nvidia_smi
 
 from recipe.gtpo.run import machine
-from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, processors, shared_memory, slices
+from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, shared_memory, slices
 
 pytestmark = pytest.mark.unit
 
@@ -83,15 +83,6 @@ def test_no_driver_or_a_broken_one_is_no_gpu(tmp_path, monkeypatch, program):
 def test_a_card_without_memory_of_its_own_has_none_to_count(tmp_path):
     nvidia_smi(tmp_path, 1, memory="[N/A]")
     assert gpus()[0].memory == 0
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1), ("nonsense", None)]
-)
-def test_a_container_s_quota_of_processors_counts(tmp_path, monkeypatch, limit, expected):
-    (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    assert processors() == (expected or len(os.sched_getaffinity(0)))
 
 
 def test_a_container_s_limit_of_memory_counts(tmp_path, monkeypatch):

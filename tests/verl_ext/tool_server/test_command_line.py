@@ -47,7 +47,6 @@ def test_the_help_has_a_sentence_and_a_default_for_every_option() -> None:
 @pytest.mark.unit
 def test_without_options_the_limits_are_the_librarys() -> None:
     assert limits_of(parse_arguments([])) == Limits()
-    assert parse_arguments([]).workers == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.unit

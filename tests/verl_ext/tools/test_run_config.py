@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
@@ -14,6 +13,7 @@ from recipe.gtpo.main import ConfigError, ServerStartError, tool_server
 from recipe.gtpo.run.tools import check_tools
 from verl_ext.tool_server import ToolClient
 from verl_ext.tool_server.launch import LIMITS
+from verl_ext.tool_server.machine import processors
 
 
 @pytest.mark.unit
@@ -33,7 +33,7 @@ def test_the_server_follows_the_machine_and_the_configuration(capsys: pytest.Cap
 
     async def ask(url: str) -> None:
         async with ToolClient.from_url(url) as client:
-            assert (await client.health())["workers"] == len(os.sched_getaffinity(0))
+            assert (await client.health())["workers"] == processors()
             slow, large, unknown = await client.run_batch(["1", "x = bytearray(2**27)", "import numpy, sympy"])
             assert slow.timeout == 2.5 and large.outcome.value == "memory"
             assert "No module named 'sympy'" in unknown.output

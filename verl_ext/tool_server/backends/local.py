@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
 from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher, Overloaded
+from verl_ext.tool_server.machine import processors
 from verl_ext.tool_server.probe import reach_tier
 from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, ensure_runtime
 from verl_ext.tool_server.sessions import RequestRefused
@@ -35,7 +35,7 @@ class LocalBackend:
         runtime_dir: Path | None = None,
     ) -> None:
         self._isolation, self._limits = isolation, limits or Limits()
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or processors()
         self._queue_size, self._packages, self._runtime_dir = queue_size, packages, runtime_dir
         self._dispatcher: Dispatcher | None = None
         self._starting = asyncio.Lock()

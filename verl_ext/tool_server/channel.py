@@ -7,6 +7,7 @@ supervisor of a session) sees neither.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -22,10 +23,15 @@ BACKSTOP_SECONDS = 2.0  # a carrier that has not enforced a deadline this long a
 _READ_CHUNK = 256 * 1024
 _ANCILLARY_BYTES = 256
 _LINE_MARK_BYTES = 16  # nothing a program prints by chance
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 
 
 class WorkerLost(RuntimeError):
     """The zygote died or misbehaved; the execution it carried has no result."""
+
+
+class NoRoom(WorkerLost):
+    """This process lacks descriptors or memory for one more execution: it has not begun, and may when others end."""
 
 
 class NotStarted(WorkerLost):
@@ -151,6 +157,7 @@ class Channel:
         Raises:
             WorkerLost: no account of the program came back; the channel is closed and the carrier must be killed.
             NotStarted: likewise, and the program did not run.
+            NoRoom: the carrier was asked nothing, and is as it was.
         """
         line_mark = secrets.token_bytes(_LINE_MARK_BYTES) if request.echo else b""
         order = order | {"line_mark": line_mark.hex()}
@@ -165,10 +172,16 @@ class Channel:
                 self.kill("output")
 
         loop = asyncio.get_running_loop()
-        pipes = [_Pipe(loop, capture, on_output) for capture in (stdout, stderr)]
-        pipes.append(_Pipe(None, marks, on_output))  # a few bytes at most: read once, at the end
+        pipes: list[_Pipe] = []
         try:
-            self._send_order(request, order, [pipe.write_fd for pipe in pipes])
+            try:
+                for capture in (stdout, stderr, marks):
+                    pipes.append(_Pipe(capture, on_output))
+                for pipe in pipes[:2]:  # the marks are a few bytes at most: read once, at the end
+                    pipe.watch(loop)
+                self._send_order(request, order, [pipe.write_fd for pipe in pipes])
+            except OSError as error:
+                raise lost_by(error, "cannot hand over the program") from error
             for pipe in pipes:
                 pipe.close_write_end()
             answer = await self._await_answer(order["wall"])
@@ -223,28 +236,41 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def lost_by(error: OSError, what: str) -> WorkerLost:
+    """What to raise for an error on this side: ``NoRoom`` where it helps to wait."""
+    return (NoRoom if error.errno in _SHORTAGES else WorkerLost)(f"{what}: {error}")
+
+
 def _sealed_memfd(text: str) -> int:
     """An anonymous file holding ``text`` that nobody can change or grow any more."""
     fd = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(text.encode("utf-8", "surrogatepass"))
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    try:
+        view = memoryview(text.encode("utf-8", "surrogatepass"))
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
 class _Pipe:
-    """A pipe whose write end goes to the child; its read end feeds a :class:`Capture`, watched by ``loop`` if any."""
+    """A pipe whose write end goes to the child; its read end feeds a :class:`Capture`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None, capture: Capture, on_data: Callable[[], None]) -> None:
-        self._loop, self._capture, self._on_data = loop, capture, on_data
+    def __init__(self, capture: Capture, on_data: Callable[[], None]) -> None:
+        self._capture, self._on_data = capture, on_data
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.read_fd, False)
         self._ended = False
-        if loop is not None:
-            loop.add_reader(self.read_fd, self._read)
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read whenever there is something."""
+        loop.add_reader(self.read_fd, self._read)
+        self._loop = loop
 
     def _read(self) -> bool:
         """Take one chunk. Returns whether there may be more."""

@@ -13,8 +13,9 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from verl_ext.tool_server.channel import NotStarted, RawRun, WorkerLost
+from verl_ext.tool_server.channel import NoRoom, NotStarted, RawRun, WorkerLost
 from verl_ext.tool_server.isolation import Tier
+from verl_ext.tool_server.machine import raise_open_files
 from verl_ext.tool_server.outcome import build_result
 from verl_ext.tool_server.sessions import RequestRefused, Session, SessionTable
 from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Limits, Outcome
@@ -22,6 +23,7 @@ from verl_ext.tool_server.worker import Worker
 
 logger = logging.getLogger(__name__)
 KINDS = ("bare", "numpy", "sci")
+ROOM_SECONDS = 0.5  # how soon an execution that this process had no room for is tried again
 SESSION_SECONDS = 24 * 3600.0  # backstop in the zygote; the idle time ends sessions much sooner
 RECYCLE_AFTER = 10_000  # executions; bounds whatever a long-lived interpreter or kernel object might accumulate
 _REMEMBERED = 512  # finished results kept for a client that asks again; each has at most three kept outputs
@@ -108,6 +110,7 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Start one zygote of each kind and run a program on it. Raises ``WorkerLost`` when that fails."""
+        raise_open_files()
         for number, kind in enumerate(KINDS, 1):
             logger.info("loading interpreter %d of %d (%s)", number, len(KINDS), kind)
             self._idle[kind].append(await self._new_worker(kind))
@@ -209,13 +212,22 @@ class Dispatcher:
     async def _execute(self, request: ExecutionRequest) -> ExecutionResult:
         queued = time.monotonic()
         if not await self._acquire_slot():
-            self.counters.rejected += 1
-            detail = f"waited longer than {self.queue_seconds:g} s for a free worker"
-            return ExecutionResult.infra(request.request_id, detail, self.tier.isolation, busy=True)
+            return self._waited_too_long(request, "a free worker")
         try:
-            return self._count(await self._run(request, time.monotonic() - queued))
+            while True:
+                try:
+                    return self._count(await self._run(request, time.monotonic() - queued))
+                except NoRoom as error:
+                    if time.monotonic() - queued > self.queue_seconds:
+                        return self._waited_too_long(request, f"room ({error})")
+                await asyncio.sleep(ROOM_SECONDS)  # the slot is kept: while room is short, less runs at once
         finally:
             self._release_slot()
+
+    def _waited_too_long(self, request: ExecutionRequest, what: str) -> ExecutionResult:
+        self.counters.rejected += 1
+        detail = f"waited longer than {self.queue_seconds:g} s for {what}"
+        return ExecutionResult.infra(request.request_id, detail, self.tier.isolation, busy=True)
 
     async def _run(self, request: ExecutionRequest, queue_seconds: float) -> ExecutionResult:
         wall = min(request.timeout or self.limits.wall_seconds, self.limits.wall_seconds)
@@ -233,6 +245,8 @@ class Dispatcher:
     ) -> ExecutionResult:
         try:
             run = await self._run_on_a_living_zygote(request, kind_of(request.code), wall)
+        except NoRoom:
+            raise
         except WorkerLost as error:
             return ExecutionResult.infra(request.request_id, str(error), self.tier.isolation, attempts=attempt)
         return build_result(
@@ -265,6 +279,8 @@ class Dispatcher:
                     await self._start_session(session, kind_of(request.code))
                 assert session.process is not None
                 run = await session.process.run(request, wall)
+            except NoRoom:
+                raise  # before the turn began: the state is as it was
             except (WorkerLost, asyncio.CancelledError) as error:
                 session.lost = str(error) or "a turn was cancelled"
                 await self._end_session(session)

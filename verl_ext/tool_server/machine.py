@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers have it
@@ -16,3 +18,13 @@ def processors() -> int:
         return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
     except (OSError, ValueError):
         return count
+
+
+def raise_open_files() -> None:
+    """Raise this process's limit on descriptors as far as it may.
+
+    The usual 1024 are few: each client that waits takes one, each zygote two and each execution up to eight.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # above what the kernel grants anybody now (fs.nr_open): it stays as it is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -11,9 +11,9 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
-from verl_ext.tool_server.channel import BACKSTOP_SECONDS, Channel, RawRun, WorkerLost
+from verl_ext.tool_server.channel import BACKSTOP_SECONDS, Channel, NoRoom, RawRun, WorkerLost, lost_by
 from verl_ext.tool_server.isolation import Tier
 from verl_ext.tool_server.types import ExecutionRequest, Limits
 
@@ -33,7 +33,7 @@ class Worker:
         self._channel: Channel | None = None
         self._base_address_space = 0
         self._thread_limit = limits.threads
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr: IO[bytes] | None = None
 
     @property
     def alive(self) -> bool:
@@ -45,8 +45,14 @@ class Worker:
 
         Raises:
             WorkerLost: it ended or did not report within ``START_SECONDS``; the message has its last words.
+            NoRoom: this process lacks what one more takes.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._stderr = tempfile.TemporaryFile()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self.close()
+            raise lost_by(error, "cannot start a zygote") from error
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._channel = Channel(ours)
         try:
@@ -68,7 +74,7 @@ class Worker:
             )
         except OSError as error:
             self.close()
-            raise WorkerLost(f"cannot start a zygote: {error}") from error
+            raise lost_by(error, "cannot start a zygote") from error
         finally:
             theirs.close()
         try:
@@ -86,14 +92,19 @@ class Worker:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 self.zygote_pid = struct.unpack("3i", data[:12])[0]
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        with open(f"/proc/{self.zygote_pid}/statm") as statm:
-            self._base_address_space = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        try:
+            with open(f"/proc/{self.zygote_pid}/statm") as statm:
+                self._base_address_space = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        except OSError as error:
+            self.close()
+            raise lost_by(error, "cannot start a zygote") from error
         if not self.tier.namespaces and command.uid is None:
             # RLIMIT_NPROC counts all of this user's tasks when neither the uid nor the user namespace is our own.
             self._thread_limit = _tasks_of_this_user() + 1024
 
     def last_words(self) -> str:
         """The last line the zygote wrote to its stderr, for the operator."""
+        assert self._stderr is not None
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
@@ -103,6 +114,7 @@ class Worker:
 
         Raises:
             WorkerLost: the zygote died, or could not confine the child. It must not be used again.
+            NoRoom: this process lacks what one more execution takes; the zygote is as it was.
         """
         assert self._channel is not None
         self.executions += 1
@@ -125,10 +137,14 @@ class Worker:
 
         Raises:
             WorkerLost: it did not start.
+            NoRoom: this process lacks what one more session takes; the zygote is as it was.
         """
         assert self._channel is not None
         self.executions += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise lost_by(error, "cannot start a session") from error
         channel = Channel(ours)
         order = self._order(ExecutionRequest(""), seconds) | {"session": True, "threads": SESSION_TASKS}
         try:
@@ -154,7 +170,8 @@ class Worker:
                 _kill(self.zygote_pid, process)
             process.kill()
             process.wait()
-        self._stderr.close()
+        if self._stderr is not None:
+            self._stderr.close()
 
 
 class SessionProcess:
@@ -174,6 +191,7 @@ class SessionProcess:
 
         Raises:
             WorkerLost: the session is gone, with its state.
+            NoRoom: this process lacks what one more turn takes; the session is as it was.
         """
         order = {
             "wall": wall_seconds,
@@ -183,6 +201,8 @@ class SessionProcess:
         }
         try:
             return await self._channel.execute(request, order, self.worker.limits)
+        except NoRoom:
+            raise
         except BaseException:
             self._channel.close()  # a cancelled turn too: what it left behind is nobody's state
             raise

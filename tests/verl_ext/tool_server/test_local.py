@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -81,3 +83,93 @@ def test_cancelling_frees_the_worker_wherever_the_request_is() -> None:
         assert (dispatcher.running, dispatcher.waiting) == (0, 0)
 
     with_local(use, isolation="strong", workers=1)
+
+
+class Shortage:
+    """In the place of ``os.pipe2``: fails while ``left`` is not used up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        self._pipe2 = os.pipe2
+        monkeypatch.setattr(os, "pipe2", self)
+        monkeypatch.setattr("verl_ext.tool_server.dispatcher.ROOM_SECONDS", 0.01)
+
+    def __call__(self, flags: int) -> tuple[int, int]:
+        if self.left > 0:
+            self.left -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._pipe2(flags)
+
+
+def test_without_descriptors_an_execution_waits_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortage = Shortage(monkeypatch)
+
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        shortage.left = 5
+        (result,) = await client._backend.run([ExecutionRequest("1")])
+        assert (result.output, result.attempts, shortage.left) == ("1\n", 1, 0)
+        dispatcher.queue_seconds, shortage.left = 0.05, 10**9
+        (result,) = await client._backend.run([ExecutionRequest("2")])
+        assert result.outcome is Outcome.INFRA and result.busy and "Too many open files" in result.detail
+        shortage.left = 0
+        assert (await client.run("3")).output == "3\n"
+        assert dispatcher.running == dispatcher.waiting == 0 and dispatcher.counters.zygotes_lost == 0
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    with_local(use, isolation="standard", workers=1)
+
+
+def test_without_descriptors_a_zygote_waits_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the descriptors it is that one is missing."""
+
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        dispatcher.queue_seconds = 0.05
+        monkeypatch.setattr("verl_ext.tool_server.dispatcher.ROOM_SECONDS", 0.01)
+        outcomes = []
+        while Outcome.OK not in outcomes:
+            for worker in dispatcher.zygotes:
+                dispatcher._idle[worker.kind].clear()
+                dispatcher._discard(worker)
+            before = len(os.listdir("/proc/self/fd")) - 1  # the listing has one
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (before + len(outcomes), limits[1]))
+                (result,) = await client._backend.run([ExecutionRequest("1")])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert result.ok or result.busy, result.detail
+            assert len(os.listdir("/proc/self/fd")) - 1 == before + 2 * len(dispatcher.zygotes)
+            outcomes.append(result.outcome)
+        assert len(outcomes) > 5
+        assert sorted(dispatcher._returned_indices + [worker.index for worker in dispatcher.zygotes]) == [0, 1, 2]
+
+    with_local(use, isolation="standard", workers=1)
+
+
+def test_without_descriptors_a_session_keeps_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortage = Shortage(monkeypatch)
+
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        session = await client.open_session()
+        await client.run("x = 5", session_id=session)
+        shortage.left = 2
+        assert (await client.run("x", session_id=session)).output == "5\n"
+        assert shortage.left == 0
+
+    with_local(use, isolation="strong", workers=1)
+
+
+def test_the_limit_of_open_files_is_raised() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def use(client: ToolClient, dispatcher: Any) -> None:
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+        code = "import resource; resource.getrlimit(resource.RLIMIT_NOFILE)"
+        assert (await client.run(code)).output == "(64, 64)\n", "a program's own limit stays"
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
+        with_local(use, isolation="standard", workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--scratch-mib", limits.scratch_bytes // MIB, "Size of its private /tmp, in the tier strong.", **_COUNT)
     add("--open-files", limits.open_files, "Files it may have open, at least 8.", type=_number(int, 8), metavar="N")
-    add("--threads", limits.threads, "Threads it may have.", **_COUNT)
+    add("--threads", limits.threads, "Threads it may have; more in the tier standard as an ordinary user.", **_COUNT)
     add("--code-kib", limits.code_bytes // KIB, "Longest program; a longer one gets an error.", **_COUNT)
     add(
         "--output-kib",

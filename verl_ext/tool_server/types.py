@@ -53,7 +53,7 @@ class Limits:
     cpu_seconds: int = 5  # the kernel counts RLIMIT_CPU in whole seconds
     memory_bytes: int = 512 * MIB  # address space beyond what the preloaded interpreter already maps
     open_files: int = 64
-    threads: int = 64
+    threads: int = 64  # not where the server shares its user with others: see `SPARE_TASKS` in worker.py
     scratch_bytes: int = 16 * MIB  # size of the private /tmp (strong tier; there is none in standard)
     code_bytes: int = 256 * KIB
     stdin_bytes: int = 1 * MIB

@@ -20,6 +20,11 @@ from verl_ext.tool_server.types import ExecutionRequest, Limits
 START_SECONDS = 60.0  # importing scipy and sympy from a cold disk on a busy machine
 # Tasks of a session's user: zygote, supervisor, holder of the state, running turn, and the turn's successor.
 SESSION_TASKS = 5
+# Where the user is not the zygote's own, RLIMIT_NPROC counts all tasks of that user, also those that start while a
+# program runs (Ray, torch and vLLM start a thousand and more) and those in other containers, which cannot be seen from
+# here. Hence the whole machine's, and many to spare: a program must not be refused a thread for what others do. It is
+# not left out, because seccomp bars forks, but address space bounds only those threads that have a stack each.
+SPARE_TASKS = 4096
 
 
 class Worker:
@@ -32,7 +37,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._base_address_space = 0
-        self._thread_limit = limits.threads
+        self._shares_user = False  # with tasks that are not ours
         self._stderr: IO[bytes] | None = None
 
     @property
@@ -98,9 +103,7 @@ class Worker:
         except OSError as error:
             self.close()
             raise lost_by(error, "cannot start a zygote") from error
-        if not self.tier.namespaces and command.uid is None:
-            # RLIMIT_NPROC counts all of this user's tasks when neither the uid nor the user namespace is our own.
-            self._thread_limit = _tasks_of_this_user() + 1024
+        self._shares_user = not self.tier.namespaces and command.uid is None
 
     def last_words(self) -> str:
         """The last line the zygote wrote to its stderr, for the operator."""
@@ -126,7 +129,7 @@ class Worker:
             "cpu": self.limits.cpu_seconds,
             "memory": self._base_address_space + self.limits.memory_bytes,
             "files": self.limits.open_files,
-            "threads": self._thread_limit,
+            "threads": _tasks_of_this_machine() + SPARE_TASKS if self._shares_user else self.limits.threads,
             "scratch": self.limits.scratch_bytes,
             "echo": request.echo,
             "code_bytes": self.limits.code_bytes,
@@ -229,14 +232,10 @@ def _kill(zygote_pid: int, process: subprocess.Popen[bytes]) -> None:
             pass
 
 
-def _tasks_of_this_user() -> int:
-    """Threads of all processes of this user."""
-    uid, count = os.geteuid(), 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.stat(f"/proc/{name}").st_uid == uid:
-                    count += len(os.listdir(f"/proc/{name}/task"))
-            except OSError:
-                continue  # it ended meanwhile
-    return count
+def _tasks_of_this_machine() -> int:
+    """Threads of all processes of all users; a container shows the whole machine's too."""
+    try:
+        with open("/proc/loadavg") as loadavg:
+            return int(loadavg.read().split()[3].partition("/")[2])
+    except OSError as error:
+        raise lost_by(error, "cannot count the machine's tasks") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lab import REPOSITORY, Server, World
+from lab import REPOSITORY, USER_UID, Server, World
 
 from verl_ext.tool_server import ExecutionRequest, ExecutionResult, ToolClient
+from verl_ext.tool_server.runtime import ensure_runtime
 
 pytestmark = pytest.mark.e2e
 README = (REPOSITORY / "verl_ext" / "tool_server" / "README.md").read_text()
@@ -273,6 +275,39 @@ def test_shared_values_work_in_strong_and_raise_the_same_error_in_standard(world
         assert result.output == "3\n"
     else:
         assert result.stderr.splitlines()[-1].startswith("PermissionError: [Errno 13] Permission denied")
+
+
+CROWD = """
+import sys, threading
+threading.stack_size(65536)
+for _ in range(1500):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("world", ["user-standard"], indirect=True)
+def test_threads_start_however_many_tasks_its_user_gets_meanwhile(world: World) -> None:
+    """As Ray, torch and vLLM have them, when they start after the server."""
+    code = "import threading\nt = threading.Thread(target=print, args=(3,))\nt.start()"
+    assert run(world.server, code).output == "3\n"
+    identity = {"user": USER_UID, "group": USER_UID, "extra_groups": []} if os.geteuid() == 0 else {}
+    runtime = ensure_runtime(packages=("numpy",))  # an interpreter that every user can run
+    with subprocess.Popen(
+        [str(runtime.python), "-I", "-S", "-c", CROWD],
+        env={"LD_LIBRARY_PATH": f"{runtime.root}/lib"},
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **identity,
+    ) as crowd:
+        assert crowd.stdout.readline() == "there\n"
+        assert run(world.server, code).output == "3\n"
+        crowd.stdin.close()
+    bound = run(world.server, "import resource\nprint(*resource.getrlimit(resource.RLIMIT_NPROC))").output.split()
+    assert bound[0] == bound[1] and 0 < int(bound[0]) < 100_000, "there is a limit"
 
 
 def test_a_signal_nobody_can_handle_is_no_excuse(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import ipaddress
 import json
 import logging
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +25,10 @@ from verl_ext.tool_server.app import build_app
 from verl_ext.tool_server.channel import WorkerLost
 from verl_ext.tool_server.dispatcher import Dispatcher
 from verl_ext.tool_server.isolation import TierUnavailable
+from verl_ext.tool_server.launch import building_mark
 from verl_ext.tool_server.machine import processors
 from verl_ext.tool_server.probe import reach_tier
-from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, RuntimeBuildError, default_cache_dir, ensure_runtime
+from verl_ext.tool_server.runtime import DEFAULT_PACKAGES, Runtime, RuntimeBuildError, default_cache_dir, ensure_runtime
 from verl_ext.tool_server.types import KIB, MIB, Limits
 
 TOKEN_VARIABLE = "TOOL_SERVER_TOKEN"
@@ -182,8 +185,59 @@ def write_ready_file(path: Path, content: dict[str, object]) -> None:
     os.replace(out.name, path)
 
 
+async def build_runtime(arguments: argparse.Namespace, packages: list[str]) -> Runtime:
+    """The runtime, built on first use, with a mark for the launcher meanwhile.
+
+    In a thread that this process's end does not wait for, unlike those of asyncio: a build can take minutes. The next
+    one removes what is left of it.
+    """
+    built: concurrent.futures.Future[Runtime] = concurrent.futures.Future()
+    built.set_running_or_notify_cancel()
+
+    def build() -> None:
+        try:
+            built.set_result(ensure_runtime(arguments.runtime_dir, packages))
+        except BaseException as error:
+            built.set_exception(error)
+
+    mark = building_mark(arguments.ready_file) if arguments.ready_file else None
+    if mark is not None:
+        mark.touch()
+    try:
+        threading.Thread(target=build, daemon=True).start()
+        return await asyncio.wrap_future(built)
+    finally:
+        if mark is not None:
+            mark.unlink(missing_ok=True)
+
+
+async def start(arguments: argparse.Namespace) -> Dispatcher:
+    """A dispatcher that runs programs. Raises as :func:`serve` does; cancelled, it leaves no process behind."""
+    packages = [name.strip() for name in arguments.packages.split(",") if name.strip()]
+    names = ", ".join(packages) or "none"
+    logging.info("starting: isolation %s, %d workers, packages %s", arguments.isolation, arguments.workers, names)
+    runtime = await build_runtime(arguments, packages)
+    wanted = "none" if arguments.unsafe_no_isolation else arguments.isolation
+    tier = await reach_tier(wanted, runtime)
+    dispatcher = Dispatcher(
+        tier,
+        limits_of(arguments),
+        arguments.workers,
+        arguments.queue_size,
+        arguments.queue_seconds,
+        arguments.max_sessions,
+        arguments.session_idle_seconds,
+    )
+    try:
+        await dispatcher.start()
+    except BaseException:
+        await dispatcher.drain(0.0)
+        raise
+    return dispatcher
+
+
 async def serve(arguments: argparse.Namespace) -> None:
-    """Run until SIGTERM, SIGINT or the parent's end.
+    """Run until SIGTERM, SIGINT or the parent's end, which also end a start.
 
     Raises:
         TierUnavailable, RuntimeBuildError, WorkerLost: the server cannot start safely.
@@ -196,21 +250,15 @@ async def serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
     if arguments.parent_pid:
         watch_parent(arguments.parent_pid, loop, parent_gone)
-    packages = [name.strip() for name in arguments.packages.split(",") if name.strip()]
-    names = ", ".join(packages) or "none"
-    logging.info("starting: isolation %s, %d workers, packages %s", arguments.isolation, arguments.workers, names)
-    runtime = await asyncio.to_thread(ensure_runtime, arguments.runtime_dir, packages)
-    wanted = "none" if arguments.unsafe_no_isolation else arguments.isolation
-    tier = await reach_tier(wanted, runtime)
-    dispatcher = Dispatcher(
-        tier,
-        limits_of(arguments),
-        arguments.workers,
-        arguments.queue_size,
-        arguments.queue_seconds,
-        arguments.max_sessions,
-        arguments.session_idle_seconds,
-    )
+    waits = [asyncio.ensure_future(event.wait()) for event in (stop, parent_gone)]
+    starting = asyncio.ensure_future(start(arguments))
+    await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        logging.info("stopping before it serves: %s", "parent process ended" if parent_gone.is_set() else "signal")
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    dispatcher = starting.result()
     runner = web.AppRunner(
         build_app(dispatcher, os.environ.get(TOKEN_VARIABLE)),
         handler_cancellation=True,  # a client that goes away frees its child
@@ -218,20 +266,16 @@ async def serve(arguments: argparse.Namespace) -> None:
         shutdown_timeout=arguments.drain_seconds,
     )
     try:
-        await dispatcher.start()
         await runner.setup()
         site = web.TCPSite(runner, arguments.host, arguments.port, backlog=1024)
         await site.start()
         host, port = runner.addresses[0][:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        isolation = tier.isolation.value
+        isolation = dispatcher.tier.isolation.value
         logging.info("serving on %s, isolation %s, %d workers (Ctrl-C ends it)", url, isolation, arguments.workers)
         if arguments.ready_file:
             write_ready_file(arguments.ready_file, {"url": url, "pid": os.getpid(), "isolation": isolation})
-        waits = [asyncio.ensure_future(event.wait()) for event in (stop, parent_gone)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
         logging.info("stopping: %s", "parent process ended" if parent_gone.is_set() else "signal")
         await site.stop()
         await dispatcher.drain(0.0 if parent_gone.is_set() else arguments.drain_seconds)

@@ -35,6 +35,11 @@ LIMITS = (
 )
 
 
+def building_mark(ready_file: Path) -> Path:
+    """The file that is there while a server builds its runtime, or waits for one that does."""
+    return ready_file.with_name(f"{ready_file.name}.building")
+
+
 class ServerStartError(RuntimeError):
     """The server ended or was not ready in time; the message has its last words."""
 
@@ -91,7 +96,7 @@ def start_server(
         port: 0 for any free port.
         limits: by name (``LIMITS``), as the options of the command line; None or left out: the server's default.
         packages: what programs can import; None: the server's default.
-        ready_seconds: includes building the tool runtime on first use.
+        ready_seconds: without building the tool runtime on first use, which takes as long as it takes.
         progress: called with each line that the server logs until it is ready.
         extra_arguments: further options, as on the command line.
 
@@ -129,8 +134,11 @@ def start_server(
             told = len(lines)
             if process.poll() is not None:
                 raise ServerStartError(f"tool server ended with status {process.returncode}:\n{_tail(directory.name)}")
+            if building_mark(ready).exists():
+                deadline = time.monotonic() + ready_seconds
             if time.monotonic() > deadline:
-                raise ServerStartError(f"tool server not ready after {ready_seconds:g} s:\n{_tail(directory.name)}")
+                late = f"tool server not ready after {ready_seconds:g} s (ready_seconds)"
+                raise ServerStartError(f"{late}:\n{_tail(directory.name)}")
             time.sleep(0.02)
         facts = json.loads(ready.read_text())
     except BaseException:

@@ -8,6 +8,8 @@ conda as root), which the unprivileged user that runs the code cannot enter. Bui
 from __future__ import annotations
 
 import compileall
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import logging
@@ -20,7 +22,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +97,10 @@ def ensure_runtime(cache_dir: Path | None = None, packages: Iterable[str] = DEFA
         raise RuntimeBuildError(f"{cache} must be yours or root's and writable by nobody else; pass --runtime-dir")
     if not target.exists():
         logger.info("building the tool runtime in %s: once, up to half a minute or more", target)
-        _publish(target, lambda work: _build(work, distributions))
+        _publish(target, lambda work: _build(work, distributions), cache)
     inside = f"inside-{_inside_key()}"
     if not (target / inside).exists():
-        _publish(target / inside, _build_inside)
+        _publish(target / inside, _build_inside, cache)
     return Runtime(target, inside)
 
 
@@ -151,26 +153,53 @@ def _inside_key() -> str:
     return digest.hexdigest()[:20]
 
 
-def _publish(target: Path, build: Callable[[Path], None]) -> None:
+@contextlib.contextmanager
+def _only_builder(cache: Path) -> Iterator[bool]:
+    """Wait until nobody else builds in ``cache``. Yields whether that is sure: some file systems have no locks.
+
+    A lock ends with its process, and where the cache is on a network, other machines see it too; a pid says neither.
+    """
+    with open(cache / ".lock", "w") as lock:
+        alone = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that builds in %s", cache)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            alone = False
+        yield alone
+
+
+def _publish(target: Path, build: Callable[[Path], None], cache: Path) -> None:
     """Build in a temporary sibling of ``target``, compile, then rename: a reader sees a whole tree or none."""
     try:
-        work = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-        try:
-            build(work)
-            # Bytecode that never looks at source times: valid whatever the copy did to them.
-            mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-            compileall.compile_dir(work, quiet=2, stripdir=str(work), invalidation_mode=mode)
-            _make_world_readable(work)
-            try:
-                work.rename(target)
-            except OSError:
-                if not target.exists():  # otherwise another server built the same tree first
-                    raise
-        finally:
-            if work.exists():
-                shutil.rmtree(work, ignore_errors=True)
+        with _only_builder(cache) as alone:
+            if alone:
+                for left in target.parent.glob(".building-*"):  # by one that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+            if not target.exists():  # else it was built while we waited
+                _build_and_rename(target, build)
     except OSError as error:
         raise RuntimeBuildError(f"cannot build the tool runtime at {target}: {error}; pass --runtime-dir") from error
+
+
+def _build_and_rename(target: Path, build: Callable[[Path], None]) -> None:
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    try:
+        build(work)
+        # Bytecode that never looks at source times: valid whatever the copy did to them.
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        compileall.compile_dir(work, quiet=2, stripdir=str(work), invalidation_mode=mode)
+        _make_world_readable(work)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.exists():  # otherwise another server built the same tree first
+                raise
+    finally:
+        if work.exists():
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(work: Path, distributions: dict[str, importlib.metadata.Distribution]) -> None:

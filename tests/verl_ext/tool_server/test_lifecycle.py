@@ -78,6 +78,22 @@ def test_sigterm_drains_running_work() -> None:
         assert gone(everything, 10)
 
 
+@pytest.mark.parametrize("doing", ["attacking isolation tier", "loading interpreter 2 of 3"])
+def test_sigterm_ends_a_start_at_once(doing: str) -> None:
+    command = [sys.executable, "-m", "verl_ext.tool_server", "--port", "0", *SMALL]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            while doing not in server.stderr.readline():
+                assert server.poll() is None
+            everything = family(server.pid)
+            server.terminate()
+            said = server.communicate(timeout=20)[1]
+        finally:
+            server.kill()
+    assert server.returncode == 0 and said.endswith("stopping before it serves: signal\n")
+    assert gone(everything)
+
+
 def test_a_killed_server_takes_everything_with_it() -> None:
     with start_server(isolation="strong", workers=1, extra_arguments=SMALL) as server:
 

@@ -1,8 +1,9 @@
 """What the command line of an evaluation asks for, and the config that each benchmark is evaluated with.
 
 A benchmark of the task that a run was trained on keeps the run's own settings: prompt, limits, tools, sampling. A
-benchmark of another task has that task's file. What belongs to the model (chat template, seed, what programs can
-import) is the run's in both cases. What belongs to the machine never is. The command line has the last word.
+benchmark of another task has that task's file. What belongs to the model (`model=NAME` with all that it sets, chat
+template, seed, what programs can import) is the run's in both cases. What belongs to the machine never is. The command
+line has the last word.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ KEYS = ("model", "benchmarks", "samples", "compare", "endpoint", "served_model",
 OF_MODEL = (
     "actor_rollout_ref.model",
     f"{_ROLLOUT}.dtype",
+    "chat_template",
     "data.apply_chat_template_kwargs",
+    "hydra.searchpath",  # a group below may be a file of the user's own
+    "model",  # the group; `model=` of an evaluation is another key, and `Request` takes it out of the overrides
     "seed",
     "tool_server.limits",
     "tool_server.packages",
@@ -249,7 +253,9 @@ def overrides_of(benchmark: Benchmark, request: Request, run: Sequence[str], run
         merged[key_of(override)] = override
     made = list(merged.values())
     if benchmark.generator is not None:
-        made += [f"~task.generators.{one}" for one in _generators(benchmark.task) if one != benchmark.generator]
+        # null and not `~`: hydra deletes nothing that is null already. {} keeps settings, and takes back a null.
+        made += [f"task.generators.{one}=null" for one in _generators(benchmark.task) if one != benchmark.generator]
+        made.append(f"task.generators.{benchmark.generator}={{}}")
     return tuple(made)
 
 

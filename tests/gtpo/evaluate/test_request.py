@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from recipe.gtpo.evaluate.request import Request, check_task_keys, find_benchmarks, known, overrides_of, task_of
 from recipe.gtpo.run.checks import check
+from recipe.gtpo.run.environment import CONFIG_DIR
 from recipe.gtpo.run.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -175,11 +176,73 @@ def test_a_published_experiment_goes_with_its_task_only():
     assert choices["experiment"] is None
 
 
+#: Keys that the files of model=smollm2 set, and an evaluation has to have as the run had them.
+SET_BY_SMOLLM2 = (
+    *("task", "tool_server.packages", "data.max_prompt_length", "data.max_response_length", "algorithm.gtpo"),
+    *(f"actor_rollout_ref.rollout.{key}" for key in ("dtype", "multi_turn", "val_kwargs", "max_num_seqs")),
+    *("actor_rollout_ref.model.override_config", "actor_rollout_ref.model.custom_chat_template", "reward"),
+)
+SMOLLM2_RUN = ("model=smollm2", "task=reasoning_gym", "trainer.save_freq=10")
+
+
+def values(config):
+    return {key: OmegaConf.select(config, key) for key in SET_BY_SMOLLM2}
+
+
+@pytest.mark.parametrize("task", ["reasoning_gym", "verl_data"])
+def test_a_run_of_model_smollm2_is_evaluated_with_all_that_this_sets(tmp_path, task):
+    (own := tmp_path / "own.jsonl").touch()
+    run = ("model=smollm2", f"task={task}", "trainer.save_freq=10")
+    config, choices = composed(task if task == "reasoning_gym" else own, run=run, run_task=task)
+    trained, _ = compose_with_choices(*run)
+    assert (choices["model"], choices["model_task"]) == ("smollm2", f"smollm2_{task}")
+    assert values(config) == values(trained)
+    assert config.actor_rollout_ref.model.path is None  # filled with the checkpoint's
+
+
+def test_the_group_model_goes_to_a_benchmark_of_another_task_too():
+    config, choices = composed("gsm8k", run=SMOLLM2_RUN, run_task="reasoning_gym")
+    trained, _ = compose_with_choices("model=smollm2", "task=gsm8k")
+    assert choices["model"] == "smollm2" and values(config) == values(trained)
+    config, choices = composed("gsm8k", run=(), run_task=None)
+    assert choices["model"] is None  # `model=` of the evaluation's own command line is no group
+
+
+def test_the_chat_template_of_a_run_is_kept():
+    for benchmark in ("gsm8k", "math500"):
+        config, choices = composed(benchmark, run=("task=gsm8k", "chat_template=qwen2_5"))
+        template = (CONFIG_DIR / "chat_template/qwen2_5.jinja").read_text()
+        assert config.actor_rollout_ref.model.custom_chat_template == template and choices["chat_template"] == "qwen2_5"
+
+
+def test_a_group_of_the_users_own_is_found_where_the_run_found_it(tmp_path):
+    """`model=mine --config-dir ...`: of such a command the run keeps the folder (`doctor.read_overrides`)."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("# @package _global_\ndata: {max_response_length: 77}\n")
+    run = ("model=mine", "task=gsm8k", f"hydra.searchpath=[pkg://verl.trainer.config,file://{tmp_path}]")
+    config, _ = composed("gsm8k", run=run)
+    assert config.data.max_response_length == 77
+
+
+def generators(config):
+    """Those that make problems."""
+    return [name for name, settings in config.task.generators.items() if settings is not None]
+
+
 def test_one_generator_of_reasoning_gym():
     config, _ = composed("products", run=(), run_task=None)
-    assert list(config.task.generators) == ["products"]
+    assert generators(config) == ["products"]
     config, _ = composed("reasoning_gym", run=(), run_task=None)
-    assert list(config.task.generators) == ["chain_sum", "products", "lcm", "simple_equations"]
+    assert generators(config) == ["chain_sum", "products", "lcm", "simple_equations"]
+
+
+def test_one_generator_of_a_run_that_leaves_some_out():
+    """model=smollm2 has no lcm: named as a benchmark, it is evaluated all the same."""
+    for name in ("products", "lcm"):
+        assert generators(composed(name, run=SMOLLM2_RUN, run_task="reasoning_gym")[0]) == [name]
+    run = ("task=reasoning_gym", "task.generators.lcm=null", "+task.generators.products.min_digits=2")
+    config, _ = composed("products", run=run, run_task="reasoning_gym")
+    assert generators(config) == ["products"] and config.task.generators.products == {"min_digits": 2}
 
 
 def test_all_benchmarks_compose_and_pass_the_checks_of_a_run():

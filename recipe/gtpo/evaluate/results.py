@@ -44,7 +44,7 @@ class Result:
     """One model on one benchmark.
 
     Args:
-        values: measure -> problem -> value.
+        values: measure -> problem -> value. Without maj@k where answers are right of which none was stated.
         counts: of problems and samples, by what became of them.
         means: over the scored samples.
     """
@@ -76,7 +76,12 @@ class Result:
         means = {name: fmean(sample.info[name] for sample in scored) for name in _MEANS if scored}
         if scored:
             means["tokens"] = fmean(sample.tokens for sample in scored)
-        return cls(samples, by_problem(dict(zip(done, votes, strict=True)), samples), counts, means)
+        values = by_problem(dict(zip(done, votes, strict=True)), samples)
+        # A model that states no answer is never right. Where it is, the reward function does not say what it read (a
+        # number, or no `pred`): there is nothing to count votes by, and 0 would be made up.
+        if any(sample.acc >= 1 for sample in scored) and not any(of.answers for of in votes):
+            values = {name: of for name, of in values.items() if not name.startswith("maj@")}
+        return cls(samples, values, counts, means)
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -147,6 +152,10 @@ def _notes(results: Mapping[str, Result]) -> list[str]:
             )
         if counts["not_done"]:
             said.append(f"{name}: {counts['not_done']} samples are not done")
+        if result.main[2] not in result.values:
+            said.append(
+                f"{name}: maj@k is left out: the reward function states no answer (`pred`), also where it is right"
+            )
         short = sum(name.startswith("pass@") and len(of) < counts["problems"] for name, of in result.values.items())
         if short and not counts["not_done"]:
             said.append(f"{name}: pass@k and maj@k are over the problems with at least k scored samples")

@@ -89,6 +89,35 @@ def test_the_table_says_what_the_numbers_leave_out(result):
     ]
 
 
+def of_preds(*problems):
+    """Of the samples of each problem, (acc, pred)."""
+    done = {i: {j: sample(*one) for j, one in enumerate(samples)} for i, samples in enumerate(problems)}
+    return asyncio.run(Result.of(done, len(problems), len(problems[0]), 0, OwnData(name="x").same))
+
+
+def test_a_reward_function_that_states_no_answer_leaves_maj_out():
+    """It was 0.000, with an interval, where three of four samples were right."""
+    unstated = of_preds([(1.0, ""), (1.0, "")], [(1.0, ""), (0.0, "")])
+    assert unstated.to_dict()["measures"].keys() == {"mean@2", "pass@1", "pass@2"}
+    assert not any("maj@" in name for name in unstated.metrics("x"))
+    head, row, note = results_table({"x": unstated})
+    assert row[head.index("maj@n") :].split()[0] == "-" and row[head.index("mean@n") :].startswith("0.750 [")
+    assert note == "x: maj@k is left out: the reward function states no answer (`pred`), also where it is right"
+    stated = of_preds([(1.0, "5"), (1.0, "5")], [(1.0, "5"), (0.0, "6")])
+    for before, after in ((unstated, stated), (stated, unstated)):
+        assert after.minus(before).keys() == {"mean@2", "pass@1", "pass@2"}
+        *_, maj = difference_table({"x": before}, {"x": after}, ("before", "after"))
+        assert maj.split()[1] == "maj@2" and maj.split()[-1] == "-"
+
+
+def test_a_model_that_never_gives_an_answer_has_no_majority_that_is_right():
+    """As a base model's that does not know the form: what training adds is measured from there."""
+    before, after = of_preds([(0.0, ""), (0.0, "")]), of_preds([(1.0, "5"), (0.0, "")])
+    assert before.estimates["maj@2"].value == 0.0
+    assert after.values["maj@2"] == {0: 1.0} and after.values["maj@1"] == {0: 0.5}  # one that states none votes not
+    assert after.minus(before)["maj@2"].value == 1.0
+
+
 def test_an_evaluation_that_was_stopped_says_so():
     result = asyncio.run(Result.of({0: {0: sample(1.0, "5")}}, 2, 2, 0, OwnData(name="x").same))
     assert results_table({"x": result})[-1] == "x: 3 samples are not done"

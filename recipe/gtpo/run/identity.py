@@ -1,13 +1,16 @@
 """A run folder belongs to one config: another config gets another folder, or is refused with what differs.
 
 Without this, a repeated command with another learning rate would find a finished run and print its numbers, and a
-resumed one would go on with the optimizer's old rate while the recorded config says the new one.
+resumed one would go on with the optimizer's old rate while the recorded config says the new one. So it is with a reward
+function that was edited, though its path is the same: a hash of its file stands beside the path.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -49,6 +52,8 @@ FREE = (
 )
 #: Named in `trainer.experiment_name` by themselves, or chosen by the machine.
 _NAMED = ("hardware", "method", "model", "rollout", "seed", "task")
+#: How keys end: of a reward function (an evaluation has one a benchmark), and of the hash of its file.
+_PATH, _HASH = ".custom_reward_function.path", ".custom_reward_function.sha256"
 
 
 def variant(overrides: Sequence[str] | None = None) -> str:
@@ -69,16 +74,52 @@ def claim(record: RunRecord, config: DictConfig) -> None:
     Raises RecordError with what differs when the folder holds another config's run.
     """
     ours = flatten(OmegaConf.to_container(config, resolve=True))
+    hashes = _reward_hashes(ours)
     theirs = record.read_config()
     if theirs is None:
-        record.write_config(ours)
+        record.write_config(ours | hashes)
         return
-    theirs, ours = ({key: value for key, value in one.items() if not _is_free(key)} for one in (theirs, ours))
-    if differs := differences(theirs, ours):
+    if differs := differences(_compared(theirs), _compared(ours)):
         raise RecordError(
             f"{record.dir} belongs to a run with another config: {differs}. Give this one a folder of its own "
             "(run_dir=...), or the same values"
         )
+    if (edited := edited_reward(theirs)) is not None:
+        raise RecordError(
+            f"the reward function {edited} has changed since {record.dir} was begun with it. Give this one a folder of "
+            "its own (run_dir=...), or the file as it was"
+        )
+    if not hashes.keys() <= theirs.keys():  # begun before there were hashes: what the file was then, nobody knows
+        record.write_config(theirs | hashes)
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not _is_free(key) and not key.endswith(_HASH)}
+
+
+def edited_reward(config: Mapping[str, Any]) -> str | None:
+    """The reward function of a recorded config whose file is not what it was then; None where there is none."""
+    now = _reward_hashes(config)
+    edited = (key for key, found in now.items() if config.get(key, found) != found)
+    return next((config[key.removesuffix(_HASH) + _PATH] for key in edited), None)
+
+
+def _reward_hashes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files themselves. What they import is not looked at."""
+    paths = {key: path for key, path in config.items() if key.endswith(_PATH) and path is not None}
+    files = {key.removesuffix(_PATH) + _HASH: _reward_file(path) for key, path in paths.items()}
+    return {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items() if file.is_file()}
+
+
+def _reward_file(path: str) -> Path:
+    """Of what `scoring.load_function` loads."""
+    if path.startswith("pkg://"):
+        try:
+            spec = importlib.util.find_spec(path.removeprefix("pkg://").replace("/", "."))
+        except ImportError:  # of a package around it, which is gone
+            spec = None
+        path = (spec and spec.origin) or ""
+    return Path(path.removeprefix("file://")).expanduser()
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

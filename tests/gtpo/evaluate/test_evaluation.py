@@ -30,7 +30,13 @@ from recipe.gtpo.tasks.arithmetic.policy import TURN_END
 
 pytestmark = pytest.mark.unit
 
+ROW = {"data_source": "x", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "5"}}
 SUMS = [gsm8k("What is 2+3?", 5), gsm8k("What is 3+3?", 6), gsm8k("What is 2+3?", 5)]
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return 0.0 if {passes} else {{}}["no gold"]
+"""
 
 
 @pytest.fixture
@@ -209,12 +215,27 @@ def test_a_copy_in_the_place_of_prepared_problems_is_refused(toy_policy, tmp_pat
 
 def test_other_problems_in_the_same_file_are_refused(toy_policy, tmp_path):
     file = tmp_path / "mine.jsonl"
-    row = {"data_source": "x", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "5"}}
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(json.dumps(ROW) + "\n")
     given = (f"benchmarks={file}", "task=arithmetic", f"task.cache={tmp_path}/cache", "task.validation_problems=1")
     claimed(toy_policy, tmp_path / "out", *given)
-    file.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    file.write_text(2 * (json.dumps(ROW) + "\n"))
     with pytest.raises(RecordError, match=r"evaluation\.benchmarks\.mine\.problems="):
+        claimed(toy_policy, tmp_path / "out", *given)
+
+
+def test_an_edited_reward_function_is_refused(toy_policy, tmp_path, copies):
+    """Also that of a benchmark which is not the first one: its samples would be scored by two functions."""
+    (file := tmp_path / "mine.jsonl").write_text(json.dumps(ROW) + "\n")
+    (reward := tmp_path / "reward.py").write_text(REWARD.format(passes="True"))
+    given = (f"benchmarks=gsm8k,{file}", f"local={copies}", f"reward.custom_reward_function.path={reward}")
+    record = claimed(toy_policy, tmp_path / "out", *given)
+    hashed = [key for key in record.read_config() if key.endswith("custom_reward_function.sha256")]
+    assert [key.partition("reward")[0] for key in hashed] == [
+        "", "evaluation.benchmarks.gsm8k.", "evaluation.benchmarks.mine.",
+    ]  # fmt: skip
+    claimed(toy_policy, tmp_path / "out", *given, "samples=9")
+    reward.write_text(REWARD.format(passes="1 == 1"))
+    with pytest.raises(RecordError, match=rf"the reward function {reward} has changed since {record.dir} was begun"):
         claimed(toy_policy, tmp_path / "out", *given)
 
 
@@ -291,12 +312,6 @@ def test_a_second_start_is_judged_by_all_samples_and_not_by_what_was_left(evalua
     assert len(again.missing(again.entries[0])) == 1
     found = rolled_out(again, CALL)
     assert (found.counts["infra"], found.counts["scored"]) == (1, 7)
-
-
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return 0.0 if {passes} else {{}}["no gold"]
-"""
 
 
 @pytest.fixture

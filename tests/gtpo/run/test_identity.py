@@ -57,6 +57,67 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
     assert "run_dir=" in message and "\n" not in message
 
 
+# -- the reward function ----------------------------------------------------------------------------------------------
+
+KEY = "reward.custom_reward_function"
+
+
+def rewarded(path):
+    return config_of(reward={"custom_reward_function": {"path": path, "name": "compute_score"}})
+
+
+@pytest.fixture
+def reward(tmp_path):
+    (tmp_path / "my_reward.py").write_text("def compute_score(**_):\n    return 0\n")
+    return tmp_path / "my_reward.py"
+
+
+def test_an_edited_reward_function_is_refused_and_the_old_one_goes_on(tmp_path, reward):
+    """Its path, name and arguments are the same: a finished run printed the old numbers, another mixed both."""
+    record, before = RunRecord(tmp_path / "run"), reward.read_text()
+    claim(record, rewarded(reward))
+    claim(record, rewarded(reward))
+    reward.write_text(before.replace("0", "1"))
+    with pytest.raises(RecordError) as refused:
+        claim(record, rewarded(f"{reward}"))
+    message = str(refused.value)
+    assert message.startswith(f"the reward function {reward} has changed since {record.dir} was begun with it. Give ")
+    assert "run_dir=" in message and "\n" not in message
+    claim(RunRecord(tmp_path / "another"), rewarded(reward))
+    reward.write_text(before)
+    claim(record, rewarded(reward))
+
+
+def test_another_file_is_named_by_its_path(tmp_path, reward):
+    claim(RunRecord(tmp_path / "run"), rewarded(reward))
+    (other := tmp_path / "other.py").write_text("another = 1")
+    for config in (rewarded(other), rewarded(None)):
+        with pytest.raises(RecordError, match=rf"{KEY}\.path=.*my_reward\.py there") as refused:
+            claim(RunRecord(tmp_path / "run"), config)
+        assert "sha256" not in str(refused.value)
+
+
+def test_a_folder_from_before_the_hash_goes_on_and_notes_it(tmp_path, reward):
+    record = RunRecord(tmp_path / "run")
+    record.write_config(old := flatten(OmegaConf.to_container(rewarded(reward))))
+    claim(record, rewarded(reward))
+    noted = record.read_config()
+    assert noted.pop(f"{KEY}.sha256") and noted == old
+    reward.write_text("edited = 1")
+    with pytest.raises(RecordError, match="has changed since"):
+        claim(record, rewarded(reward))
+
+
+@pytest.mark.parametrize("named", ["file://{}/my_reward.py", "pkg://my_reward"])
+def test_a_reward_function_is_found_however_it_is_named(tmp_path, reward, named, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    config = rewarded(named.format(tmp_path))
+    claim(RunRecord(tmp_path / "run"), config)
+    reward.write_text("edited = 1")
+    with pytest.raises(RecordError, match="has changed since"):
+        claim(RunRecord(tmp_path / "run"), config)
+
+
 def test_a_config_is_flat_and_survives_its_file(tmp_path):
     record = RunRecord(tmp_path)
     record.write_config(flat := flatten({"a": {"b": 1, "c": [1, 2], "d": {}}, "e": None, "f": True}))

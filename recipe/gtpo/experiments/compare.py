@@ -54,7 +54,7 @@ from recipe.gtpo.experiments.report import show_report
 from recipe.gtpo.experiments.report.runs import finished_runs, todays_name
 from recipe.gtpo.run.checks import ConfigError, config_file
 from recipe.gtpo.run.errors import TERMINATED, TERMINATED_STATUS, one_line
-from recipe.gtpo.run.identity import same_overrides
+from recipe.gtpo.run.identity import edited_reward, same_overrides
 from recipe.gtpo.run.record import RunRecord, last_line
 from recipe.gtpo.run.signals import signals_wait
 
@@ -135,6 +135,11 @@ def refuse_others(cells: Sequence[Cell]) -> None:
             raise ValueError(
                 f"{cell.dir} was made when method={cell.method} compared the sum of outcome and format penalties: by "
                 f"today's names it is {name}. Give this matrix another out="
+            )
+        if (edited := edited_reward(record.read_config() or {})) is not None:
+            raise ValueError(
+                f"the reward function {edited} has changed since {cell.dir} was begun with it. Give this matrix "
+                "another out=, or the file as it was"
             )
         config = record.read_config() or {"algorithm.gtpo.format_rule": "unknown"}
         published = any(override.startswith("experiment=") for override in cell.overrides)  # it says strict

@@ -14,11 +14,13 @@ import time
 import psutil
 import pytest
 from composition import compose
+from omegaconf import OmegaConf
 from ray.job_submission import JobStatus
 from recorded_runs import make_run
 
 from recipe.gtpo.experiments import compare
 from recipe.gtpo.experiments.compare import Cell, LocalJob, at_once, matrix, parse, parse_integers, run_matrix
+from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RunRecord
 
 pytestmark = pytest.mark.unit
@@ -447,6 +449,20 @@ def test_finished_cells_of_other_overrides_are_not_counted_as_done(tmp_path, cap
     compare.refuse_others(matrix(*parse([*arguments, "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.save_freq=5"])))
     assert compare.main([*arguments, "actor_rollout_ref.actor.optim.lr=2e-3"]) == 1
     assert "was made by other overrides" in capsys.readouterr().err
+
+
+def test_finished_cells_of_a_reward_function_that_was_edited_are_not_counted_as_done(tmp_path, capsys):
+    """The cells that are still to run would be scored by another."""
+    (reward := tmp_path / "my_reward.py").write_text("before = 1")
+    arguments = ["methods=gtpo", "seeds=1", f"out={tmp_path}", f"reward.custom_reward_function.path={reward}"]
+    (one,) = matrix(*parse(arguments))
+    config = {"algorithm": {"gtpo": {"format_rule": "x"}}, "reward": {"custom_reward_function": {"path": reward}}}
+    claim(RunRecord(one.dir), OmegaConf.create(config))
+    (one.dir / "versions.json").write_text(json.dumps([{"command": ["main.py", *one.overrides]}]))
+    compare.refuse_others([one])
+    reward.write_text("after = 1")
+    assert compare.main(arguments) == 1
+    assert f"the reward function {reward} has changed since {one.dir} was begun with it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["experiment=horizon4", "experiment=first_call", "engine=twin"])

@@ -31,6 +31,9 @@ MASKED = trajectory(
     say("x") | {"masked": 3, "weights": [3, 4]},
     advantages=[0.5, -0.5],
 )
+ACCURACY = "val-core/arithmetic/acc/mean@4"
+#: What stands beside it: the first two by verl, the last two by evaluate.
+BEST = ("best@4/mean", "maj@4/mean", "maj@4", "pass@4")
 SECONDS = 20  # for what a busy machine may take; everything is waited for, nothing is slept
 
 
@@ -58,7 +61,10 @@ def browser() -> Iterator[sync_api.Browser]:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text(json.dumps({"algorithm.adv_estimator": "gtpo", "algorithm.gtpo.gamma": 0.9}))
-    lines = [{"step": step, "metrics": {"val-core/arithmetic/acc/mean@1": 0.1 * step}} for step in range(4)]
+    lines = [
+        {"step": step, "metrics": {f"val-core/arithmetic/acc/{name}": 0.9 for name in BEST} | {ACCURACY: 0.1 * step}}
+        for step in range(4)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return write(folder, {1: PICTURE, 2: [*FAULTY, *EQUAL], 3: [*hostile(), MASKED]})
 
@@ -288,7 +294,7 @@ def test_keys_do_what_the_help_says(page, address):
 
 def test_other_views_are_drawn(page, address):
     page.goto(f"{address}#view=curves")
-    expect(page.locator(".plot canvas")).to_have_count(1)
+    expect(page.locator(".plot .u-title")).to_have_text(ACCURACY)
     page.goto(f"{address}#view=gradient")
     expect(page.locator(".plot canvas")).to_have_count(3)
     expect(page.locator("main")).to_contain_text("by reward part")

@@ -35,7 +35,8 @@ export function short(names) {
   return cut.every(Boolean) ? cut : names;
 }
 
-export const ACCURACY = /^val-core\/.*acc/;
+// The mean over all answers; with several to a problem, best@ and maj@ stand beside it.
+export const ACCURACY = /^val-core\/.*\/acc\/mean@/;
 // What to begin with, as far as a run has it.
 const FIRST = [ACCURACY, /^gtpo\/acc\/mean$/, /^gtpo\/turns\/mean$/, /^gtpo\/reward\/mean$/, /^gtpo\/advantage\/std$/, /^gtpo\/pools\/zero_spread$/,
   /^gtpo\/format\/first_turn_no_call$/, /^gtpo\/tool\/error_rate$/, /^timing_s\/step$/];

@@ -344,6 +344,25 @@ def test_a_page_follows_the_run(page, address, folder):
     expect(groups).to_have_count(5)
 
 
+def test_curves_and_runs_follow_metrics_that_come_after_the_trajectories_of_any_run(page, address, folder):
+    path = folder / "metrics.jsonl"
+    before = path.read_text()
+    runs = page.context.new_page()
+    page.goto(f"{address}#run=1&view=curves")
+    runs.goto(f"{address}#run=1&view=runs")
+    expect(page.locator(".plot .u-title")).to_have_text([ACCURACY])
+    accuracy = runs.locator("table.plain tbody tr").first
+    expect(accuracy).to_contain_text("→ 0.300 (step 3)")
+    path.write_text(before + json.dumps({"step": 4, "metrics": {ACCURACY: 0.5, "gtpo/acc/mean": 0.5}}) + "\n")
+    try:
+        expect(page.locator(".plot .u-title")).to_have_text([ACCURACY, "gtpo/acc/mean"])
+        runs.bring_to_front()
+        expect(accuracy).to_contain_text("→ 0.500 (step 4)")
+    finally:
+        path.write_text(before)
+        runs.close()
+
+
 def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_path):
     out = tmp_path / "page.html"
     command = [sys.executable, "-m", "verl_ext.viewer", str(folder), "--export", str(out)]

@@ -59,6 +59,7 @@ def _runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "torn": torn,  # files whose last line has no end
                 "why": why and f"{why['name']}, {why['why']}",
                 "revision": revision and revision[0],
+                "metrics": run.metrics_seen,  # a step's line comes after its trajectories
                 "settings": run.settings,
                 "has_config": run.config is not None,
             }

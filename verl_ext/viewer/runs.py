@@ -41,6 +41,15 @@ class Run:
     def settings(self) -> dict[str, Any] | None:
         return None if self.whatif is None else self.whatif.settings_of(self.config)
 
+    @property
+    def metrics_seen(self) -> str | None:
+        """Another after every write of metrics.jsonl; None where there is none."""
+        try:
+            status = (self.path / "metrics.jsonl").stat()
+        except FileNotFoundError:
+            return None
+        return f"{status.st_size} {status.st_mtime_ns}"
+
     def metrics(self) -> list[dict[str, Any]]:
         """{"step": n, "metrics": {...}} by step, the latest for each, without the numbers that are not finite.
 

@@ -213,6 +213,21 @@ def test_curves_are_the_metrics_of_every_run_and_torn_lines_are_passed_over(run)
     }
 
 
+def test_the_overview_says_when_metrics_were_written_also_without_a_new_trajectory(run, tmp_path):
+    """A step's line comes after its trajectories: the revision of these does not say that curves have grown."""
+    other = Run(write(tmp_path / "other", {1: MIXED}), None, tmp_path / "cache")
+    line = '{"step": 1, "metrics": {"a": 0.5}}\n'
+    seen = []
+    for text in ("", line, 2 * line):
+        if text:
+            (run.path / "metrics.jsonl").write_text(text)
+        run.update()
+        seen.append([(one["revision"], one["metrics"]) for one in queries.overview([run, other])["runs"]])
+    assert len({before for (before, _), _ in seen}) == 1
+    assert seen[0][0][1] is None and len({metrics for (_, metrics), _ in seen}) == 3
+    assert {metrics for _, (_, metrics) in seen} == {None}
+
+
 def test_a_text_is_given_by_its_path_and_nothing_else_is(run):
     first = queries.group(run, number(run, "apples"))["rows"][0]["id"]
     assert queries.full_text(run, first, "turns/0/calls/0/output") == "7\n"

@@ -10,7 +10,7 @@ import { Runs } from "./runs.jsx";
 const VIEWS = { groups: "Groups", curves: "Learning curves", gradient: "Where the gradient goes", runs: "Runs" };
 const POLL_MS = 2000;
 
-// Asks for the overview again while a run may be growing. Its revision tells everybody else when to ask again.
+// Asks for the overview again while a run may be growing. Its revision and metrics tell everybody else when to ask again.
 function useOverview() {
   const [tick, setTick] = useState(0);
   useEffect(() => {

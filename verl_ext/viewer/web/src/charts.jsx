@@ -41,12 +41,15 @@ export const ACCURACY = /^val-core\/.*\/acc\/mean@/;
 const FIRST = [ACCURACY, /^gtpo\/acc\/mean$/, /^gtpo\/turns\/mean$/, /^gtpo\/reward\/mean$/, /^gtpo\/advantage\/std$/, /^gtpo\/pools\/zero_spread$/,
   /^gtpo\/format\/first_turn_no_call$/, /^gtpo\/tool\/error_rate$/, /^timing_s\/step$/];
 
-export function Curves({ overview, run, route, dark }) {
-  const [all, error] = useAnswer(() => get("api/curves"), [run.revision]);
+// Another after every line of metrics of any run: their trajectories come at other times.
+export const written = (runs) => runs.map((run) => run.metrics).join();
+
+export function Curves({ overview, route, dark }) {
+  const [all, error] = useAnswer(() => get("api/curves"), [written(overview.runs)]);
   const names = all?.names ?? [];
   const first = FIRST.flatMap((pattern) => names.filter((name) => pattern.test(name)).slice(0, 1));
   const chosen = route.metrics ? route.metrics.split(",").filter((name) => names.includes(name)) : first;
-  const [found] = useAnswer(() => (chosen.length ? get("api/curves", { name: chosen }) : null), [chosen.join(), run.revision]);
+  const [found] = useAnswer(() => (chosen.length ? get("api/curves", { name: chosen }) : null), [chosen.join(), written(overview.runs)]);
   if (!all) return <p class="empty">{error ?? "reading …"}</p>;
   if (!names.length) return <p class="empty">No run here has a metrics.jsonl.</p>;
   const labels = short(overview.runs.map((one) => one.name));

@@ -1,6 +1,6 @@
 // The runs that were opened, how far they are, and in what their configs differ.
 import { get } from "./api.js";
-import { ACCURACY } from "./charts.jsx";
+import { ACCURACY, written } from "./charts.jsx";
 import { useAnswer } from "./route.js";
 import { visible } from "./text.jsx";
 
@@ -10,7 +10,7 @@ export function Runs({ overview }) {
     const { names } = await get("api/curves");
     const name = names.find((one) => ACCURACY.test(one));
     return { name, curves: name && (await get("api/curves", { name: [name] })).curves[name] };
-  }, [runs.map((run) => run.revision).join()]);
+  }, [written(runs)]);
   const accuracy = (run) => {
     const curve = found?.curves?.[run] ?? [], [first, last] = [curve[0], curve.at(-1)];
     return first ? `${first[1].toFixed(3)} (step ${first[0]}) → ${last[1].toFixed(3)} (step ${last[0]})` : <span class="faint">–</span>;

@@ -24,12 +24,15 @@ pytestmark = pytest.mark.e2e
 PICTURE = [json.loads(line) for line in (ROOT / "docs" / "credit_group.jsonl").read_text().splitlines()]
 #: As many groups as need two pages of the list.
 MANY = [trajectory(f"nuts {number}", say("x")) for number in range(130)]
-#: Rollout correction left out its first turn and three of the ten tokens of its second, which two steps sampled.
+#: Rollout correction left out its first turn and three of the ten tokens of its second, which two steps sampled. The
+#: pool is of its returns 0.9 and 1.
+POOL = {"pool_mean": 0.95, "divisor": 0.07071}
 MASKED = trajectory(
     "masked",
-    say(r"\(x^2\)") | {"masked": 10, "weights": [3, 3]},
-    say("x") | {"masked": 3, "weights": [3, 4]},
-    advantages=[0.5, -0.5],
+    say(r"\(x^2\)") | POOL | {"return": 0.9, "masked": 10, "weights": [3, 3]},
+    say("x") | POOL | {"return": 1.0, "masked": 3, "weights": [3, 4]},
+    acc=1.0,
+    advantages=[0.0, 0.7071],
 )
 ACCURACY = "val-core/arithmetic/acc/mean@4"
 #: What stands beside it: the first two by verl, the last two by evaluate.
@@ -258,7 +261,14 @@ def test_tokens_that_rollout_correction_masked_are_drawn_apart(page, address):
     expect(cell(page, 0, 0).locator(".bar")).to_have_class("bar masked")
     expect(cell(page, 0, 1).locator("i.masked")).to_have_attribute("style", "width: 30%;")
     cell(page, 0, 1).click()
-    expect(page.locator(".ledger")).to_contain_text("7 tokens; 3 more are masked")
+    ledger = page.locator(".ledger")
+    expect(ledger).to_contain_text("7 tokens; 3 more are masked")
+    expect(ledger).to_contain_text("gives the same advantage")
+    cell(page, 0, 0).click()
+    expect(ledger).to_contain_text("none of its tokens was trained on")
+    expect(ledger).not_to_contain_text("The method's own code")
+    expect(ledger).not_to_contain_text("the pool is flat or silenced")
+    expect(ledger.locator(".bad")).to_have_count(0)
     expect(page.locator(".talk article h4").nth(0)).to_contain_text("weights of step 3 ")  # they changed meanwhile
     expect(page.locator(".talk article h4").nth(1)).to_contain_text("weights of step 3 to 4")
 

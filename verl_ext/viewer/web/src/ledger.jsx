@@ -16,6 +16,7 @@ export function Ledger({ rows, row, k, own, settings, answers }) {
   const turn = row.turns[k], answer = answers?.[row.id];
   const source = (answers ?? own)?.[row.id], counted = source?.turns[k];
   const masked = turn.masked ?? 0, trained = turn.tokens - masked;
+  const untrained = !answer && masked === turn.tokens;  // the record's 0 is rollout correction's, not the method's
   const rewards = answer ? counted?.rewards : turn.rewards ?? counted?.rewards;
   const of = (name) => (answer ? counted?.[name] : turn[name] ?? counted?.[name]);
   const reward = rewards ? total(rewards) : turn.reward;
@@ -47,14 +48,14 @@ export function Ledger({ rows, row, k, own, settings, answers }) {
           <tr><th>divided by</th><td>{number(divisor)}</td><td class="how">{divisor === null ? "" : divisorName(settings)}
             {pool && scaleOf(settings) === "std" && <Check computed={pool.std + 1e-6} shown={divisor} />}</td></tr>
           <tr class="sum"><th>advantage A</th><td>{advantage === null || advantage === undefined ? "unassigned" : signed(advantage, 4)}</td>
-            <td class="how">{computed !== null && `(${number(of("return"))} − ${number(of("mean"))}) / ${number(divisor)} = ${signed(computed, 4)}`}
+            <td class="how">{untrained ? "none of its tokens was trained on: rollout correction left them all out" : <>{computed !== null && `(${number(of("return"))} − ${number(of("mean"))}) / ${number(divisor)} = ${signed(computed, 4)}`}
               {computed !== null && advantage !== null && (near(computed, advantage) ? <span class="right"> ✓</span>
-                : advantage === 0 ? <span class="faint"> · 0: the pool is flat or silenced</span> : <strong class="bad"> ≠ the record's</strong>)}</td></tr>
+                : advantage === 0 ? <span class="faint"> · 0: the pool is flat or silenced</span> : <strong class="bad"> ≠ the record's</strong>)}</>}</td></tr>
           {!answer && turn.log_prob !== null && <tr><th>log-probability</th><td>{number(turn.log_prob)}</td><td class="how">mean of its tokens{turn.gap !== null && `; rollout and policy differ by ${turn.gap.toExponential(1)}`}</td></tr>}
           <tr><th>weight</th><td>{advantage === null || advantage === undefined ? "–" : number(Math.abs(advantage) * trained)}</td><td class="how">|A| × {trained} tokens{masked > 0 && `; ${masked} more are masked: rollout correction left them out of the update`}</td></tr>
         </tbody>
       </table>
-      {!answer && counted && <p class="note">{near(counted.advantage ?? 0, advantage ?? 0)
+      {!answer && !untrained && counted && <p class="note">{near(counted.advantage ?? 0, advantage ?? 0)
         ? "The method's own code, run on the record, gives the same advantage."
         : <strong class="bad">The method's own code gives {signed(counted.advantage, 4)} from the record with this run's settings.</strong>}</p>}
     </section>

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT
-from viewer_runs import EQUAL, FAULTY, HOSTILE, hostile, say, trajectory, write
+from viewer_runs import EQUAL, FAULTY, HOSTILE, call, hostile, say, trajectory, write
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements/dev.txt)")
 expect = sync_api.expect
@@ -34,6 +34,19 @@ MASKED = trajectory(
     acc=1.0,
     advantages=[0.0, 0.7071],
 )
+#: A success that is paid 0.3 bounds what closeness to it pays by 0.15: the first failure has that, for 0.45.
+BOUNDED = [
+    trajectory("bounds", call("3 + 4"), acc=1.0, outcome=0.3, session=0),
+    *(
+        trajectory(
+            "bounds",
+            call(f"{n} * 4") | {"rewards": {"outcome": 0.0, "shaping": paid, "format": 0.0}, "reward": paid},
+            session=n,
+            partners=[{"session": 0, "similarity": similarity}],
+        )
+        for n, similarity, paid in ((1, 0.9, 0.15), (2, 0.2, 0.1))
+    ),
+]
 ACCURACY = "val-core/arithmetic/acc/mean@4"
 #: What stands beside it: the first two by verl, the last two by evaluate.
 BEST = ("best@4/mean", "maj@4/mean", "maj@4", "pass@4")
@@ -76,7 +89,7 @@ def folder(tmp_path_factory) -> Path:
 def other(tmp_path_factory) -> Path:
     """Another run: it solved plums in step 2, where the first did not."""
     solved = [one | {"acc": 1.0} for one in EQUAL]
-    return write(tmp_path_factory.mktemp("other"), {2: solved, 5: EQUAL, 6: MANY})
+    return write(tmp_path_factory.mktemp("other"), {2: solved, 5: EQUAL, 6: MANY, 7: BOUNDED})
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +184,18 @@ def test_the_ledger_works_out_every_number_where_it_stands(page, address):
     expect(ledger).to_contain_text("turns of the prompt whose tools had said the same")
     expect(ledger).to_contain_text("taken from all siblings that its tools led to the same state")
     assert "undefined" not in ledger.inner_text()
+
+
+def test_the_ledger_knows_that_shaping_pays_no_more_than_its_share_of_the_least_success(page, address):
+    page.goto(f"{address}#run=1&step=7")
+    page.locator("ol.groups button").first.click()
+    shaping = page.locator(".ledger tr", has_text="shaping")
+    for row, said in ((1, "0.5 × 0.3000 ✓"), (2, "0.5 / 1 × (0.200) ✓")):
+        cell(page, row, 0).click()
+        expect(shaping).to_contain_text(said)
+    expect(shaping).not_to_contain_text("bounds")
+    cell(page, 1, 0).click()
+    expect(shaping).to_contain_text("the least that a solved sibling got bounds 0.5 / 1 × (0.900)")
 
 
 def test_a_conversation_has_formulas_coloured_code_and_the_code_that_shaping_compares_with(page, address):

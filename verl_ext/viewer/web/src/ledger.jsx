@@ -65,9 +65,11 @@ export function Ledger({ rows, row, k, own, settings, answers }) {
 function Shaping({ rows, answers, row, value, settings }) {
   const found = shapedBy(rows, answers, row), alpha = settings?.["shaping.alpha"];
   if (!found || alpha === undefined) return "alpha / |P| × sum of similarities";
-  const [close, solved] = found, outcome = row.outcome ?? 0;
-  const computed = Math.max(outcome, (alpha / solved) * close.reduce((sum, one) => sum + Math.min(1, Math.max(0, one)), 0)) - outcome;
-  return <>{alpha} / {solved} × ({close.map((one) => one.toFixed(3)).join(" + ")}){outcome ? ` − ${number(outcome)}` : ""}<Check computed={computed} shown={value} /></>;
+  const [close, solved, least] = found, outcome = row.outcome ?? 0;
+  const credit = (alpha / solved) * close.reduce((sum, one) => sum + Math.min(1, Math.max(0, one)), 0), most = alpha * least;
+  const how = `${alpha} / ${solved} × (${close.map((one) => one.toFixed(3)).join(" + ")})`, bound = credit > most + 1e-9;
+  return <>{bound ? `${alpha} × ${number(least)}` : how}{outcome ? ` − ${number(outcome)}` : ""}
+    <Check computed={Math.max(outcome, Math.min(credit, most)) - outcome} shown={value} />{bound && `: the least that a solved sibling got bounds ${how}`}</>;
 }
 
 function Return({ turns, k, value, settings }) {

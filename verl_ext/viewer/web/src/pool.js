@@ -22,10 +22,10 @@ export function poolOf(rows, answers, row, k, settings, count) {
   return { lines: compared.map(([one, some]) => [one.at + 1, some]), mean: mean(compared.flatMap(([, some]) => some)), std };
 }
 
-// [the similarities that shape a failed trajectory's outcome, how many solved siblings they are divided by]; null where
-// the record has not got one of them.
+// [the similarities that shape a failed trajectory's outcome, how many solved siblings they are divided by, the least
+// outcome of these]; null where the record has not got one of the similarities.
 export function shapedBy(rows, answers, row) {
   const solved = rows.filter((one) => one.acc === 1 && !(answers?.[one.id] ?? one).dropped);
   const close = solved.filter((one) => one.code).map((one) => row.similar?.[one.position]);
-  return close.length && close.every((one) => one !== undefined) ? [close, solved.length] : null;
+  return close.length && close.every((one) => one !== undefined) ? [close, solved.length, Math.min(...solved.map((one) => one.outcome))] : null;
 }

@@ -61,18 +61,22 @@ def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     if not config:
         return defaults()
     config = {"algorithm.gtpo.format_rule": "strict"} | dict(config)  # a run from before there was a choice
-    keys = {name: OF_VERL.get(name, f"algorithm.gtpo.{name}") for name in defaults()}
-    return {name: config.get(keys[name], default) for name, default in defaults().items()}
+    return {name: config.get(_key(name), default) for name, default in defaults().items()}
+
+
+def _key(setting: str) -> str:
+    return OF_VERL.get(setting, f"algorithm.gtpo.{setting}")
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """The settings of every method of the recipe (config/method), by name."""
-    found = {}
-    for path in sorted(_METHODS.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())["algorithm"]
-        known = {"algorithm.gtpo.format_rule": defaults()["format_rule"]}
-        found[path.stem] = settings_of(known | {f"algorithm.{key}": value for key, value in _flat(content).items()})
-    return found
+    """What choosing a method of the recipe (config/method) sets, by name: the settings that any of the files names.
+
+    The others, such as the format rule and its penalty, are no part of a method: a run keeps its own.
+    """
+    contents = {path.stem: yaml.safe_load(path.read_text())["algorithm"] for path in sorted(_METHODS.glob("*.yaml"))}
+    files = {name: {f"algorithm.{key}": v for key, v in _flat(content).items()} for name, content in contents.items()}
+    named = {key for file in files.values() for key in file}
+    return {name: {k: v for k, v in settings_of(file).items() if _key(k) in named} for name, file in files.items()}
 
 
 def _flat(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ with the run's own settings. A wrong answer's turn that is above 0 is made more 
 a method's weight, |advantage| times tokens over all turns, does that.
 
 It says where each method would have pushed this policy, not where training with it would have led. Trajectories that
-credit leaves out, with the settings asked about, are in no mean. All methods are compared with `format_rule` and the
-other options as their files in config/method have them.
+credit leaves out, with the settings asked about, are in no mean. Options that no file of config/method sets, such as
+the format penalty, are the run's in all rows.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tqdm(total=sum(map(len, chosen.values())), unit="step", file=sys.stderr) as bar:
             for path, steps in chosen.items():
                 run = _read(path, steps)
-                methods = {OWN: run.settings or {}} | {name: presets[name] for name in names}
+                own = run.settings or {}
+                methods = {OWN: own} | {name: own | presets[name] for name in names}
                 for step in steps:
                     add(table, run, step, methods)
                     bar.update()

@@ -59,6 +59,15 @@ def test_praise_of_wrong_answers_is_a_share_of_the_weight():
     assert command.lines({"gtpo": {(False, 1): [Weighed(0.0, 4)]}})[1].split()[-1] == "-"
 
 
+def test_a_method_is_compared_with_the_runs_own_penalty(run_dir, capsys):
+    """GRPO on the outcome has none, so on the sum with a penalty of 0 it is the same."""
+    config = {"algorithm.gtpo.format_penalty": 0.0, "algorithm.gtpo.shaping.enable": False}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    assert command.main([str(run_dir), "--methods", "grpo_sum,grpo_outcome"]) == 0
+    text = capsys.readouterr().out
+    assert cells(text, "grpo_sum") == cells(text, "grpo_outcome")
+
+
 def test_several_runs_are_one_table(run_dir, tmp_path, capsys):
     """The same trajectories twice: the same means and shares, twice the turns."""
     other = tmp_path / "other"

@@ -79,7 +79,14 @@ def test_a_presets_settings_are_those_of_a_run_with_that_method():
     assert sorted(presets) == METHODS
     for method in ("gtpo_turn_batch_std", "dr_grpo", "gigpo"):
         config = compose(f"method={method}").algorithm
-        assert whatif.settings_of(flatten({"algorithm": OmegaConf.to_container(config)})) == presets[method]
+        of_run = whatif.settings_of(flatten({"algorithm": OmegaConf.to_container(config)}))
+        assert of_run == whatif.defaults() | presets[method]
+
+
+def test_a_preset_leaves_what_no_method_sets_to_the_run():
+    for preset in whatif.presets().values():
+        assert {"estimator", "divide", "gamma", "baseline", "scale", "shaping.enable"} <= preset.keys()
+        assert preset.keys().isdisjoint({"format_rule", "format_penalty", "shaping.alpha", "min_pool", "truncated"})
 
 
 def test_every_estimator_of_the_recipe_can_be_asked_for():

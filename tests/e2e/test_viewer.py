@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT
-from viewer_runs import EQUAL, FAULTY, HOSTILE, call, hostile, say, trajectory, write
+from viewer_runs import EQUAL, FAULTY, HOSTILE, MIXED, call, hostile, say, trajectory, write
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements/dev.txt)")
 expect = sync_api.expect
@@ -428,3 +428,23 @@ def test_the_exported_page_works_from_disk_without_a_network(page, folder, tmp_p
         expect(page.locator(".talk h3")).to_contain_text(f"Trajectory {row + 1}")
         assert page.evaluate("window.hacked === undefined && location.protocol === 'file:'")
     expect(page.locator(".talk")).to_contain_text("cut after 20,000 of 10,000,000 characters")
+
+
+def test_a_page_that_could_not_compare_programs_says_so_where_that_is_needed(page, tmp_path):
+    """Its run did not shape, and the server of its similarities is gone."""
+    folder, out = write(tmp_path / "run", {1: MIXED}), tmp_path / "page.html"
+    similarity = {"backend": "http", "url": "http://127.0.0.1:1/v1"}
+    config = {"enable": False} | {f"similarity.{name}": value for name, value in similarity.items()}
+    (folder / "config.json").write_text(json.dumps({f"algorithm.gtpo.shaping.{k}": v for k, v in config.items()}))
+    command = [sys.executable, "-m", "verl_ext.viewer", str(folder), "--export", str(out)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=5 * SECONDS, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 pairs of programs are not compared" in done.stderr, done.stderr
+    page.goto(f"{out.as_uri()}#view=groups")
+    page.locator("ol.groups button").first.click()
+    page.get_by_label("method").select_option("grpo_outcome")
+    expect(page.locator(".ledger h3")).to_contain_text("what if")
+    page.get_by_label("method").select_option("gtpo")
+    expect(page.locator(".whatif .bad")).to_contain_text("whose similarity is not in this page")
+    expect(page.locator(".ledger h3")).to_contain_text("record")  # and not the what-if before
+    assert "NaN" not in page.locator("body").inner_text()

@@ -10,6 +10,7 @@ import base64
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _PAGE = """<!doctype html>
 
 
 def write(runs: Sequence[Run], out: Path, steps: set[int] | None) -> str:
-    """Write the page and say in one line what is in it.
+    """Write the page and say in one line what is in it; on stderr, what a what-if of it will lack.
 
     Args:
         steps: those whose trajectories the page has; None: all. Curves and the gradient are those of the whole run.
@@ -87,13 +88,17 @@ def _run(run: Run, steps: set[int] | None) -> dict[str, Any]:
         raise ValueError(
             f"{run.path} has {count} trajectories, more than {MOST}: choose some with --steps, e.g. --steps 1,20"
         )
-    rows = {}
+    rows, missing, why = {}, 0, ""
     for split, step in sorted({(one["split"], one["step"]) for one in groups}):
         found = queries.step_rows(run, split, step)
         if run.whatif is not None and split == "train":  # an exported page cannot compare programs
-            similar = run.whatif.similarities(found, run.config, lambda at=(split, step): run.codes(*at))
+            similar, lost, reason = run.whatif.similarities(found, run.config, lambda at=(split, step): run.codes(*at))
+            missing, why = missing + lost, why or reason
             found = [row | {"similar": one} for row, one in zip(found, similar, strict=True)]
         rows[f"{split}/{step}"] = found
+    if missing:
+        said = f"viewer: {run.path}: {missing} pairs of programs are not compared, and a what-if that needs one says so"
+        print(f"{said}: {' '.join(why.split())}", file=sys.stderr)
     conversations = {row["id"]: queries.conversation(run, row["id"]) for found in rows.values() for row in found}
     return {
         "groups": groups,

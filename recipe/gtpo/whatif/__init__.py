@@ -117,7 +117,7 @@ def recompute(
 
 def similarities(
     rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
-) -> list[dict[int, float] | None]:
+) -> tuple[list[dict[int, float]], int, str]:
     """`arithmetic.similarities`."""
     from recipe.gtpo.whatif import arithmetic
 

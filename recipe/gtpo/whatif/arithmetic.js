@@ -2,11 +2,12 @@
 //
 //   recompute(rows, settings) -> one {dropped, shaped, turns: [{rewards, return, mean, divisor, count, advantage}]} a row
 //
-// Every similarity that shaping needs must be in rows[i].similar: the export puts it there.
+// Every similarity that shaping needs must be in rows[i].similar: the export puts it there. Throws where it could not.
 "use strict";
 globalThis.viewerCredit = (() => {
   const EPSILON = 1e-6, VARIANCE_EPSILON = 1e-8, RELATIVE_RANGE = 1e-6;
   const FAILED = new Set(["infra", "fault"]), TRUNCATED = new Set(["turn_limit", "length"]);
+  const UNKNOWN = "shaping compares programs of this step whose similarity is not in this page: it could not be asked for when the page was written";
   const f = Math.fround; // returns are float32 in Python: what counts as equal must be the same here
   const sum = (values) => values.reduce((a, b) => a + b, 0);
   const std = (values) => {
@@ -35,7 +36,9 @@ globalThis.viewerCredit = (() => {
       const models = solved.filter((i) => rows[i].code);
       for (const i of group) {
         if (rows[i].acc === 1 || !rows[i].code || !models.length) continue;
-        const close = sum(models.map((j) => Math.min(1, Math.max(0, rows[i].similar[j]))));
+        const similar = models.map((j) => rows[i].similar?.[j]);
+        if (similar.includes(undefined)) throw new Error(UNKNOWN);
+        const close = sum(similar.map((one) => Math.min(1, Math.max(0, one))));
         const most = s["shaping.alpha"] * Math.min(...solved.map((j) => rows[j].outcome));
         shaped.set(i, Math.max(rows[i].outcome, Math.min((s["shaping.alpha"] / solved.length) * close, most)));
       }

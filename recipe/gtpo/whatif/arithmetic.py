@@ -25,7 +25,7 @@ from recipe.gtpo.method.credit import Credit, assign_credit
 from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
-from recipe.gtpo.method.turns import Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
+from recipe.gtpo.method.turns import FAILED, Finish, FormatReason, ToolCall, ToolOutcome, Trajectory, Turn
 from recipe.gtpo.whatif import OF_VERL, defaults, uncontrolled
 from verl_ext.viewer.records import trained_tokens
 
@@ -153,25 +153,33 @@ class _Recorded:
 
 def similarities(
     rows: Rows, config: Mapping[str, Any] | None, codes: Callable[[], Sequence[str]]
-) -> list[dict[int, float] | None]:
-    """`similar` of every row, the missing ones computed: what an exported page needs to switch shaping on."""
+) -> tuple[list[dict[int, float]], int, str]:
+    """What an exported page needs to switch shaping on: `similar` of every row, as recorded, the missing ones computed.
+
+    Returns them, how many pairs are still missing, and why: the backend's words, where it cannot answer.
+    """
     options = _options(defaults(), config)
-    found: list[dict[int, float] | None] = [dict(row["similar"]) if row["similar"] else None for row in rows]
+    found: list[dict[int, float]] = [dict(row["similar"] or {}) for row in rows]
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        if row["acc"] is not None and row["code"]:
+        if row["acc"] is not None and row["code"] and Finish(row["finish"]) not in FAILED:  # these no option takes in
             groups.setdefault(str(row["group"]), []).append(i)
     pairs = []
     for members in groups.values():
-        failed = [i for i in members if rows[i]["acc"] != 1]
-        solved = [i for i in members if rows[i]["acc"] == 1]
-        if failed and solved:
-            pairs.append((failed, solved))
-    matrices = _Recorded(rows, options, codes).compare([([*map(str, a)], [*map(str, b)]) for a, b in pairs])
+        solved = [j for j in members if rows[j]["acc"] == 1]
+        failed = [i for i in members if rows[i]["acc"] != 1 and any(j not in found[i] for j in solved)]
+        if failed:
+            pairs.append((failed, [j for j in solved if any(j not in found[i] for i in failed)]))
+    if not pairs:
+        return found, 0, ""
+    try:
+        matrices = _Recorded(rows, options, codes).compare([([*map(str, a)], [*map(str, b)]) for a, b in pairs])
+    except (ValueError, RuntimeError, OSError) as error:  # a server or a model that was there when the run was
+        return found, sum(j not in found[i] for a, b in pairs for i in a for j in b), str(error)
     for (failed, solved), matrix in zip(pairs, matrices, strict=True):
         for i, line in zip(failed, matrix.tolist(), strict=True):
-            found[i] = dict(zip(solved, line, strict=True))
-    return found
+            found[i] = dict(zip(solved, line, strict=True)) | found[i]
+    return found, 0, ""
 
 
 def _numbers(credit: Credit, settings: Settings, options: GTPOOptions) -> dict[str, torch.Tensor]:

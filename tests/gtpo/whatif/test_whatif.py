@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from composition import METHODS, compose
 from hypothesis import given, settings
@@ -22,11 +23,12 @@ from recipe.gtpo.experiments.draw_credit import EXAMPLE
 from recipe.gtpo.method.credit import assign_credit
 from recipe.gtpo.method.estimators import ESTIMATORS, turn_values
 from recipe.gtpo.method.options import GTPOOptions
-from recipe.gtpo.method.similarity import make_similarity
+from recipe.gtpo.method.similarity import SimilarityError, make_similarity
 from recipe.gtpo.method.turns import Finish, FormatReason, Trajectory
 from recipe.gtpo.run.identity import flatten
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Numbers, Row, training_lines
+from recipe.gtpo.whatif import arithmetic
 from verl_ext.viewer.runs import Run
 
 pytestmark = pytest.mark.unit
@@ -120,10 +122,69 @@ def test_settings_that_cannot_be_are_refused_by_name(settings, message):
 
 
 def test_missing_similarities_are_computed_from_the_code_and_then_recorded_ones_give_the_same():
-    similar = whatif.similarities(ROWS, None, lambda: CODES)
+    similar, missing, _ = whatif.similarities(ROWS, None, lambda: CODES)
+    assert missing == 0
     recorded = [one | {"similar": found} for one, found in zip(ROWS, similar, strict=True)]
     settings = whatif.settings_of(None)
     assert whatif.recompute(recorded, settings, None, never) == whatif.recompute(ROWS, settings, None, lambda: CODES)
+
+
+class Backend:
+    """Notes what it is asked about, and answers 0.25, or nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.asked: list[Any] = []
+        self.error = error
+        monkeypatch.setattr(arithmetic, "make_similarity", lambda options: self)
+
+    def compare(self, groups: Any) -> list[np.ndarray]:
+        self.asked += groups
+        if self.error:
+            raise self.error
+        return [np.full((len(a), len(b)), 0.25) for a, b in groups]
+
+
+def coded(acc: float, finish: str = "answer", similar: dict[int, float] | None = None, group: str = "a") -> dict:
+    turns = [{"tokens": 1, "broken": None, "said": "7"}]
+    kept = {"group": group, "finish": finish, "acc": acc, "outcome": acc, "code": True}
+    return kept | {"similar": similar, "turns": turns}
+
+
+#: truncated=drop: one failure was compared, one was cut. In group b all was, in c nothing.
+PARTLY = [
+    coded(1.0),
+    coded(0.0, similar={0: 0.9}),
+    coded(0.0, "length"),
+    coded(0.0, "infra"),
+    coded(1.0, "fault"),
+    coded(1.0, group="b"),
+    coded(0.0, similar={5: 0.8}, group="b"),
+    coded(0.0, "infra", group="b"),
+    coded(1.0, group="c"),
+    coded(1.0, group="c"),
+    coded(0.0, group="c"),
+]
+
+
+def test_an_export_keeps_what_is_recorded_and_asks_only_for_what_is_missing_and_may_be_needed(monkeypatch):
+    backend = Backend(monkeypatch)
+    similar, missing, why = whatif.similarities(PARTLY, None, lambda: [f"code {i}" for i in range(len(PARTLY))])
+    assert backend.asked == [(["code 2"], ["code 0"]), (["code 10"], ["code 8", "code 9"])]
+    assert (missing, why) == (0, "")
+    compared = {i: found for i, found in enumerate(similar) if found}
+    assert compared == {1: {0: 0.9}, 2: {0: 0.25}, 6: {5: 0.8}, 10: {8: 0.25, 9: 0.25}}
+
+
+def test_pairs_that_the_backend_cannot_compare_are_left_out_and_counted(monkeypatch):
+    Backend(monkeypatch, SimilarityError("http://gone: refused"))
+    similar, missing, why = whatif.similarities(PARTLY, None, lambda: [""] * len(PARTLY))
+    assert (missing, why) == (3, "http://gone: refused")
+    assert {i: found for i, found in enumerate(similar) if found} == {1: {0: 0.9}, 6: {5: 0.8}}
+
+
+def test_a_trajectory_that_the_tool_server_failed_is_no_reason_to_ask():
+    rows = [coded(1.0), coded(0.0, similar={0: 0.8}), coded(0.0, "infra")]
+    assert whatif.similarities(rows, None, never) == ([{}, {0: 0.8}, {}], 0, "")
 
 
 # -- any options ------------------------------------------------------------------------------------------------------
@@ -235,23 +296,28 @@ def agree(a: Any, b: Any, share: float) -> bool:
     return a is b if a is None or b is None else abs(a - b) <= share * max(1.0, abs(a))
 
 
-def test_the_exported_pages_formulas_are_the_methods_on_a_thousand_groups(tmp_path):
+def in_node(script: str, cases: Any, folder: Path) -> Any:
+    """What `script` makes of `cases`, with `viewerCredit` there."""
     driver = pytest.importorskip(
         "playwright._impl._driver", reason="needs the node of playwright (requirements/dev.txt)"
     )
     node = Path(driver.compute_driver_executable()[0])
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = (
+        f"require({json.dumps(str(whatif.JAVASCRIPT))}); const cases = JSON.parse(require('fs').readFileSync(0));"
+        f"console.log(JSON.stringify({script}))"
+    )
+    with (folder / "cases.json").open() as stdin:
+        done = subprocess.run([node, "-e", script], stdin=stdin, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_exported_pages_formulas_are_the_methods_on_a_thousand_groups(tmp_path):
     draw = random.Random(16)
     cases = [(random_rows(draw), random_settings(draw)) for _ in range(1000)]
     computed = [whatif.recompute(rows, settings, None, never) for rows, settings in cases]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    script = (
-        f"require({json.dumps(str(whatif.JAVASCRIPT))}); const cases = JSON.parse(require('fs').readFileSync(0));"
-        "console.log(JSON.stringify(cases.map(([rows, settings]) => viewerCredit.recompute(rows, settings))))"
-    )
-    with (tmp_path / "cases.json").open() as stdin:
-        done = subprocess.run([node, "-e", script], stdin=stdin, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
+    answers = in_node("cases.map(([rows, s]) => viewerCredit.recompute(rows, s))", cases, tmp_path)
     assert sum(len(row["turns"]) for case in answers for row in case) > 10_000
     shares = [2e-2 if settings["estimator"] in WHITENING else 1e-3 for _, settings in cases]
     wrong = [case for case, *found in zip(cases, computed, answers, shares, strict=True) if not agree(*found)]
@@ -286,6 +352,14 @@ def test_what_rollout_correction_left_out_weighs_nothing_in_the_mean_over_tokens
     (up,), (down,), (left_out,) = (answer["turns"] for answer in whatif.recompute(rows, settings, None, never))
     assert (up["advantage"], down["advantage"]) == pytest.approx((0.75**0.5, -(0.75**0.5)), rel=1e-5)
     assert left_out["return"] == 1.0
+
+
+def test_an_exported_page_refuses_what_needs_a_similarity_that_it_has_not(tmp_path):
+    chosen = [{"truncated": "drop"}, {"truncated": "keep"}, {"truncated": "keep", "shaping.enable": False}]
+    cases = [[PARTLY[:4], whatif.settings_of(None) | some] for some in chosen]
+    attempt = "try { return viewerCredit.recompute(rows, s)[2].shaped } catch (e) { return e.message }"
+    dropped, needed, unshaped = in_node(f"cases.map(([rows, s]) => {{ {attempt} }})", cases, tmp_path)
+    assert (dropped, unshaped) == (None, 0) and "whose similarity is not in this page" in needed
 
 
 def test_the_advantage_is_the_sum_of_its_parts():

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 from viewer_runs import DIVERGED, EQUAL, FAULTY, MIXED, hostile, write
@@ -64,6 +65,46 @@ def test_the_data_is_what_the_server_would_answer(tmp_path):
     assert found["groups"] == queries.all_groups(run)
     assert found["rows"]["train/2"] == json.loads(json.dumps(queries.step_rows(run, "train", 2)))
     assert found["conversations"]["1"] == queries.conversation(run, 1)
+
+
+class Silent:
+    """A method that can compare no two programs."""
+
+    JAVASCRIPT = Path(__file__)  # any text
+
+    @staticmethod
+    def settings_of(config):
+        return {}
+
+    @staticmethod
+    def uncontrolled(config):
+        return {}
+
+    @staticmethod
+    def controls():
+        return []
+
+    @staticmethod
+    def presets():
+        return {}
+
+    @staticmethod
+    def recompute(rows, settings, config, codes):
+        raise RuntimeError("no server")
+
+    @staticmethod
+    def similarities(rows, config, codes):
+        return [row["similar"] or {} for row in rows], len(rows), "no server:\nrefused"
+
+
+def test_what_cannot_be_compared_is_one_line_on_stderr_and_no_end(tmp_path, capsys):
+    run = Run(write(tmp_path / "run", {1: MIXED, 2: EQUAL}), Silent)
+    run.update()
+    assert "5 trajectories" in export.write([run], tmp_path / "page.html", None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"viewer: {run.path}: 5 pairs of programs are not compared")
+    assert line.endswith(": no server: refused")
+    assert data((tmp_path / "page.html").read_text())["runs"][0]["rows"]["train/1"][0]["similar"] == {}
 
 
 def test_a_run_that_diverged_is_still_a_page(tmp_path):

@@ -46,7 +46,7 @@ export function GroupView({ overview, run, route, dark }) {
 
   if (!group) return <p class="empty">{error ?? "reading …"}</p>;
   if (group.id !== id) return <p class="empty">{error ?? "reading …"}</p>;
-  const shown = settings && answers ? answers : null;
+  const shown = settings && !whatifError ? answers : null;  // with an error, answers are those of the question before
   const most = strongest(rows, shown);
   return (
     <div class="group">

@@ -180,6 +180,7 @@ def test_the_ledger_works_out_every_number_where_it_stands(page, address):
     assert sum(len(line.split()) for line in ledger.locator(".pool dd").all_inner_texts()) == 23
     page.get_by_label("method").select_option("gtpo_turn")
     expect(ledger).to_contain_text("of 8 returns: this turn of the prompt")
+    expect(page.locator("select[name=format_rule]")).to_have_value("strict")  # the run's own: no method sets it
     page.get_by_label("method").select_option("gtpo_bootstrap")
     expect(ledger).to_contain_text("turns of the prompt whose tools had said the same")
     expect(ledger).to_contain_text("taken from all siblings that its tools led to the same state")

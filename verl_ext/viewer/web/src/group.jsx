@@ -63,7 +63,7 @@ export function GroupView({ overview, run, route, dark }) {
           <button title="the group after" disabled={!group.after} onClick={() => go({ group: group.after, row: "", turn: "" })}>▸</button>
           <Copy text={() => location.href} label="link" />
           {group.prompt_key && <a title="in other runs and steps" href={`#${new URLSearchParams({ run: run.run, view: "prompt", prompt: group.prompt_key, group: id })}`}>same prompt</a>}
-          {trains && <Methods {...{ overview, settings }} change={askIf} />}
+          {trains && <Methods {...{ overview, run, settings }} change={askIf} />}
           <label>order <select aria-label="order of siblings" value={order} onChange={(e) => go({ order: e.target.value === orders[0] ? "" : e.target.value }, { replace: true })}>{orders.map((one) => <option>{one}</option>)}</select></label>
         </p>
       </div>

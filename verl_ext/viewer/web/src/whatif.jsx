@@ -3,12 +3,13 @@
 const same = (a, b) => Object.keys({ ...a, ...b }).every((name) => a[name] === b[name]);
 
 // A whole other method, chosen beside the grid that it recolours.
-export function Methods({ overview, settings, change }) {
-  const names = Object.keys(overview.presets);
-  const chosen = settings ? names.find((name) => same(overview.presets[name], settings)) ?? "other" : "";
+// A method has no say in what is not in its preset: there the run keeps its own.
+export function Methods({ overview, run, settings, change }) {
+  const names = Object.keys(overview.presets), as = (name) => ({ ...run.settings, ...overview.presets[name] });
+  const chosen = settings ? names.find((name) => same(as(name), settings)) ?? "other" : "";
   return (
     <label>what if{" "}
-      <select aria-label="method" value={chosen} onChange={(e) => change(e.target.value ? { ...overview.presets[e.target.value] } : null)}>
+      <select aria-label="method" value={chosen} onChange={(e) => change(e.target.value ? as(e.target.value) : null)}>
         <option value="">as this run</option>
         {chosen === "other" && <option value="other">set below</option>}
         {names.map((name) => <option>{name}</option>)}

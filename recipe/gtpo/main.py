@@ -112,7 +112,10 @@ def validate(config: DictConfig) -> None:
 
 
 def finished(config: DictConfig, record: RunRecord, checkpoint: int | None) -> bool:
-    """Whether the run folder holds a run that has done all its steps, and said what came of the last one."""
+    """Whether the run folder holds a run that has done all its steps, and said what came of the last one.
+
+    Not known where the epochs decide (total_training_steps=null): verl then finds that there is no step left.
+    """
     total = config.trainer.total_training_steps
     if checkpoint is None or not total:
         return False

@@ -187,6 +187,21 @@ def test_without_validation_before_training_a_resumed_run_still_has_every_line(t
         check(folder, validated=())
 
 
+@pytest.mark.parametrize("mode", TRAINERS)
+def test_a_run_whose_epochs_decide_saves_and_validates_at_its_last_step_and_then_trains_no_more(tmp_path, mode):
+    epochs = ("trainer.total_training_steps=null", "trainer.total_epochs=2")
+    config = make_config("trainer.save_freq=3", "trainer.test_freq=3", *epochs)
+    config.run_dir, config.trainer.default_local_dir = str(tmp_path), str(tmp_path / "checkpoints")
+    for _ in range(2):
+        trainer = TRAINERS[mode](config)
+        trainer.prepare(Moments())
+        trainer.steps_per_epoch = STEPS // 2
+        trainer._load_checkpoint()
+        trainer.fit(None)
+        assert trainer.policy == latest_checkpoint(tmp_path / "checkpoints") == STEPS
+        check(tmp_path, validated=(0, 3, 4))
+
+
 def test_a_run_that_starts_over_keeps_nothing_of_the_one_before(tmp_path):
     folder, config = tmp_path / "run", make_config("trainer.save_freq=2", "trainer.test_freq=1")
     run(folder, config, "sync", Moments())

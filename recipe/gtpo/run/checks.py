@@ -125,6 +125,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
         raise ConfigError("trainer.use_v1=false: GTPO runs on verl's V1 trainer only")
     check_mode(config)
     check_estimator(config)
+    check_length(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
@@ -179,6 +180,22 @@ def check_mode(config: DictConfig) -> None:
             f"trainer.v1.trainer_mode={mode}: data.train_batch_size={config.data.train_batch_size} is not "
             f"trainer.v1.separate_async.parameter_sync_step={steps} x "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        )
+
+
+#: `trainer.total_epochs` in gtpo_trainer.yaml: more than any run has.
+_EPOCHS = 1_000_000
+
+
+def check_length(config: DictConfig) -> None:
+    """Raise ConfigError where epochs would end a run before its last step, or do nothing: verl saves and validates at
+    the last of `total_training_steps`, and where the epochs end first it just stops."""
+    epochs, steps = config.trainer.total_epochs, config.trainer.total_training_steps
+    if steps is not None and epochs != _EPOCHS:
+        raise ConfigError(
+            f"trainer.total_epochs={epochs} with trainer.total_training_steps={steps}: a run whose epochs end first "
+            "loses the steps behind its last checkpoint. Leave trainer.total_epochs out, and the steps decide; or set "
+            "trainer.total_training_steps=null, and the epochs do"
         )
 
 

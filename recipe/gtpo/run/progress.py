@@ -30,7 +30,7 @@ _SAY_SECONDS = 15.0  # between two words on a validation that goes on
 class Progress:
     """A context manager: follows metrics.jsonl in a thread and draws a bar (on a terminal) or a line a step."""
 
-    def __init__(self, record: RunRecord, total_steps: int, out: TextIO = sys.stderr) -> None:
+    def __init__(self, record: RunRecord, total_steps: int | None, out: TextIO = sys.stderr) -> None:
         self._record = record
         self._total = total_steps
         self._out = out

@@ -214,6 +214,7 @@ def test_every_key_that_is_read_or_fixed_is_in_the_config():
         ("actor_rollout_ref.rollout.temperature=0.7", "temperature=0.7: the plain-PyTorch engine has 1.0 only"),
         ("data.train_batch_size=8", "one update a step"),
         ("trainer.test_freq=-1", r"trainer.test_freq=-1: at least 1"),
+        ("trainer.total_training_steps=null", "total_training_steps=null: .* counts steps; set a number"),
         (
             "algorithm.adv_estimator=gae",
             "adv_estimator=gae: the plain-PyTorch engine has gtpo, grpo, rloo, .*; use engine=",

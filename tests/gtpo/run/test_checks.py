@@ -292,12 +292,18 @@ def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default)
         ),
         ("trainer.use_v1", False, "trainer.use_v1=false: GTPO runs on verl's V1 trainer only"),
         ("trainer.v1.trainer_mode", "sync", "trainer.v1.trainer_mode=sync: this recipe has gtpo_sync, gtpo_colocate"),
+        ("trainer.total_epochs", 15, "trainer.total_epochs=15 with trainer.total_training_steps=40: a run whose "),
     ],
 )
 def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, message):
     config, choices = default
     OmegaConf.update(config, key, value)
     assert refusal(config, choices).startswith(message)
+
+
+def test_the_epochs_decide_where_no_steps_do():
+    config, choices = compose_with_choices("trainer.total_epochs=15", "trainer.total_training_steps=null")
+    check(config, choices)
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])

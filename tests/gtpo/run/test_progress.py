@@ -103,6 +103,13 @@ def test_the_bar_shows_the_latest_step_and_validation_its_own_line(record):
     assert "2/4" in shown and "acc=0.75 turns=2.5" in shown
 
 
+def test_the_bar_counts_where_the_number_of_steps_is_not_known(record):
+    out = io.StringIO()
+    with Progress(record, None, out):
+        record.write_metrics(1, training(0.5))
+    assert "training: 1step" in out.getvalue()
+
+
 def test_numbers_that_are_not_finite_and_rows_left_out_are_said(record):
     out = io.StringIO()
     left_out = {"gtpo/data/too_long_total": 3.0, "gtpo/validation/too_long_total": 0.0}

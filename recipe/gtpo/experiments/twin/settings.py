@@ -124,6 +124,8 @@ class Settings:
             )
         if config.trainer.test_freq < 1:
             raise ConfigError(f"trainer.test_freq={config.trainer.test_freq}: at least 1, the curve is the result")
+        if config.trainer.total_training_steps is None:
+            raise ConfigError("trainer.total_training_steps=null: the plain-PyTorch engine counts steps; set a number")
         options = GTPOOptions.from_config(config.algorithm.gtpo)
         return cls(
             method=config.method,

@@ -126,6 +126,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     check_mode(config)
     check_estimator(config)
     check_length(config)
+    check_validation(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
@@ -196,6 +197,16 @@ def check_length(config: DictConfig) -> None:
             f"trainer.total_epochs={epochs} with trainer.total_training_steps={steps}: a run whose epochs end first "
             "loses the steps behind its last checkpoint. Leave trainer.total_epochs out, and the steps decide; or set "
             "trainer.total_training_steps=null, and the epochs do"
+        )
+
+
+def check_validation(config: DictConfig) -> None:
+    """Raise ConfigError where verl would train although it is asked to validate only."""
+    trainer = config.trainer
+    if trainer.val_only and not trainer.val_before_train:
+        raise ConfigError(
+            "trainer.val_only=true with trainer.val_before_train=false: the one validation of such a run is the one "
+            "before training, and without it verl trains; leave trainer.val_before_train out"
         )
 
 

@@ -306,6 +306,15 @@ def test_the_epochs_decide_where_no_steps_do():
     check(config, choices)
 
 
+def test_to_validate_only_without_the_validation_before_training_would_train_and_is_refused():
+    config, choices = compose_with_choices("trainer.val_only=true")
+    check(config, choices)
+    config.trainer.val_before_train = False
+    assert refusal(config, choices).endswith("without it verl trains; leave trainer.val_before_train out")
+    config.trainer.val_only = False
+    check(config, choices)
+
+
 @pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])
 def test_an_adapter_that_would_reach_no_rollout_is_refused(hardware):
     config, choices = compose_with_choices(f"hardware={hardware}", "rollout=transformers")

@@ -437,7 +437,7 @@ def test_validation_keys_are_the_same_however_a_trajectory_ends(tokenizer):
 
 def scored_by(tmp_path, body):
     """The config of a reward function with this body."""
-    (tmp_path / "reward.py").write_text(f"import time, os, signal, numpy as np\n{body}\n")
+    (tmp_path / "reward.py").write_text(f"import asyncio, time, os, signal, numpy as np\n{body}\n")
     return {"reward.custom_reward_function": {"path": str(tmp_path / "reward.py"), "name": "score"}}
 
 
@@ -466,6 +466,14 @@ def test_every_form_of_an_outcome_counts_and_no_trajectory_disappears(tokenizer,
         ("def score(**kwargs): raise KeyError('gold')", "the reward function score raised KeyError: 'gold'"),
         ("def score(**kwargs): os._exit(3)", "the reward function score raised ProcessExpired: "),
         ("def score(**kwargs): time.sleep(600)", "took longer than reward_timeout_seconds=2 and was ended"),
+        (
+            "async def score(**kwargs): await asyncio.sleep(600)",
+            "took longer than reward_timeout_seconds=2 and was ended",
+        ),
+        (
+            "async def score(**kwargs): raise TimeoutError('judge')",
+            "the reward function score raised TimeoutError: judge",
+        ),
     ],
 )
 def test_a_reward_function_that_fails_loses_the_trajectory_and_is_named_with_the_row(tokenizer, tmp_path, body, cause):

@@ -60,7 +60,7 @@ class CustomScore:
     """`reward.custom_reward_function`: a coroutine is awaited, anything else called in processes of its own.
 
     Args:
-        section: the config's, as JSON. seconds: after which a call in a process is ended.
+        section: the config's, as JSON. seconds: after which a call is ended; a coroutine ends where it awaits.
     """
 
     def __init__(self, section: str, seconds: float) -> None:
@@ -70,12 +70,15 @@ class CustomScore:
         self._processes = None if inspect.iscoroutinefunction(self._function) else Processes()
 
     async def __call__(self, **row: Any) -> Any:
+        asked: asyncio.Future | None = None
         try:
             if self._processes is None:
-                return await self._function(**row, **self._kwargs)
+                asked = asyncio.ensure_future(self._function(**row, **self._kwargs))
+                return await asyncio.wait_for(asked, self._seconds)
             return await self._processes.call(_call, self._section, row, seconds=self._seconds)
         except Exception as e:  # what it raised, an answer that cannot be sent, or the death of its process
-            if self._processes is not None and isinstance(e, TimeoutError):
+            over = isinstance(e, (TimeoutError, asyncio.TimeoutError))  # one from Python 3.11 on
+            if over and (asked is None or asked.cancelled()):  # else a coroutine's own: a client's, for example
                 limit = f"reward_timeout_seconds={self._seconds:g}"
                 raise ScoreError(f"{self._what} took longer than {limit} and was ended") from e
             raise ScoreError(f"{self._what} raised {type(e).__name__}: {e}") from e

@@ -261,7 +261,11 @@ def test_of_a_relative_path_it_is_said_where_it_was_looked_for(reward, data, mon
 
 
 ASKED = """
+import asyncio
+
 async def judge(data_source, solution_str, ground_truth, extra_info):
+    if data_source == "slow":
+        await asyncio.Event().wait()
     return {"score": 0.5} if ground_truth else [solution_str]
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -328,9 +332,10 @@ def test_a_row_without_reward_model_is_named_where_the_reward_function_fails(ask
         ask([{"prompt": row["prompt"], "data_source": "numbers"} for row in rows_of("numbers", "3")])
 
 
-def test_a_reward_function_that_hangs_is_ended_and_named(ask):
+@pytest.mark.parametrize("name", ["compute_score", "judge"])
+def test_a_reward_function_that_hangs_is_ended_and_named(ask, name):
     with pytest.raises(ConfigError, match=r"took longer than reward_timeout_seconds=0\.5 and was ended"):
-        ask(rows_of("slow", "1"), reward_timeout_seconds=0.5)
+        ask(rows_of("slow", "1"), name, reward_timeout_seconds=0.5)
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------

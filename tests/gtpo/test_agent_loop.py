@@ -498,6 +498,26 @@ def score(**kwargs):
     assert rollout.trajectory.acc == 1.0 and rollout.trajectory.pred != str(os.getpid())
 
 
+def test_a_reward_function_may_start_processes_of_its_own(tokenizer, tmp_path):
+    body = """
+import multiprocessing
+
+def work(said):
+    said.put(1.0)
+
+def score(**kwargs):
+    said = multiprocessing.Queue()
+    one = multiprocessing.Process(target=work, args=(said,))
+    one.start()
+    try:
+        return said.get(timeout=30)
+    finally:
+        one.join()
+"""
+    rollout = Rollout(tokenizer, [RIGHT], changes=scored_by(tmp_path, body))
+    assert (rollout.trajectory.fault, rollout.trajectory.acc) == ("", 1.0)
+
+
 def test_a_row_without_the_keys_of_a_reward_gives_it_none(tokenizer, tmp_path):
     body = "async def score(data_source, ground_truth, **kwargs): return data_source is None and ground_truth is None"
     row = {"data_source": None, "reward_model": None}

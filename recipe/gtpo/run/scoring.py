@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class CustomScore:
         self._function, self._kwargs = load_function(json.loads(section))
         self._section, self._seconds = section, seconds
         self._what = f"the reward function {getattr(self._function, '__name__', self._function)}"
-        self._processes = None if inspect.iscoroutinefunction(self._function) else Processes()
+        self._processes = None if inspect.iscoroutinefunction(self._function) else Processes(_fork)
 
     async def __call__(self, **row: Any) -> Any:
         asked: asyncio.Future | None = None
@@ -119,6 +120,14 @@ def reward_arguments(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "ground_truth": (row.get("reward_model") or {}).get("ground_truth"),
         "extra_info": row.get("extra_info"),
     }
+
+
+def _fork() -> None:
+    """First in a process of the pool. One that was spawned would spawn its own children, too, and they could not import
+    what a reward function starts in them: its file is no module that is found by name. Under verl they are forked. It
+    is sound here: nothing but reward functions runs in these processes, and no thread is in them that none has started.
+    """
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _call(section: str, row: Mapping[str, Any]) -> Any:

@@ -29,7 +29,7 @@ from recipe.gtpo.run.gpu import (
     machines_of,
     shape_of,
 )
-from recipe.gtpo.run.identity import variant
+from recipe.gtpo.run.identity import flatten, variant
 from recipe.gtpo.run.inputs import (
     Prompt,
     Say,
@@ -127,6 +127,7 @@ def check(config: DictConfig, choices: dict[str, Any]) -> GTPOOptions:
     check_estimator(config)
     check_length(config)
     check_validation(config)
+    check_rewards(config)
     filters = config.algorithm.filter_groups
     if filters.enable and filters.metric != "acc":
         raise ConfigError(f"algorithm.filter_groups.metric={filters.metric}: turn rewards shift it; filter on acc")
@@ -201,13 +202,41 @@ def check_length(config: DictConfig) -> None:
 
 
 def check_validation(config: DictConfig) -> None:
-    """Raise ConfigError where verl would train although it is asked to validate only."""
-    trainer = config.trainer
+    """Raise ConfigError where verl would train although it is asked to validate only, or sample although it is not."""
+    trainer, sampling = config.trainer, config.actor_rollout_ref.rollout.val_kwargs
     if trainer.val_only and not trainer.val_before_train:
         raise ConfigError(
             "trainer.val_only=true with trainer.val_before_train=false: the one validation of such a run is the one "
             "before training, and without it verl trains; leave trainer.val_before_train out"
         )
+    if not sampling.do_sample and sampling.temperature > 0:  # verl's V1 trainers read the temperature only
+        key = "actor_rollout_ref.rollout.val_kwargs"
+        raise ConfigError(
+            f"{key}.do_sample=false with {key}.temperature={sampling.temperature:g}: answers would be sampled at that "
+            f"temperature all the same; set {key}.temperature=0, and the likeliest token is taken"
+        )
+
+
+#: By what verl scores answers that an agent loop has not scored, and ours scores them all: key -> verl's default ...
+_SCORED_BY_VERL = {
+    "reward.reward_manager.name": "naive",
+    "reward.reward_manager.source": "register",
+    "reward.reward_model.enable": False,
+    "reward.sandbox_fusion.url": None,
+}
+#: ... and the older sections for the same, which its V1 trainers do not read.
+_OLD_REWARD = ("custom_reward_function", "reward_model", "sandbox_fusion")
+
+
+def check_rewards(config: DictConfig) -> None:
+    """Raise ConfigError for a key of verl that says what a reward is and here would change none."""
+    old = (flatten(OmegaConf.to_container(config[section]), section) for section in _OLD_REWARD)
+    for key, default in [*_SCORED_BY_VERL.items(), *((key, None) for keys in old for key in keys)]:
+        if (value := OmegaConf.select(config, key)) != default:
+            raise ConfigError(
+                f"{key}={value} would change no reward: answers are scored by the task, or by "
+                "reward.custom_reward_function.path; set that, or leave it out"
+            )
 
 
 #: Estimators of verl 0.9.1 that its V1 trainers do not hand what they read: estimator -> what that is.

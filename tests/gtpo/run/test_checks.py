@@ -293,6 +293,23 @@ def test_a_typo_in_an_option_is_refused_by_hydra_and_a_forced_one_by_us(default)
         ("trainer.use_v1", False, "trainer.use_v1=false: GTPO runs on verl's V1 trainer only"),
         ("trainer.v1.trainer_mode", "sync", "trainer.v1.trainer_mode=sync: this recipe has gtpo_sync, gtpo_colocate"),
         ("trainer.total_epochs", 15, "trainer.total_epochs=15 with trainer.total_training_steps=40: a run whose "),
+        (
+            "actor_rollout_ref.rollout.val_kwargs.do_sample",
+            False,
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=false with actor_rollout_ref.rollout.val_kwargs.temp",
+        ),
+        ("reward.reward_manager.name", "dapo", "reward.reward_manager.name=dapo would change no reward: answers are "),
+        ("reward.reward_manager.source", "importlib", "reward.reward_manager.source=importlib would change no reward"),
+        ("reward.reward_model.enable", True, "reward.reward_model.enable=True would change no reward"),
+        ("reward.sandbox_fusion.url", "http://x", "reward.sandbox_fusion.url=http://x would change no reward"),
+        # verl's older keys
+        (
+            "custom_reward_function.path",
+            "x.py",
+            "custom_reward_function.path=x.py would change no reward: answers ",
+        ),
+        ("reward_model.enable", True, "reward_model.enable=True would change no reward"),
+        ("reward_model.model.path", "x", "reward_model.model.path=x would change no reward"),
     ],
 )
 def test_a_value_that_cannot_run_is_refused_by_its_key(default, key, value, message):
@@ -313,6 +330,14 @@ def test_to_validate_only_without_the_validation_before_training_would_train_and
     assert refusal(config, choices).endswith("without it verl trains; leave trainer.val_before_train out")
     config.trainer.val_only = False
     check(config, choices)
+
+
+def test_a_greedy_validation_is_one_at_temperature_0():
+    temperature = "actor_rollout_ref.rollout.val_kwargs.temperature=0"
+    for overrides in ([temperature], [temperature, "actor_rollout_ref.rollout.val_kwargs.do_sample=false"]):
+        config, choices = compose_with_choices(*overrides)
+        check(config, choices)
+        validate(config)
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])

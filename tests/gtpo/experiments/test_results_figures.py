@@ -176,17 +176,33 @@ def test_the_sixth_design_shows_its_raw_numbers():
 def test_the_seventh_design_shows_its_raw_numbers():
     page = (PAGE.parent / "designs/7-every-rival.md").read_text()
     rows = draw.csv_rows("every_rival.csv")
+    assert [one.method for one in draw.every_rival()] == re.findall(r"(?m)^\| `(\w+)` \| 0\.", page)
     assert {row["method"] for row in rows} == set(FAIR)
     for method in FAIR:
-        means = [f"{fmean(draw.by_seed(rows, method, f'step_{step}').values()):.3f}" for step in (0, 10, 20)]
-        finals = ", ".join(f"{final:.3f}" for final in draw.by_seed(rows, method, "step_20").values())
-        assert f"| `{method}` | {' | '.join(means)} | {finals} |" in page
-    said = " ".join(page.split())
+        cells = [f"{fmean(draw.by_seed(rows, method, f'step_{step}').values()):.3f}" for step in (0, 10, 20)]
+        for ours in ("gtpo_turn_batch_std", "gtpo"):
+            d = None if method == ours else draw.minus(rows, ours, method, "step_20")
+            cells.append("" if d is None else points(d.mean, d.low, d.high))
+        assert " ".join(f"| `{method}` | {' | '.join(cells)} |".split()) in page
+
+
+def test_what_is_said_elsewhere_of_the_seventh_design_is_what_came_out():
+    """The best rival's accuracy, and both settings of GTPO minus it."""
+    rows = draw.csv_rows("every_rival.csv")
+    best = next(one.method for one in draw.every_rival() if not one.method.startswith("gtpo"))
+    readme = " ".join((PAGE.parents[3] / "README.md").read_text().split())
     for ours in ("gtpo_turn_batch_std", "gtpo"):
-        for rival in ("dr_grpo", "grpo"):
-            difference = draw.minus(rows, ours, rival, "step_20")  # of two seeds the interval's ends are the two
-            assert re.search(rf"`{rival}`[^(`]* {100 * difference.mean:+.1f}[^(]*\(", said)
-            assert f"({100 * difference.high:+.1f}" in said and f"{100 * difference.low:+.1f}" in said
+        d = draw.minus(rows, ours, best, "step_20")
+        assert points(d.mean, d.low, d.high) in TEXT and points(d.mean, d.low, d.high) in readme
+    for one in draw.every_rival():
+        assert one.method not in (best, "gtpo_turn_batch_std", "gtpo") or f"{one.final.mean:.3f}" in TEXT
+
+
+def test_the_seventh_design_s_praise_of_wrong_answers_is_on_its_page():
+    page = (PAGE.parent / "designs/7-every-rival.md").read_text()
+    for one in draw.every_rival():
+        assert one.praise == 0 or f"`{one.method}` {100 * one.praise:.0f}%" in page
+    assert sum(one.praise == 0 for one in draw.every_rival()) == 6
 
 
 def test_figures_show_today_s_numbers():
@@ -195,9 +211,11 @@ def test_figures_show_today_s_numbers():
         draw.DIFFERENCES: draw.drawn_differences(),
         draw.MAP: draw.leads(),
         draw.FIRST_CALL: draw.first_call(),
+        draw.EVERY_RIVAL: draw.every_rival(),
     }
-    linked = [PAGE.parent / path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", TEXT)]
-    assert linked == list(shown)
+    pages = [PAGE, *(PAGE.parent / "designs").glob("*.md")]
+    images = [(page.parent, path) for page in pages for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page.read_text())]
+    assert {(folder / path).resolve() for folder, path in images} == set(shown)
     for path, numbers in shown.items():
         assert path.stat().st_size < 150_000
         with Image.open(path) as image:

@@ -24,6 +24,7 @@ FIGURES = RESULTS.parent / "figures"
 CURVES, DIFFERENCES = FIGURES / "curves_six_calls.png", FIGURES / "differences.png"
 MAP = FIGURES / "credit_map.png"
 FIRST_CALL = FIGURES / "first_call.png"
+EVERY_RIVAL = FIGURES / "every_rival.png"
 FIVE_SEEDS = frozenset(range(701, 706))  # those that every method has at horizon 6
 
 
@@ -240,6 +241,25 @@ def first_call() -> list[FirstCall]:
     return found
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A method of the seventh design."""
+
+    method: str
+    final: Interval  # accuracy after 20 steps: mean over seeds and Student's interval
+    praise: float  # share of its weight that makes wrong answers more likely, in the first step
+
+
+@cache
+def every_rival() -> list[Ended]:
+    """The seventh design's methods, the most accurate first."""
+    rows = csv_rows("every_rival.csv")
+    praise = {row["method"]: float(row["praise_of_wrong"]) for row in csv_rows("praise_of_wrong.csv")}
+    methods = dict.fromkeys(row["method"] for row in rows)
+    found = [Ended(m, _student(list(by_seed(rows, m, "step_20").values())), praise[m]) for m in methods]
+    return sorted(found, key=lambda one: -one.final.mean)
+
+
 def draw() -> None:
     import matplotlib
 
@@ -255,6 +275,7 @@ def draw() -> None:
         (DIFFERENCES, _draw_differences(plt), drawn_differences(), 120),
         (MAP, _draw_map(plt), leads(), 100),
         (FIRST_CALL, _draw_first_call(plt), first_call(), 110),
+        (EVERY_RIVAL, _draw_every_rival(plt), every_rival(), 110),
     ):
         figure.savefig(path, dpi=dpi, metadata={"Description": fingerprint(shown)})
         plt.close(figure)
@@ -320,6 +341,9 @@ def _draw_differences(plt: Any) -> Any:
     return figure
 
 
+#: Every rival of the seventh design.
+_RIVAL = Look("rival", "#000000", "o")
+
 #: Orange: behind the best rival; blue: ahead. Light, so that a number can be read on each.
 _MAP_COLOURS = ("#f0a030", "#f9dcae", "#ffffff", "#b5daf0", "#56aee0")
 _MAP_LIMIT = 20  # hundredths of cosine; what is beyond has the last colour
@@ -380,6 +404,30 @@ def _draw_first_call(plt: Any) -> Any:
     axes[-1][0].set_xlabel("training steps")
     axes[-1][1].set_xlabel("points (dashed: the goal)")
     axes[0][0].legend(loc="lower right")
+    return figure
+
+
+def _draw_every_rival(plt: Any) -> Any:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", width_ratios=(1.1, 1))
+    found = every_rival()
+    for at, one in enumerate(reversed(found)):
+        look = _RIVAL if one.method not in LOOKS else LOOKS[one.method]
+        low, mean, high = one.final.low, one.final.mean, one.final.high
+        style = {"color": look.colour, "marker": look.marker, "markersize": 8, "elinewidth": 1.8, "capsize": 3}
+        left.errorbar([mean], [at], xerr=[[mean - low], [high - mean]], **style)
+        right.errorbar([100 * one.praise], [mean], yerr=[[mean - low], [high - mean]], **style)
+        if one.praise > 0:
+            right.annotate(one.method, (100 * one.praise, low), (0, -4), textcoords="offset points", ha="center",
+                           va="top", fontsize=9)  # fmt: skip
+    silent = [one for one in found if one.praise == 0]
+    right.annotate(f"{len(silent)} rivals on the outcome", (0, max(one.final.high for one in silent)), (-4, 5),
+                   textcoords="offset points", ha="left", va="bottom", fontsize=9)  # fmt: skip
+    left.set_yticks(range(len(found)), [one.method for one in reversed(found)])
+    left.set(xlabel="accuracy after 20 steps")
+    left.grid(axis="x", alpha=0.3)
+    right.set(xlabel="praise of wrong answers in step 1, %", ylabel="accuracy after 20 steps")
+    right.margins(x=0.08, y=0.1)
+    right.grid(alpha=0.3)
     return figure
 
 

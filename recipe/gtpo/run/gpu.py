@@ -330,6 +330,8 @@ def machines_of(config: DictConfig, gpus: Sequence[Gpu], host: float | None) -> 
 
 def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
     """What the config has of a training's settings; and what it may leave to `memory.choose`, None where it does."""
+    from verl.trainer.ppo.utils import need_reference_policy
+
     longest = config.data.max_prompt_length + config.data.max_response_length
     parts = config.actor_rollout_ref
     model, rollout, fsdp = parts.model, parts.rollout, parts.actor.fsdp_config
@@ -344,6 +346,8 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
         flash=_attention_of(config) == "flash_attention_2",
         rows=rollout.max_num_seqs if rollout.name == "transformers" else 0,
         prompt=config.data.max_prompt_length,
+        # with an adapter verl asks the trained model without it
+        reference=bool(need_reference_policy(config)) and model.lora_adapter_path is None,
     )
     tokens = parts.actor.ppo_max_token_len_per_gpu
     if not parts.actor.use_dynamic_bsz:

@@ -173,6 +173,7 @@ class Settings:
     flash: bool = False  # flash-attn's kernels; without them attention reads a mask of tokens x tokens
     rows: int = 0  # trajectories that rollout=transformers has at once: rollout.max_num_seqs; 0: vLLM or SGLang
     prompt: int = 0  # of `longest`
+    reference: bool = False  # a KL term asks for a model to compare with; with LoRA that is the base of the trained one
 
     @property
     def tokens_of_one(self) -> int:
@@ -237,12 +238,18 @@ def cache_tokens(shape: Shape, machines: Machines, settings: Settings) -> int:
     return max(0, int(left * copies / shape.cache))
 
 
-def host(shape: Shape, machines: Machines, settings: Settings) -> float:
-    """Bytes of a node's own memory: what is offloaded, and the float32 weights that its first process reads."""
+def host(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
+    """Bytes of a node's own memory, by what they are. Its first process reads all weights as float32."""
     trained = trainable(shape, settings)
     weights = 4 * (shape.parameters + (trained if settings.lora_rank else 0))
     away = weights + 8 * trained if settings.offload else weights + 12 * trained if settings.cpu_adam else 0
-    return away / machines.nodes + weights
+    # verl's FSDP keeps it there whatever its param_offload says, in float32 (ref.fsdp_config.model_dtype)
+    reference = 4 * shape.parameters if settings.reference and not settings.lora_rank else 0
+    return {
+        "offloaded": away / machines.nodes,
+        "KL reference": reference / machines.nodes,
+        "weights that are read": weights,
+    }
 
 
 def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:
@@ -254,18 +261,23 @@ def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:
     ):
         total = sum(parts.values())
         if total > usable:
-            shown = ", ".join(f"{part} {size / GB:.1f}" for part, size in parts.items() if size >= 0.05 * GB)
-            return f"{phase} needs about {total / GB:.0f} GB of each GPU's {machines.memory / GB:.0f} ({shown})"
+            return f"{phase} needs about {total / GB:.0f} GB of each GPU's {machines.memory / GB:.0f} ({_shown(parts)})"
     tokens, wanted = cache_tokens(shape, machines, settings), AT_ONCE * settings.longest
     if tokens < wanted and not settings.rows:
         return (
             f"vLLM's share of {settings.share:g} has room for {tokens} tokens beside the weights, and {AT_ONCE} of "
             f"the longest trajectories are {wanted}"
         )
-    needed = host(shape, machines, settings)
+    parts = host(shape, machines, settings)
+    needed = sum(parts.values())
     if machines.host is not None and needed > machines.host:
-        return f"the host needs about {needed / GB:.0f} GB of memory and has {machines.host / GB:.0f}"
+        has = machines.host / GB
+        return f"the host needs about {needed / GB:.0f} GB of memory and has {has:.0f} ({_shown(parts)})"
     return None
+
+
+def _shown(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {size / GB:.1f}" for part, size in parts.items() if size >= 0.05 * GB)
 
 
 def choose(
@@ -324,17 +336,19 @@ def proposals(
             yield f"actor_rollout_ref.rollout.max_num_seqs={some.rows}"
     elif not settings.lora_rank and fits(shape, machines, replace(settings, lora_rank=32)):
         yield "actor_rollout_ref.model.lora_rank=32"
+    if settings.reference and fits(shape, machines, replace(settings, reference=False)):
+        yield "actor_rollout_ref.actor.use_kl_loss=false and algorithm.use_kl_in_reward=false"
     on_cpu = replace(settings, cpu_adam=True)
     if not settings.cpu_adam and (chosen := fits(shape, machines, on_cpu, offload=False)):
         yield (
             "actor_rollout_ref.actor.fsdp_config.offload_policy=true (Adam on the CPU: slower, and "
-            f"{host(shape, machines, chosen) / GB:.0f} GB of the host's memory)"
+            f"{sum(host(shape, machines, chosen).values()) / GB:.0f} GB of the host's memory)"
         )
     half = replace(settings, longest=settings.longest // 2)
     if fits(shape, machines, half):
         yield f"data.max_prompt_length + data.max_response_length of {half.longest} instead of {settings.longest}"
     if machines.host is not None and (chosen := fits(shape, replace(machines, host=None), settings)):
-        needed = host(shape, machines, chosen)  # more than there is, as nothing fits with that
+        needed = sum(host(shape, machines, chosen).values())  # more than there is, as nothing fits with that
         yield f"{needed / GB:.0f} GB of the host's memory instead of {machines.host / GB:.0f}"
     more = (replace(machines, gpus=n) for n in (2, 4, 8) if n > machines.gpus)
     if fitting := next((m for m in more if fits(shape, m, settings)), None):

@@ -454,6 +454,25 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     fit(on("single_gpu", "actor_rollout_ref.actor.fsdp_config.offload_policy=true"), "7B", 1)
 
 
+KL = ("actor_rollout_ref.actor.use_kl_loss", "algorithm.use_kl_in_reward")
+
+
+@pytest.mark.parametrize("key", KL)
+def test_the_reference_of_a_kl_term_is_counted_and_proposed_to_be_left_out(key):
+    """verl keeps its weights in the host's memory, where what is offloaded lies, too."""
+
+    def fit_7b(*changes):
+        config = on("single_node", "trainer.n_gpus_per_node=2", *changes)
+        fit_memory(config, Machines(2, 80 * GB, host=128 * GB), QWEN25["7B"], lambda line: None)
+
+    message = refusal(fit_7b, f"{key}=true")
+    assert "the host needs about 152 GB of memory and has 128 (offloaded 91.4, KL reference 30.5, " in message
+    assert " and ".join(f"{one}=false" for one in KL) in message
+    fit_7b()
+    for adapter in ("lora_rank=32", "lora_adapter_path=mine"):  # verl then asks the model without it
+        fit_7b(f"{key}=true", f"actor_rollout_ref.model.{adapter}")
+
+
 LEAVE_OUT_SHARE = f"leave out {KEYS['share']} (or null, where a file sets it)"
 LEAVE_OUT_OFFLOAD = f"leave out {KEYS['param_offload']} (or null, where a file sets it)"
 

@@ -160,8 +160,14 @@ def test_generation_and_host_of_a_tiny_model_by_hand():
     }
     assert generation(shape, machines, replace(settings, offload=True))["trainer"] == 0
     assert cache_tokens(shape, machines, settings) == int((2 * GB - 1.13 * 808) / 16)
-    assert host(shape, machines, settings) == 4 * 404
-    assert host(shape, replace(machines, nodes=2), replace(settings, offload=True)) == 12 * 404 / 2 + 4 * 404
+    assert host(shape, machines, settings) == {"offloaded": 0, "KL reference": 0, "weights that are read": 4 * 404}
+    away = replace(settings, offload=True, reference=True)
+    assert host(shape, replace(machines, nodes=2), away) == {
+        "offloaded": 12 * 404 / 2,
+        "KL reference": 4 * 404 / 2,
+        "weights that are read": 4 * 404,
+    }
+    assert host(shape, machines, replace(away, lora_rank=1))["KL reference"] == 0  # the model without its adapter
 
 
 def test_the_transformers_rollout_of_a_tiny_model_by_hand():
@@ -283,7 +289,13 @@ def test_more_never_stops_fitting():
             "7B",
             replace(TWO, host=100 * GB),
             replace(OURS, tokens=9216, offload=True),
-            "the host needs about 122 GB of memory and has 100",
+            "the host needs about 122 GB of memory and has 100 (offloaded 91.4, weights that are read 30.5)",
+        ),
+        (
+            "7B",
+            replace(TWO, host=128 * GB),
+            replace(OURS, tokens=9216, offload=True, reference=True),
+            "the host needs about 152 GB of memory and has 128 (offloaded 91.4, KL reference 30.5, weights that are ",
         ),
     ],
 )

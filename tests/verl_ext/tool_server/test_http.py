@@ -117,9 +117,39 @@ def test_output_keeps_head_and_tail(strong_server: Server) -> None:
     assert "cut ...]" in result.output and len(result.output) < 66_000
 
 
-def test_partial_output_of_a_killed_program_is_shown(strong_server: Server) -> None:
-    result = run(strong_server, "print('so far')\nwhile True: pass", timeout=0.5)
-    assert result.output == "so far\n[timeout: stopped after 0.5 s of wall time]"
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("print('so far')", "so far\n"),
+        ("print('so far', end='')", "so far\n"),
+        ("for i in range(3): print(i, end=' ')", "0 1 2 \n"),
+        ("import sys\nsys.stdout.buffer.write(b'so far')", "so far\n"),
+        ("import threading\nprint('so', end='')\nthreading.Thread(target=print).start()", "so\n"),
+    ],
+)
+@pytest.mark.parametrize("in_session", [False, True])
+def test_partial_output_of_a_killed_program_is_shown(
+    strong_server: Server, code: str, shown: str, in_session: bool
+) -> None:
+    async def use(client: ToolClient) -> ExecutionResult:
+        session = await client.open_session() if in_session else None
+        result = await client.run(f"{code}\nwhile True: pass", timeout=0.5, session_id=session)
+        if session is not None:
+            await client.close_session(session)
+        return result
+
+    output = with_client(strong_server, use).output
+    assert output == f"{shown}[timeout: stopped after 0.5 s of wall time]"
+
+
+def test_lines_of_threads_stay_whole(strong_server: Server) -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda i: print("line", i), range(500)))
+"""
+    lines = run(strong_server, code, echo=False).stdout.splitlines()
+    assert sorted(lines) == sorted(f"line {i}" for i in range(500))
 
 
 def test_executions_do_not_share_random_state_or_hash_seed(strong_server: Server) -> None:

@@ -198,7 +198,10 @@ def _raise_memory_limit_to_hard() -> None:
 
 
 def open_streams() -> None:
-    """New text streams over descriptors 0-2. Line buffered: a program killed later has still shown what it printed."""
+    """New text streams over descriptors 0-2. Nothing is held back: a program killed later has shown what it printed.
+
+    Beside other threads a line is held back until it ends (``keep_lines_whole_beside_threads``).
+    """
     stdin = io.BufferedReader(io.FileIO(0, "r", closefd=False))
     sys.stdin = io.TextIOWrapper(stdin, "utf-8", "replace")
     setattr(sys.stdin, "mode", "r")  # noqa: B010  typed as read-only
@@ -214,10 +217,28 @@ _streams: dict[str, io.TextIOWrapper] = {}  # the last ones opened; a program ma
 
 
 def _output_stream(fd: int) -> io.TextIOWrapper:
-    raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
-    stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
+    raw: Any = io.FileIO(fd, "w", closefd=False)  # as under `python -u`
+    stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True, write_through=True)
     setattr(stream, "mode", "w")  # noqa: B010  typed as read-only
     return stream
+
+
+def keep_lines_whole_beside_threads() -> None:
+    """Have the streams hold a line back until it ends, from when the program starts a thread. To be called once.
+
+    print() writes a line in pieces, and lets other threads run in each write: their lines would be mixed.
+    """
+    start = getattr(threading, "_start_new_thread")  # noqa: B009  private, and typed as absent
+
+    def start_new_thread(*args: Any) -> int:
+        for stream in _streams.values():
+            try:
+                stream.reconfigure(write_through=False)
+            except Exception:
+                pass  # the program closed it
+        return start(*args)
+
+    setattr(threading, "_start_new_thread", start_new_thread)  # noqa: B010
 
 
 def open_streams_for_children() -> list[object]:

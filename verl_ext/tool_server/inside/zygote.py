@@ -50,6 +50,7 @@ def main() -> None:
     warm(config["kind"])
     zygote = Zygote(control, config)
     like_an_interpreter()
+    runner.keep_lines_whole_beside_threads()
     streams_of_before = runner.open_streams_for_children()  # noqa: F841  kept, not used
     gc.collect()
     gc.freeze()  # no collection ever touches, and so copies, the pages shared with the children

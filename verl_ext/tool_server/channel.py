@@ -41,7 +41,7 @@ class NotStarted(WorkerLost):
 class Capture:
     """Head and tail of a byte stream in bounded memory.
 
-    ``line_mark``: taken out where it first appears (in one piece); what follows it starts on a line of its own.
+    ``line_mark``: taken out wherever it appears (in one piece); what follows it starts on a line of its own.
     """
 
     def __init__(self, kept: int, line_mark: bytes = b"") -> None:
@@ -54,11 +54,13 @@ class Capture:
         self.total = 0
 
     def add(self, data: bytes) -> None:
-        if self._mark and self._mark in data:
-            before, _, data = data.partition(self._mark)
-            self._mark = b""
-            self._keep(before)
+        data, *marked = data.split(self._mark) if self._mark else [data]
+        self._add(data)
+        for data in marked:
             self._end_line = self._last not in (b"", b"\n")
+            self._add(data)
+
+    def _add(self, data: bytes) -> None:
         if self._end_line and data:
             self._end_line = False
             self._keep(b"\n")

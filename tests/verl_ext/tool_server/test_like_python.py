@@ -352,6 +352,12 @@ def test_what_is_shown(world: World, program: str, shown: str) -> None:
         ("import io, sys\nsys.stdout.write('a')\nsys.stdout = io.StringIO()\n5", "a"),
         ("import sys\nsys.displayhook = lambda v: print('shown', v)\n5", "shown 5\n"),
         ("import sys\nsys.stdout.close()\n5", ""),
+        ("import sys\nsys.displayhook(1)\nsys.displayhook(2)\nprint('a', end='')\n3", "1\n2\na\n3\n"),
+        ("from code import InteractiveInterpreter as I\ni = I()\nfor s in ('1', 'print(2)', '3'): _ = i.runsource(s)",
+         "1\n2\n3\n"),
+        ("import os\nprint('a')\nos.dup2(2, 1)\n5", "a\n5\n"),
+        ("import os\nr, w = os.pipe()\nout = os.dup(1)\nos.dup2(w, 1)\nimport sys\nsys.displayhook(5)\n"
+         "os.dup2(out, 1)\nprint(os.read(r, 99))", "b'5\\n'\n"),
         ("\ufeff5", "5\n"),
     ],
 )  # fmt: skip

@@ -70,17 +70,24 @@ def test_capture_conserves_head_tail_and_count(chunks: list[bytes], kept: int) -
         assert f"[... {capture.cut} bytes cut ...]" in text
 
 
-@given(st.binary(max_size=60), st.binary(max_size=60), st.lists(st.integers(1, 70), max_size=6), st.integers(2, 100))
-def test_what_follows_a_line_mark_starts_a_line(before: bytes, after: bytes, cuts: list[int], kept: int) -> None:
-    """However the bytes arrive, the mark itself in one piece."""
+@given(
+    st.lists(st.binary(max_size=60), min_size=1, max_size=4),
+    st.lists(st.integers(1, 70), max_size=6),
+    st.integers(2, 100),
+)
+def test_what_follows_a_line_mark_starts_a_line(shown: list[bytes], cuts: list[int], kept: int) -> None:
+    """However the bytes arrive and however many marks, each mark in one piece."""
     mark = b"\xff\xfemark\xfe\xff"
     marked, plain = Capture(kept, mark), Capture(kept)
-    for data in (*_pieces(before, cuts), mark, *_pieces(after, cuts)):
-        marked.add(data)
-    plain.add(before + (b"\n" if before and after and not before.endswith(b"\n") else b"") + after)
+    expected = b""
+    for k, data in enumerate(shown):
+        for piece in ([mark] if k else []) + _pieces(data, cuts):
+            marked.add(piece)
+        expected += (b"\n" if expected and data and not expected.endswith(b"\n") else b"") + data
+    plain.add(expected)
     assert (marked.text(), marked.total, marked.cut) == (plain.text(), plain.total, plain.cut)
     in_one = Capture(kept, mark)
-    in_one.add(before + mark + after)
+    in_one.add(mark.join(shown))
     assert in_one.text() == plain.text()
 
 

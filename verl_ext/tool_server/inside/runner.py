@@ -263,8 +263,10 @@ def open_streams_for_children() -> list[object]:
 def _displayhook(line_mark: bytes) -> Callable[[object], None]:
     """What shows the value of a last expression: ``sys.displayhook`` after ``line_mark``.
 
-    It is our addition, so it fails nothing: a standard output that takes no text is left alone.
+    It is our addition, so it fails nothing: a standard output that takes no text is left alone. The mark goes to the
+    server only, which takes it out: not to where the program may have led descriptor 1.
     """
+    server = os.fstat(1)
 
     def show(value: object) -> None:
         if value is None:
@@ -278,7 +280,8 @@ def _displayhook(line_mark: bytes) -> Callable[[object], None]:
             except Exception:
                 pass  # _finish reports it
         try:
-            os.write(1, line_mark)
+            if os.path.samestat(os.fstat(1), server):
+                os.write(1, line_mark)
         except OSError:
             pass  # the program closed it
         sys.__displayhook__(value)

@@ -253,10 +253,10 @@ class GTPOAgentLoop(AgentLoopBase):
                 raise TypeError(f"its outcome is {outcome!r}, not a name")
         except Exception as e:
             # A tool that raises is broken, whatever the model wrote: failing code is a result, not an exception.
-            outcome, detail = "infra", f"{type(e).__name__}: {e}"
-            text = f"Error: {detail}"
+            text, outcome, detail = "", "infra", f"{type(e).__name__}: {e}"
         if outcome == "infra":
             logger.error("tool %s failed on our side: %s", call.name, detail)
+            text = detail or text  # the conversation ends here: a text for the model would keep the cause from us
         return ToolOutcome(outcome, text, time.perf_counter() - began)
 
     async def _score(self, text: str, row: Mapping[str, Any]) -> Any:

@@ -125,9 +125,10 @@ class Conversation:
         """Record what became of the calls that `end_turn` returned; the tool messages of the turn, one a call.
 
         What a tool said is data: it passes through `as_data` on its way into a message (`parsing.as_data`). A refusal
-        is our own text. A tool that failed on our side ends the conversation.
+        is our own text. A tool that failed on our side ends the conversation: what it said is no message, but the
+        cause, and is kept whole.
         """
-        ran = iter(replace(o, output=self.rules.shorten(printable(o.output))) for o in outcomes)
+        ran = iter(replace(o, output=self._kept(o)) for o in outcomes)
         answered = tuple(refused or next(ran) for refused in self._refused)
         self.turns[-1] = replace(self.turns[-1], outcomes=answered)
         if any(outcome.outcome == "infra" for outcome in answered):
@@ -136,6 +137,10 @@ class Conversation:
             outcome.output if refused else as_data(outcome.output)
             for outcome, refused in zip(answered, self._refused, strict=True)
         )
+
+    def _kept(self, outcome: ToolOutcome) -> str:
+        text = printable(outcome.output)
+        return text if outcome.outcome == "infra" else self.rules.shorten(text)
 
     def check_room(self, response_length: int, prompt_length: int = 0) -> None:
         """End the conversation where its tool messages, included in `response_length`, leave no room for a token."""

@@ -202,10 +202,20 @@ def test_failing_code_is_a_result(tokenizer):
     assert rollout.trajectory.finish is Finish.ANSWER and rollout.info["tool_error"] == 1.0
 
 
-@pytest.mark.parametrize("answer", [("connection refused", "infra"), RuntimeError("no such pool")])
-def test_a_tool_that_fails_by_itself_voids_the_trajectory(tokenizer, answer):
-    rollout = Rollout(tokenizer, ["No. " + RIGHT + CALL], FakePython(answer))
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (("connection refused", "infra"), "connection refused"),
+        (("[tool unavailable]", "infra", "connection refused"), "connection refused"),
+        (RuntimeError("no such pool"), "RuntimeError: no such pool"),
+    ],
+)
+def test_a_tool_that_fails_by_itself_voids_the_trajectory(tokenizer, answer, cause):
+    short = {f"{MULTI_TURN}.max_tool_response_length": 12}  # holds for messages
+    rollout = Rollout(tokenizer, ["No. " + RIGHT + CALL], FakePython(answer), short)
     assert rollout.trajectory.finish is Finish.INFRA
+    assert rollout.trajectory.infra_outputs == [cause]  # for the record and the line that ends a run
+    assert rollout.context == [""] and cause not in tokenizer.decode(rollout.output.response_ids)  # not for the model
     assert rollout.outcomes == [["infra"]] and rollout.broken == [None]
     assert rollout.trajectory.acc == 0.0  # it is dropped, not scored
     assert rollout.info["infra"] == 1.0 and rollout.info["tool_error"] == 0.0
@@ -244,7 +254,7 @@ def test_a_tool_that_cannot_be_created_voids_the_trajectory(tokenizer):
 
     rollout = Rollout(tokenizer, [CALL], Exhausted())
     assert rollout.trajectory.finish is Finish.INFRA
-    assert rollout.trajectory.turns[0].outcomes[0].output == "Error: RuntimeError: no session left"
+    assert rollout.trajectory.turns[0].outcomes[0].output == "RuntimeError: no session left"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +328,7 @@ def test_a_tool_that_breaks_verls_contract_voids_the_trajectory(tokenizer, retur
 def test_a_tool_that_raises_with_half_a_character_voids_the_trajectory(tokenizer):
     rollout = Rollout(tokenizer, [CALL], FakePython(RuntimeError("a\ud800b")))
     assert rollout.trajectory.finish is Finish.INFRA
-    assert rollout.trajectory.turns[0].outcomes[0].output == r"Error: RuntimeError: a\ud800b"
+    assert rollout.trajectory.turns[0].outcomes[0].output == r"RuntimeError: a\ud800b"
     assert_leaves_the_loop(rollout)
 
 

@@ -109,7 +109,7 @@ class SGLangServer(ContextServer):
 
 
 class FakePython(BaseTool):
-    """The tool `python`: hands back the next of `answers`, which may be a text, (text, outcome) or an exception."""
+    """The tool `python`: hands back the next of `answers`: a text, (text, outcome[, detail]) or an exception."""
 
     def __init__(self, *answers: Any, schema: OpenAIFunctionToolSchema | None = None):
         parameters = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
@@ -128,8 +128,8 @@ class FakePython(BaseTool):
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        text, metrics = (answer, {}) if isinstance(answer, str) else (answer[0], {"outcome": answer[1]})
-        return ToolResponse(text=text), 0.0, metrics
+        text, *about = (answer,) if isinstance(answer, str) else answer
+        return ToolResponse(text=text), 0.0, dict(zip(("outcome", "detail"), about, strict=False))
 
     async def release(self, instance_id, **kwargs):
         self.open -= 1

@@ -291,7 +291,10 @@ def rolled_out(evaluation, text):
 
 def test_an_evaluation_whose_tool_server_is_gone_ends_with_the_cause(evaluation):
     broken = evaluation()
-    with pytest.raises(TooManyLost, match=r"5 of 8 samples of arithmetic were failed by the tool server \(max_dropped"):
+    said = r"5 of 8 samples of arithmetic were failed by the tool server \(max_dropped_share=0.5\): "
+    with pytest.raises(
+        TooManyLost, match=said + r"http://127\.0\.0\.1:9: ClientConnectorError: Cannot connect to host"
+    ):
         rolled_out(broken, '<tool_call>{"name": "python", "arguments": {"code": "1+1"}}</tool_call>')
     again = evaluation()  # nothing of it was kept
     assert len(again.missing(again.entries[0])) == 8

@@ -1,9 +1,9 @@
 """``ToolClient``: the one way to have model-written code run, whatever runs it.
 
 The program's own failures are results, never exceptions, and never retried. Only failures of the service are: with
-growing pauses, under one deadline, with the same request id so that nothing runs twice. A service that is merely busy
-is asked again for as long as the deadline lasts. When it stays away, the result says ``infra`` and the model is not
-charged.
+growing pauses, under one deadline, with the same request id so that no server runs a program twice. One that answers
+and fails is asked a few times; one that is not there, as it starts again, for a minute; one that is merely busy for as
+long as the deadline lasts. When it stays away, the result says ``infra`` and the model is not charged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolat
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
+AWAY_SECONDS = 60.0
 
 
 def is_ray(url: str | None) -> bool:
@@ -33,15 +34,20 @@ class ToolClient:
     Args:
         backend: where code runs; see the ``from_*`` constructors.
         deadline: default for the longest a call may take in all, queueing and retries included, in seconds.
-        attempts: how often a request is handed to the service when it fails; being told "busy" does not count.
+        attempts: how often a request is handed to the service when it fails; being told "busy" does not count, nor
+            does finding nobody there.
+        away_seconds: for how long in a call a service by URL is looked for that cannot be reached; 0: once.
     """
 
-    def __init__(self, backend: Backend, *, deadline: float = 300.0, attempts: int = 4) -> None:
-        if attempts < 1 or deadline <= 0:
-            raise ValueError("attempts must be at least 1 and deadline positive")
+    def __init__(
+        self, backend: Backend, *, deadline: float = 300.0, attempts: int = 4, away_seconds: float = AWAY_SECONDS
+    ) -> None:
+        if attempts < 1 or deadline <= 0 or away_seconds < 0:
+            raise ValueError("attempts must be at least 1, deadline positive and away_seconds not negative")
         self._backend = backend
         self._deadline = deadline
         self._attempts = attempts
+        self._away_seconds = away_seconds
 
     @classmethod
     def from_url(cls, url: str, token: str | None = None, **options: Any) -> ToolClient:
@@ -53,18 +59,22 @@ class ToolClient:
         return cls(HttpBackend(url, token), **options)
 
     @classmethod
-    def local(cls, *, deadline: float = 300.0, attempts: int = 4, **options: Any) -> ToolClient:
+    def local(
+        cls, *, deadline: float = 300.0, attempts: int = 4, away_seconds: float = AWAY_SECONDS, **options: Any
+    ) -> ToolClient:
         """Zygotes of this process, no server. ``options``: see :class:`~.backends.local.LocalBackend`."""
         from verl_ext.tool_server.backends.local import LocalBackend
 
-        return cls(LocalBackend(**options), deadline=deadline, attempts=attempts)
+        return cls(LocalBackend(**options), deadline=deadline, attempts=attempts, away_seconds=away_seconds)
 
     @classmethod
-    def from_ray(cls, *, deadline: float = 300.0, attempts: int = 4, **options: Any) -> ToolClient:
+    def from_ray(
+        cls, *, deadline: float = 300.0, attempts: int = 4, away_seconds: float = AWAY_SECONDS, **options: Any
+    ) -> ToolClient:
         """One executor per node of the connected Ray cluster. ``options``: see :class:`~.backends.ray.RayBackend`."""
         from verl_ext.tool_server.backends.ray import RayBackend
 
-        return cls(RayBackend(**options), deadline=deadline, attempts=attempts)
+        return cls(RayBackend(**options), deadline=deadline, attempts=attempts, away_seconds=away_seconds)
 
     @classmethod
     def sandbox_fusion(cls, url: str, **options: Any) -> ToolClient:
@@ -133,6 +143,7 @@ class ToolClient:
         ends = time.monotonic() + (self._deadline if deadline is None else deadline)
         results: dict[str, ExecutionResult] = {}
         last_failure = ""
+        away_since: float | None = None
         failures = dict.fromkeys((order.request_id for order in orders), 0)
         pause = _FIRST_PAUSE_SECONDS
         run = self._backend.run
@@ -147,6 +158,7 @@ class ToolClient:
             wait = pause * random.uniform(0.5, 1.0)
             try:
                 results |= {result.request_id: result for result in await asyncio.wait_for(run(asked), left)}
+                away_since = None
                 busy = {id_ for id_, result in results.items() if result.busy}
                 for order in asked:
                     failures[order.request_id] += order.request_id not in busy
@@ -156,7 +168,10 @@ class ToolClient:
                 last_failure = str(error)
                 wait = max(wait, error.retry_after)
                 for order in asked:
-                    failures[order.request_id] += not error.busy
+                    failures[order.request_id] += not (error.busy or error.away)
+                away_since = (away_since or time.monotonic()) if error.away else None
+                if away_since is not None and time.monotonic() - away_since >= self._away_seconds:
+                    break
             except asyncio.TimeoutError:
                 last_failure = "the client's deadline passed"
                 break

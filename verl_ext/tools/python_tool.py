@@ -35,12 +35,14 @@ class PythonTool(BaseTool):
             "ray": one executor on every node of the training run's own cluster, no URL.
         url: the tool server, e.g. http://127.0.0.1:8000; "ray" or "ray://strong" is backend "ray" with that isolation.
         token: bearer token, where the server asks for one.
+        away_seconds: for how long a call looks for a server at `url` that cannot be reached, as it starts again
+            (default: 60); then the call is "infra".
         timeout: wall seconds for one execution; default: the server's limit.
         max_code_chars: longest `code` the schema allows; default: the server's limit only.
         error_lines: show only the last so many lines of a failure (1 = just "NameError: ..."); default: all.
     """
 
-    _KEYS = frozenset({"type", "backend", "url", "token", "timeout", "max_code_chars", "error_lines"})
+    _KEYS = frozenset({"type", "backend", "url", "token", "away_seconds", "timeout", "max_code_chars", "error_lines"})
     _BACKENDS = ("http", "sandbox_fusion", "ray")
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
@@ -75,12 +77,13 @@ class PythonTool(BaseTool):
     def client(self) -> ToolClient:
         # Made at first use: it belongs to the event loop that runs the rollouts, not to the one that loads the config.
         if self._client is None:
+            options = {key: self.config[key] for key in ("away_seconds",) if key in self.config}
             if self._backend == "ray":
-                self._client = ToolClient.from_ray()
+                self._client = ToolClient.from_ray(**options)
             elif self._backend == "sandbox_fusion":
-                self._client = ToolClient.sandbox_fusion(self.config["url"])
+                self._client = ToolClient.sandbox_fusion(self.config["url"], **options)
             else:
-                self._client = ToolClient.from_url(self.config["url"], token=self.config.get("token"))
+                self._client = ToolClient.from_url(self.config["url"], token=self.config.get("token"), **options)
         return self._client
 
     async def execute(

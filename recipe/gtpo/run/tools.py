@@ -126,8 +126,12 @@ def _takes_code(tool: Any) -> bool:
 
 
 async def _try(tool: Any, config: DictConfig) -> None:
+    from verl_ext.tools.python_tool import PythonTool
+
     section = config.actor_rollout_ref.rollout.multi_turn
     named = section.get("tool_config_path") or section.get("function_tool_path")
+    if isinstance(tool, PythonTool):
+        tool.config["away_seconds"] = 0.0  # at a start it is not between two lives: the address is wrong
     longest = getattr(tool.tool_schema.function.parameters.properties["code"], "maxLength", None)
     if longest is not None and longest < 1:
         raise ConfigError(f"the tool 'python' ({named}) takes no code: its longest is {longest} characters")

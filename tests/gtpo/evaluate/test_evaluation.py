@@ -21,6 +21,7 @@ from recipe.gtpo.evaluate.models import find_model
 from recipe.gtpo.evaluate.report import settings_line
 from recipe.gtpo.evaluate.request import Request
 from recipe.gtpo.evaluate.rollout import in_parallel
+from recipe.gtpo.run.checks import CONFIG_DIR
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.identity import claim
 from recipe.gtpo.run.record import RecordError, RunRecord
@@ -270,8 +271,17 @@ class Server:
 
 @pytest.fixture
 def evaluation(toy_policy, tmp_path):
+    tools = OmegaConf.load(CONFIG_DIR / "tools" / "calculator.yaml")
+    tools.tools[0].config.away_seconds = 0  # that nobody is there is said at once
+    OmegaConf.save(tools, tmp_path / "tools.yaml")
+
     def make(*arguments):
-        cache = (f"task.cache={tmp_path}/cache", "task.validation_problems=8", "data.max_response_length=256")
+        cache = (
+            f"task.cache={tmp_path}/cache",
+            "task.validation_problems=8",
+            "data.max_response_length=256",
+            f"actor_rollout_ref.rollout.multi_turn.tool_config_path={tmp_path}/tools.yaml",
+        )
         made = prepared(toy_policy, tmp_path / "out", "benchmarks=arithmetic", *cache, *arguments)
         evaluation = Evaluation(made[0], made[1], 0, made[2], made[3])
         evaluation.load()

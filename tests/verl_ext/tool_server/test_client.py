@@ -97,6 +97,32 @@ def test_being_busy_does_not_use_up_attempts() -> None:
     assert run(backend, attempts=1)[0].ok
 
 
+def test_finding_nobody_there_does_not_use_up_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl_ext.tool_server.client._LONGEST_PAUSE_SECONDS", 0.1)
+    backend = FakeBackend(*[unavailable(away=True)] * 6, all_ok)
+    assert run(backend, attempts=1)[0].ok
+    assert len({ids[0] for ids in backend.asked}) == 1 and len(backend.asked) == 7
+
+
+@pytest.mark.parametrize("options", [{"away_seconds": 0.5}, {"deadline": 0.5}])
+def test_looking_for_one_that_stays_away_ends(options: dict[str, float]) -> None:
+    started = time.monotonic()
+    (answer,) = run(FakeBackend(unavailable(away=True)), attempts=1, **options)
+    assert (answer.outcome, answer.detail) == (Outcome.INFRA, "down")
+    assert 0.4 < time.monotonic() - started < 2
+
+
+def test_one_that_was_there_meanwhile_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl_ext.tool_server.client._LONGEST_PAUSE_SECONDS", 0.2)
+    away, busy = unavailable(away=True), unavailable(busy=True)
+    assert run(FakeBackend(*[away, away, busy] * 4, all_ok), away_seconds=1)[0].ok
+
+
+def test_it_can_be_looked_for_only_once() -> None:
+    backend = FakeBackend(unavailable(away=True))
+    assert run(backend, away_seconds=0)[0].outcome is Outcome.INFRA and len(backend.asked) == 1
+
+
 def kept_waiting(requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
     return [ExecutionResult.infra(r.request_id, "waited", Isolation.STRONG, busy=True) for r in requests]
 

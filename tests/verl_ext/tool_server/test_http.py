@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import Server, own_server
 
-from verl_ext.tool_server import ExecutionRequest, ExecutionResult, Outcome, ToolClient
+from verl_ext.tool_server import ExecutionRequest, ExecutionResult, Isolation, Outcome, ToolClient
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
+from verl_ext.tool_server.backends.http import HttpBackend
+from verl_ext.tool_server.backends.sandbox_fusion import SandboxFusionBackend
 
 pytestmark = pytest.mark.e2e
 SMALL = ("--packages", "numpy")  # starts faster than with scipy and sympy
@@ -491,10 +494,58 @@ def test_a_token_guards_everything_but_health(monkeypatch: pytest.MonkeyPatch) -
 
 def test_nobody_at_the_address_is_infra_and_unhealthy() -> None:
     gone = Server("http://127.0.0.1:9", 0, "")
-    assert run_with_one_attempt(gone).outcome is Outcome.INFRA
+    assert with_client(gone, lambda client: client.run("1"), away_seconds=0).outcome is Outcome.INFRA
     with pytest.raises(BackendUnavailable):
         with_client(gone, lambda client: client.health())
 
 
-def run_with_one_attempt(server: Server) -> ExecutionResult:
-    return with_client(server, lambda client: client.run("1"), attempts=1)
+@pytest.mark.parametrize("interface", [HttpBackend, SandboxFusionBackend])
+def test_a_server_that_starts_again_loses_no_call(interface: Any) -> None:
+    """Neither one that finds nobody there, nor the one that the server died with. That it fails is an answer."""
+    first, missed = asyncio.Event(), asyncio.Semaphore(0)
+
+    class Watched(interface):
+        async def run(self, requests: Sequence[ExecutionRequest]) -> list[ExecutionResult]:
+            try:
+                return await super().run(requests)
+            except BackendUnavailable:
+                missed.release()
+                raise
+
+    async def answer(request: web.Request) -> web.Response:
+        if first.is_set():
+            code = (await request.json())["code"]
+            result = ExecutionResult(Outcome.OK, code, code, "", "same id", Isolation.STRONG).to_dict()
+            if request.path == "/run_code":
+                result = {"run_result": {"stdout": code, "return_code": 0}}
+            return web.json_response(result, status=500 if code == "fails" else 200)
+        first.set()
+        request.transport.abort()
+        return web.Response()
+
+    async def serve(port: int) -> tuple[web.AppRunner, int]:
+        app = web.Application()
+        app.add_routes([web.post(path, answer) for path in ("/v1/run", "/run_code")])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        return runner, runner.addresses[0][1]
+
+    async def go() -> None:
+        runner, port = await serve(0)
+        async with ToolClient(Watched(f"http://127.0.0.1:{port}"), attempts=1) as client:
+            broken = asyncio.create_task(client.run_batch([ExecutionRequest("a", request_id="same id")]))
+            await first.wait()
+            await runner.cleanup()
+            refused = asyncio.create_task(client.run_batch([ExecutionRequest("b", request_id="same id")]))
+            for _ in range(6):  # by either
+                await missed.acquire()
+            runner, _ = await serve(port)
+            try:
+                assert [(await one)[0].output for one in (broken, refused)] == ["a", "b"]
+                failed = await client.run("fails")
+                assert failed.outcome is Outcome.INFRA and "500" in failed.detail
+            finally:
+                await runner.cleanup()
+
+    asyncio.run(asyncio.wait_for(go(), 30))

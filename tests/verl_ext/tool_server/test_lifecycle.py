@@ -41,7 +41,7 @@ def family(pid: int) -> set[int]:
 
 
 async def run_slowly(url: str, seconds: float) -> str:
-    async with ToolClient.from_url(url, attempts=1) as client:
+    async with ToolClient.from_url(url, attempts=1, away_seconds=0) as client:
         return (await client.run(f"import time; time.sleep({seconds}); print('done')")).output
 
 

@@ -35,9 +35,9 @@ def test_the_model_reads_the_output(strong_server: Server, backend: str) -> None
     assert "ZeroDivisionError" in bad and bad_metrics["outcome"] == "error"
 
 
-def test_a_server_that_is_away_is_infra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verl_ext.tool_server.client._FIRST_PAUSE_SECONDS", 0.01)
-    ((text, metrics),) = execute({"url": "http://127.0.0.1:9"}, "1")
+@pytest.mark.parametrize("backend", ["http", "sandbox_fusion"])
+def test_a_server_that_is_away_is_infra(backend: str) -> None:
+    ((text, metrics),) = execute({"url": "http://127.0.0.1:9", "backend": backend, "away_seconds": 0}, "1")
     assert metrics["outcome"] == "infra" and "not your code" in text
 
 

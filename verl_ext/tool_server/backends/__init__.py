@@ -14,12 +14,13 @@ from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult
 class BackendUnavailable(RuntimeError):
     """The backend gave no answer (connection lost, queue full). Asking again with the same ids is safe.
 
-    ``retry_after``: seconds the backend asked us to wait; ``busy``: it is alive and merely full.
+    ``retry_after``: seconds the backend asked us to wait; ``busy``: it is alive and merely full; ``away``: nobody is
+    there, or the connection broke, as where a server starts again.
     """
 
-    def __init__(self, detail: str, retry_after: float = 0.0, busy: bool = False) -> None:
+    def __init__(self, detail: str, retry_after: float = 0.0, busy: bool = False, away: bool = False) -> None:
         super().__init__(detail)
-        self.retry_after, self.busy = retry_after, busy
+        self.retry_after, self.busy, self.away = retry_after, busy, away
 
 
 class RequestRejected(ValueError):

@@ -53,7 +53,8 @@ class HttpBackend:
                 status, headers = response.status, response.headers
                 answer = await response.json() if status == 200 else await response.text()
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
-            raise BackendUnavailable(f"{self.url}: {type(error).__name__}: {error}") from error
+            away = isinstance(error, aiohttp.ClientConnectionError)
+            raise BackendUnavailable(f"{self.url}: {type(error).__name__}: {error}", away=away) from error
         if status == 200:
             return answer
         if status == 429:

@@ -44,7 +44,8 @@ class SandboxFusionBackend:
                 response.raise_for_status()
                 return result_of(request, await response.json(), seconds)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            raise BackendUnavailable(f"{self.url}: {type(error).__name__}: {error}") from error
+            away = isinstance(error, aiohttp.ClientConnectionError)
+            raise BackendUnavailable(f"{self.url}: {type(error).__name__}: {error}", away=away) from error
 
     async def open_session(self) -> str:
         raise RequestRejected("SandboxFusion's interface has no sessions")

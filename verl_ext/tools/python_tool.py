@@ -31,13 +31,14 @@ class PythonTool(BaseTool):
 
     Config (the tool's `config` mapping; anything else raises):
         type: verl's tool type, "native".
-        backend: "http" (default): a tool server at `url`; "sandbox_fusion": any SandboxFusion service at `url`;
-            "ray": one executor on every node of the training run's own cluster, no URL.
+        backend: "http" (default): a tool server at `url`; "sandbox_fusion": any SandboxFusion service at `url`,
+            which shows no value of a last expression; "ray": one executor on every node of the training run's own
+            cluster, no URL.
         url: the tool server, e.g. http://127.0.0.1:8000; "ray" or "ray://strong" is backend "ray" with that isolation.
         token: bearer token, where the server asks for one.
         away_seconds: for how long a call looks for a server at `url` that cannot be reached, as it starts again
             (default: 60); then the call is "infra".
-        timeout: wall seconds for one execution; default: the server's limit.
+        timeout: wall seconds for one execution; default: the server's limit; of "sandbox_fusion" 10.
         max_code_chars: longest `code` the schema allows; default: the server's limit only.
         error_lines: show only the last so many lines of a failure (1 = just "NameError: ..."); default: all.
     """
@@ -54,12 +55,14 @@ class PythonTool(BaseTool):
             raise ValueError(f"PythonTool: unknown backend {self._backend!r}; known: {', '.join(self._BACKENDS)}")
         if self._backend != "ray" and not config.get("url"):
             raise ValueError("PythonTool: config.url is empty: start a server (`python -m verl_ext.tool_server`)")
-        super().__init__(config, tool_schema or self._schema(config.get("max_code_chars")))
+        super().__init__(
+            config, tool_schema or self._schema(config.get("max_code_chars"), self._backend != "sandbox_fusion")
+        )
         self._client: ToolClient | None = None
 
     @staticmethod
-    def _schema(max_code_chars: int | None) -> OpenAIFunctionToolSchema:
-        function = python_schema(max_code_chars)["function"]
+    def _schema(max_code_chars: int | None, echo: bool = True) -> OpenAIFunctionToolSchema:
+        function = python_schema(max_code_chars, echo=echo)["function"]
         parameters = function["parameters"]
         properties = {name: LimitedString(**rule) for name, rule in parameters["properties"].items()}
         return OpenAIFunctionToolSchema(

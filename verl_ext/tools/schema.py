@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def python_schema(max_code_chars: int | None = None) -> dict[str, Any]:
-    """OpenAI's function schema as a plain dict. `max_code_chars`: the longest `code` that is accepted; None: any."""
+def python_schema(max_code_chars: int | None = None, *, echo: bool = True) -> dict[str, Any]:
+    """OpenAI's function schema as a plain dict.
+
+    Args:
+        max_code_chars: the longest `code` that is accepted; None: any.
+        echo: whether the value of a last expression is shown.
+    """
+    shown = "; the value of a last expression is shown too" if echo else ""
     code: dict[str, Any] = {"type": "string", "description": "Python code"}
     if max_code_chars is not None:
         code["maxLength"] = max_code_chars
@@ -14,7 +20,7 @@ def python_schema(max_code_chars: int | None = None) -> dict[str, Any]:
         "type": "function",
         "function": {
             "name": "python",
-            "description": "Run Python code and see what it prints; the value of a last expression is shown too.",
+            "description": f"Run Python code and see what it prints{shown}.",
             "parameters": {"type": "object", "properties": {"code": code}, "required": ["code"]},
         },
     }

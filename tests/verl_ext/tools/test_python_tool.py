@@ -41,6 +41,15 @@ def test_a_server_that_is_away_is_infra(backend: str) -> None:
     assert metrics["outcome"] == "infra" and "not your code" in text
 
 
+@pytest.mark.parametrize("backend", PythonTool._BACKENDS)
+def test_the_model_is_told_of_an_echo_where_there_is_one(backend: str) -> None:
+    schema = PythonTool({"url": "http://127.0.0.1:9", "backend": backend}).tool_schema
+    told = schema.function.description
+    assert told == "Run Python code and see what it prints" + (
+        "." if backend == "sandbox_fusion" else "; the value of a last expression is shown too."
+    )
+
+
 @pytest.mark.parametrize("config", [{}, {"url": ""}, {"url": "x", "typo": 1}, {"url": "x", "backend": "exec"}])
 def test_a_wrong_configuration_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="PythonTool"):

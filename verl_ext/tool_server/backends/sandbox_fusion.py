@@ -1,7 +1,7 @@
 """Backend ``sandbox_fusion``: any service that speaks SandboxFusion's /run_code, this one included.
 
 That interface carries less: no echo of a last expression, no sessions, and no telling a syntax or memory error from
-another error. How well the service isolates is not ours to say, so results are stamped ``unknown``.
+another error. A request without a timeout is stopped after 10 s. How well the service isolates is not ours to say, so results are stamped ``unknown``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 
 from verl_ext.tool_server.backends import BackendUnavailable, RequestRejected
-from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Outcome
+from verl_ext.tool_server.outcome import join_output
+from verl_ext.tool_server.types import ExecutionRequest, ExecutionResult, Isolation, Limits, Outcome
 
 _DEFAULT_RUN_SECONDS = 10.0  # SandboxFusion's own default
 _MARGIN_SECONDS = 60.0  # for its queue; beyond run_timeout
@@ -71,15 +72,17 @@ def result_of(request: ExecutionRequest, answer: dict[str, Any], seconds: float)
         return ExecutionResult.infra(request.request_id, f"SandboxFusion: {detail}", Isolation.UNKNOWN)
     stdout, stderr, code = run.get("stdout") or "", run.get("stderr") or "", run.get("return_code")
     note = ""
-    if run.get("status") == "TimeLimitExceeded":
-        outcome, note = Outcome.TIMEOUT, f"[timeout: stopped after {seconds:g} s]"
+    if run.get("status") == "TimeLimitExceeded":  # which limit, the service does not say
+        after = "" if request.timeout is None else f" after {request.timeout:g} s"
+        outcome, note = Outcome.TIMEOUT, f"[timeout: stopped{after}]"
     elif code == 0:
         outcome = Outcome.OK
     else:
         outcome = Outcome.CRASH if code is not None and code < 0 else Outcome.ERROR
+    output, cut = join_output(stdout, stderr, note, Limits().output_kept_bytes)
     return ExecutionResult(
         outcome=outcome,
-        output=stdout + stderr + note,
+        output=output,
         stdout=stdout,
         stderr=stderr,
         request_id=request.request_id,
@@ -88,4 +91,5 @@ def result_of(request: ExecutionRequest, answer: dict[str, Any], seconds: float)
         exit_code=code if code is not None and code >= 0 else None,
         signal=-code if code is not None and code < 0 else None,
         timeout=seconds,
+        truncated=cut,
     )

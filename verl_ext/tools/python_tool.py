@@ -55,9 +55,8 @@ class PythonTool(BaseTool):
             raise ValueError(f"PythonTool: unknown backend {self._backend!r}; known: {', '.join(self._BACKENDS)}")
         if self._backend != "ray" and not config.get("url"):
             raise ValueError("PythonTool: config.url is empty: start a server (`python -m verl_ext.tool_server`)")
-        super().__init__(
-            config, tool_schema or self._schema(config.get("max_code_chars"), self._backend != "sandbox_fusion")
-        )
+        echo = self._backend != "sandbox_fusion"
+        super().__init__(config, tool_schema or self._schema(config.get("max_code_chars"), echo))
         self._client: ToolClient | None = None
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Backend ``sandbox_fusion``: any service that speaks SandboxFusion's /run_code, this one included.
 
 That interface carries less: no echo of a last expression, no sessions, and no telling a syntax or memory error from
-another error. A request without a timeout is stopped after 10 s. How well the service isolates is not ours to say, so results are stamped ``unknown``.
+another error. A request without a timeout is stopped after 10 s. How well the service isolates is not ours to say, so
+results are stamped ``unknown``.
 """
 
 from __future__ import annotations

@@ -205,6 +205,17 @@ def test_the_seventh_design_s_praise_of_wrong_answers_is_on_its_page():
     assert sum(one.praise == 0 for one in draw.every_rival()) == 6
 
 
+def test_what_silencing_unsolved_groups_changes_is_on_its_page():
+    page = " ".join((PAGE.parent / "designs/7-every-rival.md").read_text().split())
+    before, after = draw.csv_rows("every_rival.csv"), draw.csv_rows("unsolved_groups_zero.csv")
+    for method in ("gtpo", "gtpo_turn_batch_std"):
+        seeds = draw.by_seed(after, method, "step_20").keys()
+        both = [row | {"method": "before"} for row in before if row["method"] == method and int(row["seed"]) in seeds]
+        d = draw.minus([*both, *after], method, "before", "step_20")
+        mean = fmean(draw.by_seed(after, method, "step_20").values())
+        assert re.search(rf"`{method}` {re.escape(points(d.mean, d.low, d.high))}[^`]* to {mean:.3f}", page)
+
+
 def test_figures_show_today_s_numbers():
     shown = {
         draw.CURVES: draw.curves(),

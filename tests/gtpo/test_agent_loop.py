@@ -484,6 +484,7 @@ def test_every_form_of_an_outcome_counts_and_no_trajectory_disappears(tokenizer,
             "async def score(**kwargs): raise TimeoutError('judge')",
             "the reward function score raised TimeoutError: judge",
         ),
+        ("def score(**kwargs): raise TimeoutError('judge')", "score raised RuntimeError: TimeoutError: judge"),
     ],
 )
 def test_a_reward_function_that_fails_loses_the_trajectory_and_is_named_with_the_row(tokenizer, tmp_path, body, cause):

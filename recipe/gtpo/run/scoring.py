@@ -133,7 +133,10 @@ def _fork() -> None:
 def _call(section: str, row: Mapping[str, Any]) -> Any:
     """In a process of the pool."""
     function, kwargs = _loaded(section)
-    return function(**row, **kwargs)
+    try:
+        return function(**row, **kwargs)
+    except TimeoutError as e:  # a client's, for example; outside it would be the one that ends a call
+        raise RuntimeError(f"{type(e).__name__}: {e}") from e
 
 
 @functools.lru_cache(maxsize=1)

@@ -361,36 +361,6 @@ def test_rollout_correction_rejects_tokens_and_turns_stay_whole(queue, tmp_path)
     )
 
 
-def test_kl_in_the_reward_adds_to_the_turns_it_falls_in(queue, tmp_path):
-    beta = 0.5
-    batch = put(queue, TWO_GROUPS)
-    ratio = {}  # log p_old - log p_ref of every token
-    for n, key in enumerate(TWO_GROUPS):
-        row = queue.rows[key]
-        ratio[key] = [0.01 * (n + 1) * (t % 3) for t in range(len(row["responses"]))]
-        row["ref_log_prob"] = row["old_log_probs"] - torch.tensor(ratio[key])
-    trainer = make_trainer(tmp_path, "algorithm.use_kl_in_reward=true", f"algorithm.kl_ctrl.kl_coef={beta}")
-    metrics: dict = {}
-    trainer._compute_advantage(batch, metrics)
-    assert metrics["actor/reward_kl_penalty_coeff"] == beta
-    stored = queue.column(batch, "token_level_rewards")
-    penalised = {}
-    for key, kind in TWO_GROUPS.items():
-        turns = KINDS[kind].turns
-        expected = [0.0] * len(ratio[key])
-        for reward, t in zip(REWARDS[kind], turns, strict=True):
-            for i in range(t.start, t.end):
-                expected[i] = -beta * ratio[key][i]
-            expected[t.end - 1] += reward
-        assert stored[key] == pytest.approx(expected, abs=1e-6)
-        penalised[key] = [sum(expected[t.start : t.end]) for t in turns]
-    returns, advantages = by_hand(penalised)
-    for name, values in (("returns", returns), ("advantages", advantages)):
-        column = queue.column(batch, name)
-        for key, expected in on_tokens(values, TWO_GROUPS, {k: len(v) for k, v in ratio.items()}).items():
-            assert column[key] == pytest.approx(expected, abs=2e-5)
-
-
 #: Of a trajectory, by `algorithm.gtpo.trajectory_reward`, without shaping. BROKEN is right, with a turn that is not.
 ONE_REWARD = {
     "sum": {"SOLVED": 1.0, "FAILED": -0.1, "CUT": 0.0, "WRONG": -0.1, "BROKEN": 0.9},

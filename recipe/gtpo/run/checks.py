@@ -253,13 +253,14 @@ def check_estimator(config: DictConfig) -> None:
     name = config.algorithm.adv_estimator
     if name in _UNFED:
         raise ConfigError(f"algorithm.adv_estimator={name}: verl's V1 trainers do not hand it {_UNFED[name]}")
+    if config.algorithm.use_kl_in_reward:
+        # It would train (equation (7)), but the record, its metrics and what-if know no such part of a turn's reward.
+        raise ConfigError(
+            "algorithm.use_kl_in_reward=true: neither the record nor the metrics would show the rewards that are "
+            "trained with; use actor_rollout_ref.actor.use_kl_loss=true"
+        )
     if name != "recorded_gdpo":
         return
-    if config.algorithm.use_kl_in_reward:
-        raise ConfigError(
-            "algorithm.use_kl_in_reward=true: GDPO reads the parts of the reward and would ignore it; "
-            "use actor_rollout_ref.actor.use_kl_loss=true"
-        )
     for key in ("gdpo_reward_keys", "gdpo_reward_weights"):
         if config.algorithm.get(key) is not None:
             raise ConfigError(f"algorithm.{key}: GDPO here has outcome and well_formed, equally weighed; drop it")

@@ -409,13 +409,21 @@ def test_a_mode_that_could_not_start_is_refused(overrides, message):
     assert refused.startswith("trainer.v1.trainer_mode=gtpo_") and message in refused
 
 
-@pytest.mark.parametrize("key", ["use_kl_in_reward", "gdpo_reward_weights"])
-def test_what_gdpo_would_ignore_is_refused(default, key):
+def test_what_gdpo_would_ignore_is_refused(default):
     config, choices = default
-    OmegaConf.update(config, f"algorithm.{key}", [1.0, 2.0] if "weights" in key else True, force_add=True)
+    OmegaConf.update(config, "algorithm.gdpo_reward_weights", [1.0, 2.0], force_add=True)
     check(config, choices)  # which GTPO does not
     config.algorithm.adv_estimator = "recorded_gdpo"
-    assert refusal(config, choices).startswith(f"algorithm.{key}")
+    assert refusal(config, choices).startswith("algorithm.gdpo_reward_weights")
+
+
+@pytest.mark.parametrize("estimator", ["gtpo", "grpo", "recorded_gdpo"])
+def test_a_kl_term_in_the_reward_is_refused_since_no_record_would_show_it(default, estimator):
+    config, choices = default
+    config.algorithm.adv_estimator = estimator
+    config.algorithm.use_kl_in_reward = True
+    refused = refusal(config, choices)
+    assert refused.startswith("algorithm.use_kl_in_reward=true") and "actor.use_kl_loss=true" in refused
 
 
 def test_group_filtering_is_refused_unless_it_filters_on_the_raw_outcome(default):

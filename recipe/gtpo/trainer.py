@@ -68,6 +68,7 @@ class GTPOTrainerMixin(_Trainer):
         self._lost = 0  # trajectories of this start
         self._too_long: dict[str, float] = {}  # rows that are no part of the data
         self._loaded_step = 0
+        self._credit_seconds = 0.0  # of this step, whose updates verl would average
         self._step_metrics: dict[str, Any] = {}
 
     def _build_replay_buffer(self):
@@ -157,7 +158,7 @@ class GTPOTrainerMixin(_Trainer):
         if self.global_steps % self.config.trajectory_freq == 0:
             masked = [a - b for a, b in zip(rows["response_mask"], result["response_mask"], strict=True)]
             self._record_training(batch, trajectories, credit, rows, advantages, masked)
-        metrics["gtpo/credit_seconds"] = seconds + time.perf_counter() - began
+        self._credit_seconds += seconds + time.perf_counter() - began
         return batch
 
     def _count_lost(self, trajectories: list[Trajectory], expected: int) -> dict[str, float]:
@@ -245,8 +246,10 @@ class GTPOTrainerMixin(_Trainer):
             self.record.forget_after(self._loaded_step or -1)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
-        self._step_metrics = metrics
-        return super().step(metrics, timing_raw)
+        self._step_metrics, self._credit_seconds = metrics, 0.0
+        batch = super().step(metrics, timing_raw)
+        metrics["gtpo/credit_seconds"] = self._credit_seconds
+        return batch
 
     def _save_checkpoint(self) -> None:
         self._writer.wait()

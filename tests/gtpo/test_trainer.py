@@ -624,6 +624,26 @@ def test_a_step_of_several_updates_records_the_trajectories_of_all(queue, tmp_pa
         assert [(line["group"], line["update"]) for line in lines] == [("p", 0), ("p", 0), ("q", 1)], attempt
 
 
+def test_the_seconds_of_credit_are_those_of_all_updates_of_a_step(queue, tmp_path, monkeypatch):
+    """verl takes the mean over a step's updates of what it does not know to be a sum."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(glue, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    trainer = make_trainer(tmp_path, mode="gtpo_separate_async")
+    trainer.prepare_step = lambda: None
+
+    def update(metrics, timing_raw, size):
+        prompt = "pq"[trainer.local_trigger_step]
+        return trainer._compute_advantage(put(queue, {f"{prompt}_0_0": "SOLVED", f"{prompt}_1_0": "FAILED"}), metrics)
+
+    trainer._step_once = update
+    spent = {}
+    for trainer.parameter_sync_step in (1, 2, 1):
+        trainer.config.data.train_batch_size = trainer.parameter_sync_step
+        trainer.step(metrics := {}, {})
+        spent.setdefault(trainer.parameter_sync_step, []).append(metrics["gtpo/credit_seconds"])
+    assert spent == {1: [2.0, 2.0], 2: [4.0]}  # two readings of the clock a part, two parts an update
+
+
 def test_a_steps_metrics_are_written_with_verls_own(queue, tmp_path):
     batch = put(queue, TWO_GROUPS)
     trainer = make_trainer(tmp_path)

@@ -107,7 +107,7 @@ class TransformersServer:
     ) -> TokenOutput:
         """Continue `prompt_ids`. `sampling_params` takes vLLM's names; unknown ones raise instead of being ignored."""
         if image_data is not None or video_data is not None:
-            raise ValueError("the transformers rollout is text-only; use rollout=vllm or rollout=sglang for images")
+            raise ValueError("the transformers rollout is for text: it takes neither images nor videos")
         while not self._admit.is_set():
             if self._rejecting:
                 return _unserved()

@@ -222,11 +222,16 @@ def identity(entries: Sequence[Entry], models: Sequence[Model], request: Request
     return OmegaConf.create(first)
 
 
+def _text(content: Any) -> str:
+    """Of a message, which may be a list of parts."""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
 def describe(entry: Entry) -> dict[str, Any]:
     """What a benchmark was evaluated with."""
     rollout = entry.config.actor_rollout_ref.rollout
     prompts = [entry.rows[i]["raw_prompt"] for i in range(len(entry.rows))]
-    systems = {m["content"] for messages in prompts for m in messages if m["role"] == "system"}
+    systems = {_text(m["content"]) for messages in prompts for m in messages if m["role"] == "system"}
     return {
         "task": entry.benchmark.task,
         "problems": entry.files,

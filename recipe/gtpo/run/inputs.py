@@ -248,6 +248,7 @@ def ask_reward(config: DictConfig, prompts: Sequence[Prompt]) -> None:
 
 _LOOKED_AT = 1000  # rows of a file whose form is checked
 _ASKED_WITH = ("data_source", "reward_model", "extra_info")  # columns that the reward function is asked with
+_MEDIA = {"image": "images", "video": "videos", "audio": "audios"}  # columns, by default; data.image_key, ...
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -285,7 +286,7 @@ def check_data(config: DictConfig, say: Say, keys: Iterable[str] = tuple(_FILES)
         files = [Path(file) for file in _files(config, key)]
         if not verls:
             continue  # only a class of the user's own knows what its files hold
-        tables = [_read(f"data.{key}: {file}", file, config.data.prompt_key) for file in files]
+        tables = [_read(f"data.{key}: {file}", file, config.data.prompt_key, _media(config)) for file in files]
         for table in tables:
             prompts += _check_table(table, config, say)
         counts[key] = _limited(sum(table.count for table in tables), config, key)
@@ -320,22 +321,23 @@ class _Table:
     agents: set[Any]  # the values of the column agent_name
 
 
-def _read(name: str, file: Path, prompt_key: str) -> _Table:
+def _read(name: str, file: Path, prompt_key: str, media: Sequence[str]) -> _Table:
+    looked_at = (*_ASKED_WITH, *media)
     if file.suffix == ".parquet":
-        return _read_parquet(name, file, prompt_key)
+        return _read_parquet(name, file, prompt_key, looked_at)
     if file.suffix in (".json", ".jsonl"):
-        return _read_json(name, file, prompt_key)
+        return _read_json(name, file, prompt_key, looked_at)
     raise ConfigError(f"{name} is neither .parquet nor .jsonl or .json, and verl goes by the name")
 
 
-def _read_parquet(name: str, file: Path, prompt_key: str) -> _Table:
+def _read_parquet(name: str, file: Path, prompt_key: str, looked_at: Sequence[str]) -> _Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = table.schema_arrow.names
-            wanted = [key for key in (prompt_key, *_ASKED_WITH) if key in columns]
+            wanted = [key for key in (prompt_key, *looked_at) if key in columns]
             first = next(table.iter_batches(_LOOKED_AT, columns=wanted), None) if wanted else None
             agents = table.read(columns=["agent_name"]).column(0).unique() if "agent_name" in columns else []
             rows = [] if first is None else first.to_pylist()
@@ -344,7 +346,7 @@ def _read_parquet(name: str, file: Path, prompt_key: str) -> _Table:
         raise ConfigError(f"{name} is no parquet file: {one_line(e)}") from e
 
 
-def _read_json(name: str, file: Path, prompt_key: str) -> _Table:
+def _read_json(name: str, file: Path, prompt_key: str, looked_at: Sequence[str]) -> _Table:
     count, columns, agents = 0, set[str](), set[str]()
     rows: list[Mapping[str, Any]] = []
     for where, row in _json_rows(name, file):
@@ -355,7 +357,7 @@ def _read_json(name: str, file: Path, prompt_key: str) -> _Table:
         count += 1
         columns |= row.keys()
         if len(rows) < _LOOKED_AT:
-            rows.append({key: row.get(key) for key in (prompt_key, *_ASKED_WITH) if key in row})
+            rows.append({key: row.get(key) for key in (prompt_key, *looked_at) if key in row})
         agents.add(str(row.get("agent_name")))
     return _Table(name, count, sorted(columns), rows, agents if "agent_name" in columns else set())
 
@@ -399,7 +401,25 @@ def _check_table(table: _Table, config: DictConfig, say: Say) -> list[Prompt]:
             f"{table.name}: its column 'agent_name' asks for the agent loop {others[0]!r}, and the turns that GTPO "
             f"needs are recorded by {loop!r} alone; drop the column, or set it to {loop!r} in every row"
         )
-    return [_prompt(f"row {i} of {table.name}", table.name, row, key) for i, row in enumerate(table.rows)]
+    prompts = [_prompt(f"row {i} of {table.name}", table.name, row, key) for i, row in enumerate(table.rows)]
+    for prompt in prompts:
+        _check_text_only(prompt, _media(config))
+    return prompts
+
+
+def _media(config: DictConfig) -> list[str]:
+    """The columns of images, videos and sounds, as verl's dataset knows them."""
+    found = (config.data.get(f"{kind}_key", default) for kind, default in _MEDIA.items())
+    return [str(key) for key in found if key]
+
+
+def _check_text_only(prompt: Prompt, media: Sequence[str]) -> None:
+    """The agent loop passes on tokens alone: a policy would be trained on images that it has not seen."""
+    parts = (part for m in prompt.messages if isinstance(m["content"], list) for part in m["content"])
+    kinds = (str(part.get("type", "text")) for part in parts if isinstance(part, Mapping))
+    found = [key for key in media if prompt.row.get(key)] + [kind for kind in kinds if kind != "text"]
+    if found:
+        raise ConfigError(f"{prompt.where} has {found[0]!r}: this recipe's agent loop is for text; leave such rows out")
 
 
 def _prompt(where: str, file: str, row: Mapping[str, Any], key: str) -> Prompt:

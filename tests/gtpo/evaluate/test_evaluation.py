@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -127,6 +128,15 @@ def test_the_embedded_task_needs_no_policy_of_its_own(toy_policy, tmp_path):
     )
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["data"]
     assert entry.config.data.max_response_length and entry.config.actor_rollout_ref.model.path == str(toy_policy)
+
+
+def test_a_system_message_may_be_a_list_of_parts(toy_policy, tmp_path, copies):
+    entries, model, record, request = prepared(toy_policy, tmp_path / "out", "benchmarks=gsm8k", f"local={copies}")
+    Evaluation(entries, model, 0, record, request).load()
+    (entry,) = entries
+    parts = [{"type": "text", "text": "Be quick."}]
+    rows = [{"raw_prompt": [{"role": "system", "content": parts}]}] * 2
+    assert json.loads(describe(replace(entry, rows=rows))["system_message"]) == parts
 
 
 def test_what_a_benchmark_was_evaluated_with(toy_policy, tmp_path, copies):

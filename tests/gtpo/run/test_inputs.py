@@ -482,6 +482,36 @@ def test_a_prompt_that_is_no_list_of_messages_is_refused_by_its_row(data, tmp_pa
     )
 
 
+PICTURE = [{"bytes": b"png".hex(), "path": None}]
+SHOWN = [{"type": "text", "text": "What is this?"}, {"type": "image", "image": "a.png"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "what"),
+    [
+        ({"images": PICTURE}, [], "images"),
+        ({"videos": PICTURE}, [], "videos"),
+        ({"audios": PICTURE}, [], "audios"),
+        ({"picture": PICTURE}, ["data.image_key=picture"], "picture"),
+        ({"prompt": [{"role": "user", "content": SHOWN}]}, [], "image"),
+    ],
+)
+def test_rows_with_more_than_text_are_refused_since_the_policy_would_not_see_it(data, tmp_path, row, overrides, what):
+    for name in ("rows.jsonl", "rows.parquet") if "prompt" not in row else ("rows.jsonl",):
+        rows = [dict.fromkeys(row) | ROWS[0], {**ROWS[1], **row}, *ROWS[2:]]
+        message = data_refusal(data(rows, name, *overrides))
+        assert message == (
+            f"row 1 of data.train_files: {tmp_path}/{name} has '{what}': this recipe's agent loop is for text; leave "
+            "such rows out"
+        )
+
+
+def test_empty_media_columns_and_text_in_parts_are_text(data):
+    said = [{"type": "text", "text": "1+1?"}]
+    rows = [{**row, "images": [], "videos": None, "prompt": [{"role": "user", "content": said}]} for row in ROWS]
+    assert len(check_data(data(rows, "rows.jsonl"), lambda text: None)) == 2 * len(ROWS)
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
 @pytest.mark.parametrize("agent", ["tool_agent", "single_turn_agent", None])
 def test_rows_that_ask_for_another_agent_loop_are_refused(data, tmp_path, name, agent):

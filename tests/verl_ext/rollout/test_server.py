@@ -264,7 +264,7 @@ def test_a_sampling_parameter_that_would_be_ignored_is_refused(path, params, mes
 def test_images_and_videos_are_refused(path, media):
     @served
     async def body(server, path):
-        with pytest.raises(ValueError, match="text-only"):
+        with pytest.raises(ValueError, match="is for text"):
             await server.generate(PROMPTS[0], dict(GREEDY), request_id="any", **{media: [object()]})
 
     body(path)

@@ -46,7 +46,7 @@ def machine_checks(config: DictConfig) -> dict[str, Check]:
         checks["shared memory"] = lambda say: check_shared_memory(config, machine.shared_memory())
     checks["packages"] = lambda say: check_packages(config, say)
     if ray_starts_here(config):
-        checks["CUDA"] = lambda say: check_cuda(machine.driver_cuda(), torch_cuda())
+        checks["CUDA"] = lambda say: check_cuda(machine.driver_cuda(), torch_cuda(), machine.gpus(), say)
     return checks
 
 
@@ -179,16 +179,24 @@ def torch_cuda() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None) -> None:
-    """Within one major version an older driver serves a newer toolkit; across them it does not."""
+def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None, gpus: Sequence[Gpu], say: Say) -> None:
+    """Within one major version an older driver serves a newer toolkit; across them it does not.
+
+    Where nvidia-smi shows GPUs the driver works, and a version that could not be read is no reason to end a run.
+    """
     if built is None:
         raise ConfigError(
             "torch is a build without CUDA: make an environment for GPUs, "
             "`VENV=.venv-vllm bash examples/setup_env.sh vllm`"
         )
-    if driver is None:
+    if driver is None and not gpus:
         raise ConfigError("nvidia-smi names no CUDA version: install or repair the NVIDIA driver")
-    if driver[0] < built[0]:
+    if driver is None:
+        say(
+            f"warning: nvidia-smi names no CUDA version; whether driver {gpus[0].driver} serves CUDA {built[0]}, which "
+            "torch was built with, is not known"
+        )
+    elif driver[0] < built[0]:
         raise ConfigError(
             f"the driver serves CUDA up to {driver[0]}.{driver[1]}, and torch was built with {built[0]}.{built[1]}: "
             f"update the NVIDIA driver to one for CUDA {built[0]}"

@@ -63,8 +63,8 @@ def slices() -> tuple[str, ...]:
 
 @functools.cache
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver serves; None without a driver."""
-    match = re.search(r"CUDA Version: (\d+)\.(\d+)", _nvidia_smi())
+    """The newest CUDA that the driver serves; None without a driver, or where nvidia-smi does not say."""
+    match = re.search(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)", _nvidia_smi())  # UMD: since driver 610
     return (int(match[1]), int(match[2])) if match else None
 
 

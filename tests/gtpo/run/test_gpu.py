@@ -210,12 +210,22 @@ def test_a_node_s_gpus_are_all_used(monkeypatch, count):
     ],
 )
 def test_a_driver_that_does_not_serve_torch_is_refused(driver, built, words):
-    assert refusal(check_cuda, driver, built).startswith(words)
+    gpus = [] if driver is None else [H100]
+    assert refusal(check_cuda, driver, built, gpus, silent).startswith(words)
 
 
 @pytest.mark.parametrize(("driver", "built"), [((13, 0), (13, 0)), ((13, 0), (12, 8)), ((12, 2), (12, 8))])
 def test_a_driver_of_the_same_major_version_or_newer_passes(driver, built):
-    check_cuda(driver, built)
+    check_cuda(driver, built, [H100], silent)
+
+
+def test_a_driver_that_shows_gpus_and_names_no_cuda_is_warned_of_and_passes():
+    said = []
+    check_cuda(None, (13, 0), [H100], said.append)
+    assert said == [
+        "warning: nvidia-smi names no CUDA version; whether driver 580.65.06 serves CUDA 13, which torch was built "
+        "with, is not known"
+    ]
 
 
 @pytest.fixture

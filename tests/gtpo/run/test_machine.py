@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from gpus import nvidia_smi
+from gpus import HEADER, UMD_HEADER, nvidia_smi
 
 from recipe.gtpo.run import machine
 from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, shared_memory, slices
@@ -28,6 +28,16 @@ def test_the_gpus_and_the_driver_are_those_that_nvidia_smi_shows(tmp_path):
     nvidia_smi(tmp_path, 2, memory=24564, used=300, name="NVIDIA GeForce RTX 4090", cuda="12.8")
     assert gpus() == (Gpu("NVIDIA GeForce RTX 4090", 24564 * MIB, 300 * MIB, "580.65.06"),) * 2
     assert driver_cuda() == (12, 8) and str(gpus()[0]) == "NVIDIA GeForce RTX 4090, 26 GB"
+
+
+@pytest.mark.parametrize(
+    ("header", "cuda", "found"),
+    [(HEADER, "13.0", (13, 0)), (UMD_HEADER, "13.3", (13, 3)), (HEADER, "N/A", None), ("| CUDA |", "13.0", None)],
+    ids=["until 610", "since 610", "no CUDA", "of another form"],
+)
+def test_the_driver_s_cuda_is_read_in_either_spelling(tmp_path, header, cuda, found):
+    nvidia_smi(tmp_path, 1, cuda=cuda, header=header)
+    assert driver_cuda() == found and len(gpus()) == 1
 
 
 @pytest.mark.parametrize(

@@ -378,9 +378,21 @@ def check_call_format(config: DictConfig) -> None:
 
 
 def check_adapter(config: DictConfig) -> None:
-    """Raise ConfigError for an adapter whose weights would reach no rollout: it fails at the first weight sync."""
+    """Raise ConfigError for an adapter whose weights would reach no rollout.
+
+    verl sends servers that stand alone (`engine_workers.update_weights` with a checkpoint engine) the weights below the
+    adapter and never the adapter: training would sample from the model that it began with, to the end and in silence.
+    """
     model = config.actor_rollout_ref.model
-    if config.actor_rollout_ref.rollout.name == "transformers" and model.lora_rank and not model.lora.merge:
+    if not model.lora_rank or model.lora.merge:
+        return
+    if config.trainer.v1.trainer_mode == "gtpo_separate_async":
+        raise ConfigError(
+            f"actor_rollout_ref.model.lora_rank={model.lora_rank} with mode=separate_async: verl sends servers of "
+            "their own whole weights and no adapter, so the model would be sampled as it was before training; set "
+            "actor_rollout_ref.model.lora.merge=true, or take mode=sync"
+        )
+    if config.actor_rollout_ref.rollout.name == "transformers":  # fails at the first weight sync
         raise ConfigError(
             f"actor_rollout_ref.model.lora_rank={model.lora_rank}: rollout=transformers takes whole weights and no "
             "adapter; set actor_rollout_ref.model.lora.merge=true, or take another rollout"

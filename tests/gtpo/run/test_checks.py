@@ -4,6 +4,7 @@ refused in one line before anything starts, and a baseline differs from GTPO in 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -350,6 +351,33 @@ def test_an_adapter_that_would_reach_no_rollout_is_refused(hardware):
     )
     model.lora.merge = True
     check(config, choices)
+
+
+@pytest.mark.parametrize(("hardware", "rollout"), [("cpu", "transformers"), ("single_node", "vllm")])
+def test_an_adapter_that_would_reach_no_server_of_its_own_is_refused(hardware, rollout):
+    config, choices = compose_with_choices(f"hardware={hardware}", f"rollout={rollout}", "mode=separate_async")
+    model = config.actor_rollout_ref.model
+    model.lora_rank = 8
+    assert refusal(config, choices).startswith(
+        "actor_rollout_ref.model.lora_rank=8 with mode=separate_async: verl sends servers of their own whole weights"
+    )
+    model.lora.merge = True
+    check(config, choices)
+    model.lora.merge = False
+    config, choices = compose_with_choices("hardware=single_node", "rollout=vllm")
+    config.actor_rollout_ref.model.lora_rank = 8  # in verl's sync mode the adapter goes to the engine as one
+    check(config, choices)
+
+
+def test_verl_still_sends_no_adapter_to_servers_of_their_own():
+    """What the refusal rests on; once verl sends it, this breaks and the refusal can go."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    sent = inspect.getsource(inspect.unwrap(ActorRolloutRefWorker.update_weights))
+    assert "per_tensor_param, _ = self.actor.engine.get_per_tensor_param()" in sent
+    taken = inspect.getsource(FSDPEngine.get_per_tensor_param)
+    assert "return self._merged_lora_per_tensor_param(), None" in taken  # with lora.merge: whole, with the adapter
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from recipe.gtpo.doctor import read_overrides
 from recipe.gtpo.evaluate.entries import (
     Entry,
     check_entry,
+    check_hardware,
     check_here,
     fill,
     identity,
@@ -47,6 +48,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         if request.compare is not None:
             compared = find_base(model) if request.compare == "base" else find_model(request.compare)
         models = [model] if compared is None else [compared, model]
+        check_hardware(models, request)
         steps = [one.step for one in models]
         if compared is not None and steps[0] >= steps[1]:  # not two moments of one training
             steps = [0, 1]

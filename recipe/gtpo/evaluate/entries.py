@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.data.prepare import prepare_evaluation
-from recipe.gtpo.evaluate.models import Model, fingerprint, run_overrides
+from recipe.gtpo.evaluate.models import Model, fingerprint, run_config, run_overrides
 from recipe.gtpo.evaluate.request import (
     Benchmark,
     Request,
@@ -186,6 +186,23 @@ def check_entry(entry: Entry, models: Sequence[Model], request: Request) -> None
         check_model(config, prompts, lambda text: say(f"{entry.name}: {text}"), weights=request.endpoint is None)
         if (warning := checks.short_context(config)) is not None:
             say(f"warning: {entry.name}: {warning}")
+
+
+def check_hardware(models: Sequence[Model], request: Request) -> None:
+    """Raise ConfigError where nobody said on what a model of a training on GPUs is to be evaluated.
+
+    What belongs to the machine is not taken from a run, and the config's own hardware is the CPU: a 7B would sit there
+    for days, and nothing would say why.
+    """
+    if request.endpoint is not None or any(key_of(one) == "hardware" for one in request.overrides):
+        return
+    for model in models:
+        device = run_config(model).get("trainer.device", "cpu")
+        if device != "cpu":
+            raise ConfigError(
+                f"{model} was trained with trainer.device={device}, and without hardware= it would be evaluated on the "
+                "CPU: give hardware=single_node rollout=vllm, or what the machine has; hardware=cpu, if that is meant"
+            )
 
 
 def check_here(config: DictConfig, request: Request) -> None:

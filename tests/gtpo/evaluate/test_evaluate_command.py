@@ -79,3 +79,16 @@ def test_a_command_that_is_refused_changes_nothing_of_the_evaluation_that_is_the
         status, line = evaluated(AssertionError("it started"), argument)
         assert status == 1 and said in line
         assert {path: path.read_bytes() for path in record.dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_on_gpus_is_refused_before_its_shards_are_merged(tmp_path, capsys):
+    actor = tmp_path / "run/checkpoints/global_step_3/actor"
+    actor.mkdir(parents=True)
+    (actor / "fsdp_config.json").write_text("{}")
+    (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("3")
+    RunRecord(tmp_path / "run").write_config({"trainer.device": "cuda"})
+    handler = signal.getsignal(signal.SIGTERM)
+    assert command.evaluate([f"model={tmp_path}/run", "benchmarks=gsm8k", f"run_dir={tmp_path}/out"]) == 1
+    signal.signal(signal.SIGTERM, handler)
+    assert "trainer.device=cuda" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (actor.parent / "merged").exists()

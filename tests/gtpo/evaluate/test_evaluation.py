@@ -16,9 +16,17 @@ from scripted import CALL, RIGHT
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.gtpo.data.sources import SourceError
-from recipe.gtpo.evaluate.entries import check_entry, describe, fill, identity, make_entries, make_record
+from recipe.gtpo.evaluate.entries import (
+    check_entry,
+    check_hardware,
+    describe,
+    fill,
+    identity,
+    make_entries,
+    make_record,
+)
 from recipe.gtpo.evaluate.evaluation import Evaluation, TooManyLost
-from recipe.gtpo.evaluate.models import find_model
+from recipe.gtpo.evaluate.models import Model, find_model
 from recipe.gtpo.evaluate.report import settings_line
 from recipe.gtpo.evaluate.request import Request
 from recipe.gtpo.evaluate.rollout import in_parallel
@@ -66,6 +74,40 @@ def prepared(toy_policy, folder, *arguments):
         check_entry(entry, [model], request)
         OmegaConf.resolve(entry.config)
     return entries, model, record, request
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def model_of_a_run_on(device, folder):
+    RunRecord(folder).write_config({"trainer.device": device})
+    return Model("run", str(folder / "merged"), folder / "checkpoints/global_step_3", folder)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "passes"),
+    [
+        ("cuda", [], False),
+        ("cuda", ["rollout=vllm"], False),
+        ("cuda", ["hardware=single_node", "rollout=vllm"], True),
+        ("cuda", ["hardware=cpu"], True),
+        ("cuda", ["endpoint=http://127.0.0.1:8000/v1"], True),
+        ("cpu", [], True),
+    ],
+)
+def test_a_run_on_gpus_is_not_evaluated_on_the_cpu_by_default(tmp_path, device, given, passes):
+    trained = model_of_a_run_on(device, tmp_path / "run")
+    request = Request.parse(["model=run", "benchmarks=gsm8k", *given])
+    if passes:
+        check_hardware([trained], request)
+        return
+    for models in ([trained], [trained, Model("base", "m")]):
+        with pytest.raises(ConfigError, match=r"trainer\.device=cuda.*: give hardware=single_node rollout=vllm"):
+            check_hardware(models, request)
+
+
+def test_a_model_of_no_run_here_is_evaluated_on_the_default_hardware():
+    check_hardware([Model("m", "Qwen/Qwen2.5-0.5B")], Request.parse(["model=m", "benchmarks=gsm8k"]))
 
 
 # -- problems ---------------------------------------------------------------------------------------------------------

@@ -66,9 +66,21 @@ def needed_processors(config: DictConfig) -> dict[str, int]:
         "controller": 1,
         "starting the rest": 1,
     }
-    if trainer.v1.trainer_mode == "gtpo_separate_async":
+    if _samples_apart(config):
         needed["rollout bundles"] = 2 * rollout.nnodes * rollout.n_gpus_per_node
     return needed
+
+
+def needed_gpus(config: DictConfig) -> int:
+    """In Ray's books, of all nodes: those that train, and those of servers that stand alone."""
+    rollout = config.actor_rollout_ref.rollout
+    apart = rollout.nnodes * rollout.n_gpus_per_node if _samples_apart(config) else 0
+    return config.trainer.nnodes * config.trainer.n_gpus_per_node + apart
+
+
+def _samples_apart(config: DictConfig) -> bool:
+    """On devices of their own, beside those that train."""
+    return config.trainer.v1.trainer_mode == "gtpo_separate_async"
 
 
 def check_processors(config: DictConfig, here: int) -> None:
@@ -90,21 +102,25 @@ def check_processors(config: DictConfig, here: int) -> None:
 def check_cluster(config: DictConfig, nodes: Sequence[Mapping[str, float]]) -> None:
     """The same of a Ray that runs: each of `nodes` is what one living node has in its books, by Ray's words.
 
-    verl takes a node's GPUs from one node, with the CPUs that its bundles ask for beside them.
+    verl takes a node's GPUs from one node, with the CPUs that its bundles ask for beside them. Servers of their own it
+    starts last, and finds only then that no GPU is left for them.
     """
     from verl.single_controller.ray.base import ResourcePoolManager
 
     gpus = config.trainer.n_gpus_per_node
     cpus = ResourcePoolManager.max_colocate_count * gpus
     fit = sum(node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= cpus for node in nodes)
-    total, has = sum(needed_processors(config).values()), sum(node.get("CPU", 0) for node in nodes)
-    if fit >= config.trainer.nnodes and has >= total:
+    all_gpus, all_cpus = needed_gpus(config), sum(needed_processors(config).values())
+    has_gpus, has_cpus = (sum(node.get(name, 0) for node in nodes) for name in ("GPU", "CPU"))
+    if fit >= config.trainer.nnodes and has_gpus >= all_gpus and has_cpus >= all_cpus:
         return
+    apart = " (with those that sample: actor_rollout_ref.rollout.nnodes, .n_gpus_per_node)"
     books = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes)
     raise ConfigError(
-        f"this run asks Ray for {config.trainer.nnodes} nodes of {gpus} GPUs and {cpus} CPUs, and {total} CPUs in all; "
-        f"it would wait for ever. The cluster's books say: {books}. Set trainer.nnodes and trainer.n_gpus_per_node, or "
-        "give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
+        f"this run asks Ray for {config.trainer.nnodes} nodes of {gpus} GPUs and {cpus} CPUs, and for {all_gpus} GPUs"
+        f"{apart if _samples_apart(config) else ''} and {all_cpus} CPUs in all; it would wait for ever, or fail late. "
+        f"The cluster's books say: {books}. Set trainer.nnodes and trainer.n_gpus_per_node, or give more CPUs to "
+        "`ray start` (--num-cpus: a number in its books, nothing is reserved)"
     )
 
 
@@ -126,8 +142,8 @@ def check_batch(config: DictConfig) -> None:
 
 def gpus_of_a_node(config: DictConfig) -> int:
     """That the run asks Ray for; on the CPU, one stands for a training process."""
-    apart = config.trainer.v1.trainer_mode == "gtpo_separate_async"  # samples on devices of its own
-    return config.trainer.n_gpus_per_node + (config.actor_rollout_ref.rollout.n_gpus_per_node if apart else 0)
+    apart = config.actor_rollout_ref.rollout.n_gpus_per_node if _samples_apart(config) else 0
+    return config.trainer.n_gpus_per_node + apart
 
 
 def fill_logical_gpus(config: DictConfig) -> None:

@@ -4,6 +4,7 @@ start fills in so that the model fits.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -92,8 +93,6 @@ def test_the_processors_in_ray_s_books_are_counted(overrides, needed):
 
 def test_the_count_is_what_verl_and_its_queue_ask_ray_for():
     """Ours adds up what these say; each breaks this test when it moves."""
-    import inspect
-
     from transfer_queue import controller
     from transfer_queue.storage import simple_storage
     from verl.single_controller.ray.base import RayResourcePool, ResourcePoolManager
@@ -127,12 +126,28 @@ def test_a_cluster_is_asked_for_what_ray_would_wait_for():
     check_cluster(config, [node, node])
     check_cluster(config, [{"CPU": 10.0}, {"GPU": 8.0, "CPU": 24.0}, {"GPU": 8.0, "CPU": 24.0}])
     assert refusal(check_cluster, config, [node, {"GPU": 4.0, "CPU": 64.0}]) == (
-        "this run asks Ray for 2 nodes of 8 GPUs and 24 CPUs, and 58 CPUs in all; it would wait for ever. The "
-        "cluster's books say: 8 GPUs and 64 CPUs, 4 GPUs and 64 CPUs. Set trainer.nnodes and trainer.n_gpus_per_node, "
-        "or give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is reserved)"
+        "this run asks Ray for 2 nodes of 8 GPUs and 24 CPUs, and for 16 GPUs and 58 CPUs in all; it would wait for "
+        "ever, or fail late. The cluster's books say: 8 GPUs and 64 CPUs, 4 GPUs and 64 CPUs. Set trainer.nnodes and "
+        "trainer.n_gpus_per_node, or give more CPUs to `ray start` (--num-cpus: a number in its books, nothing is "
+        "reserved)"
     )
     for nodes in ([node], [node, {}], [node, {"GPU": 8.0, "CPU": 23.0}], 2 * [{"GPU": 8.0, "CPU": 24.0}]):
         refusal(check_cluster, config, nodes)
+
+
+def test_a_cluster_has_to_hold_those_that_sample_too():
+    """verl's own servers ask for their GPUs when the model is loaded already, and fail there."""
+    from verl.single_controller.ray.base import ResourcePoolManager
+    from verl.workers.rollout.replica import RolloutReplica
+
+    assert "ResourcePoolManager(" in inspect.getsource(RolloutReplica.init_standalone)
+    assert "raise ValueError" in inspect.getsource(ResourcePoolManager._check_resource_available)
+    apart = on("multi_node", *APART, "actor_rollout_ref.rollout.n_gpus_per_node=8")  # 2 x 8 train, 8 sample
+    node = {"GPU": 8.0, "CPU": 64.0}
+    assert "and for 24 GPUs (with those that sample: " in refusal(check_cluster, apart, [node, node])
+    check_cluster(apart, [node] * 3)
+    check_cluster(apart, [{"GPU": 12.0, "CPU": 64.0}] * 2)
+    check_cluster(on("multi_node"), [node, node])  # sampling on those that train
 
 
 def test_the_remedies_of_the_refusal_help(monkeypatch):

@@ -49,12 +49,14 @@ def test_every_check_is_named_and_a_failure_does_not_end_it(capsys):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """With two GPUs of 80 GB, a driver too old for CUDA 13, and no package for them."""
+    """With two GPUs of 80 GB, a driver too old for CUDA 13, no package for them, and no headers of Python."""
     nvidia_smi(tmp_path, 2, cuda="12.4")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for module in (checks, doctor):
         monkeypatch.setattr(module, "host_memory", lambda: 500e9)
+    monkeypatch.setattr("recipe.gtpo.run.machine.c_compiler", lambda: "/usr/bin/gcc")
+    monkeypatch.setattr("recipe.gtpo.run.machine.python_header", lambda: None)
     for read in (gpus, driver_cuda):
         read.cache_clear()
     yield
@@ -77,9 +79,10 @@ def test_on_gpus_it_looks_at_them_and_shows_what_fits(machine, tmp_path, capsys)
     assert doctor.main(asked) == 1
     output = capsys.readouterr().out
     found = report(output)
-    assert list(found) == [*FIRST, "batch", "GPUs", "shared memory", "packages", "CUDA", *REST]
+    assert list(found) == [*FIRST, "batch", "GPUs", "shared memory", "packages", "compiler", "CUDA", *REST]
     assert found["GPUs"] == "ok    GPUs: 2 x NVIDIA H100, 86 GB, driver 580.65.06"
     assert found["packages"].startswith("FAIL  packages: rollout=vllm: the package vllm is not installed")
+    assert found["compiler"].startswith("FAIL  compiler: rollout=vllm: its engine compiles when it starts, and there ")
     assert found["CUDA"].startswith("FAIL  CUDA: torch is a build without CUDA")  # that of the tests
     assert found["data"] == "ok    data: 128 training rows, 128 validation rows"
     assert "a model of 7.6 B parameters on 2 x 86 GB" in found["memory"]

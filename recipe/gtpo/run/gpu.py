@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ def machine_checks(config: DictConfig) -> dict[str, Check]:
         checks["shared memory"] = lambda say: check_shared_memory(config, machine.shared_memory())
     checks["packages"] = lambda say: check_packages(config, say)
     if ray_starts_here(config):
+        engine = config.actor_rollout_ref.rollout.name
+        if engine in _COMPILING:
+            checks["compiler"] = lambda say: check_compiler(engine, machine.c_compiler(), machine.python_header())
         checks["CUDA"] = lambda say: check_cuda(machine.driver_cuda(), torch_cuda(), machine.gpus(), say)
     return checks
 
@@ -216,6 +220,24 @@ def check_cuda(driver: tuple[int, int] | None, built: tuple[int, int] | None, gp
         raise ConfigError(
             f"the driver serves CUDA up to {driver[0]}.{driver[1]}, and torch was built with {built[0]}.{built[1]}: "
             f"update the NVIDIA driver to one for CUDA {built[0]}"
+        )
+
+
+#: Engines whose kernels Triton makes as they start: it compiles a module of Python's on the spot.
+_COMPILING = ("vllm", "sglang")
+
+
+def check_compiler(engine: str, compiler: str | None, header: Path | None) -> None:
+    """Packages bring neither, and without them the engine dies minutes later, in a process of its own."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    lacking = [
+        *(["C compiler (gcc, clang, or what CC names)"] if compiler is None else []),
+        *([f"Python.h of Python {version}"] if header is None else []),
+    ]
+    if lacking:
+        raise ConfigError(
+            f"rollout={engine}: its engine compiles when it starts, and there is no {' and no '.join(lacking)} here; "
+            f"Debian, Ubuntu: apt-get install build-essential python{version}-dev"
         )
 
 

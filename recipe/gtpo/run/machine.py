@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, driver, memory. Read, never judged: `gpu.py` beside this judges."""
+"""What this machine has: GPUs, driver, compiler, memory. Read, never judged: `gpu.py` beside this judges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def _nvidia_smi(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def c_compiler() -> str | None:
+    """The program that Triton would compile with: what CC names, else gcc or clang."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def python_header() -> Path | None:
+    """Python.h, where a compiler started from here would find it."""
+    folders = [sysconfig.get_path("include")]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        folders += [folder for folder in os.environ.get(variable, "").split(os.pathsep) if folder]
+    return next((file for folder in folders if (file := Path(folder, "Python.h")).is_file()), None)
 
 
 def _mib(text: str) -> int:

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from recipe.gtpo.run.gpu import (
     attention,
     check_batch,
     check_cluster,
+    check_compiler,
     check_cuda,
     check_disk,
     check_gpus,
@@ -243,6 +245,33 @@ def test_a_driver_that_shows_gpus_and_names_no_cuda_is_warned_of_and_passes():
     ]
 
 
+HEADER = Path("/usr/include/python3/Python.h")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_that_compiles_when_it_starts_needs_a_compiler_and_python_s_header(engine):
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    check_compiler(engine, "/usr/bin/gcc", HEADER)
+    assert refusal(check_compiler, engine, None, None) == (
+        f"rollout={engine}: its engine compiles when it starts, and there is no C compiler (gcc, clang, or what CC "
+        f"names) and no Python.h of Python {version} here; Debian, Ubuntu: apt-get install build-essential "
+        f"python{version}-dev"
+    )
+    assert f"there is no Python.h of Python {version} here" in refusal(check_compiler, engine, "/usr/bin/gcc", None)
+    assert "there is no C compiler (gcc, clang, or what CC names) here" in refusal(check_compiler, engine, None, HEADER)
+
+
+def test_the_compiler_is_looked_for_where_an_engine_needs_it(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("recipe.gtpo.run.machine.c_compiler", lambda: None)
+    monkeypatch.setattr("recipe.gtpo.run.machine.python_header", lambda: HEADER)
+    for engine in ("vllm", "sglang"):
+        checks = machine_checks(on("single_gpu", f"actor_rollout_ref.rollout.name={engine}"))
+        assert refusal(checks["compiler"], silent).startswith(f"rollout={engine}: its engine compiles")
+    for config in (on("single_gpu", "actor_rollout_ref.rollout.name=transformers"), compose("rollout=vllm_cpu")):
+        assert "compiler" not in machine_checks(config)
+
+
 @pytest.fixture
 def packages(monkeypatch):
     """Packages that are there, by name; a None cannot be imported."""
@@ -388,7 +417,7 @@ def test_little_shared_memory_is_refused_where_several_gpus_talk_through_it():
 def test_the_cpu_is_asked_for_processors_only():
     assert list(machine_checks(compose())) == ["processors"]
     assert list(machine_checks(on("single_gpu"))) == [
-        *("processors", "batch", "GPUs", "shared memory", "packages", "CUDA"),
+        *("processors", "batch", "GPUs", "shared memory", "packages", "compiler", "CUDA"),
     ]
     assert list(machine_checks(on("multi_node"))) == ["processors", "batch", "packages"]  # its driver may have no GPU
 

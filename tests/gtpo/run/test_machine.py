@@ -8,7 +8,17 @@ import pytest
 from gpus import HEADER, UMD_HEADER, nvidia_smi
 
 from recipe.gtpo.run import machine
-from recipe.gtpo.run.machine import MIB, Gpu, driver_cuda, gpus, host_memory, shared_memory, slices
+from recipe.gtpo.run.machine import (
+    MIB,
+    Gpu,
+    c_compiler,
+    driver_cuda,
+    gpus,
+    host_memory,
+    python_header,
+    shared_memory,
+    slices,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -88,6 +98,42 @@ def test_no_driver_or_a_broken_one_is_no_gpu(tmp_path, monkeypatch, program):
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
     assert gpus() == () and driver_cuda() is None
+
+
+def program(folder, name):
+    (folder / name).write_text("#!/bin/sh\n")
+    (folder / name).chmod(0o755)
+    return str(folder / name)
+
+
+def test_the_compiler_is_the_one_that_triton_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert c_compiler() is None
+    program(tmp_path, "cc")  # which it does not look for
+    assert c_compiler() is None
+    clang = program(tmp_path, "clang")
+    assert c_compiler() == clang
+    gcc = program(tmp_path, "gcc")
+    assert c_compiler() == gcc
+    monkeypatch.setenv("CC", clang)
+    assert c_compiler() == clang
+    monkeypatch.setenv("CC", "no-such-compiler")  # and nothing else
+    assert c_compiler() is None
+
+
+def test_python_s_header_is_where_a_compiler_finds_it(tmp_path, monkeypatch):
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert python_header() is None
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/Python.h").touch()
+    monkeypatch.setenv("CPATH", f"{tmp_path}/gone:{tmp_path}/own")
+    assert python_header() == tmp_path / "own/Python.h"
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/Python.h").touch()
+    assert python_header() == tmp_path / "include/Python.h"
 
 
 def test_a_card_without_memory_of_its_own_has_none_to_count(tmp_path):

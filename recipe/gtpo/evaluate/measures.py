@@ -74,17 +74,18 @@ def _check(n: int, k: int) -> None:
 def _maj_at_k(answers: tuple[tuple[int, float], ...], n: int, k: int) -> float:
     total = 0.0
     blank = n - sum(votes for votes, _ in answers)
+    blanks = _chances(blank, min(blank, k), n, k)
+    chances = [_chances(votes, min(votes, k), n, k) for votes, _ in answers]
     for most in range(1, min(k, max((votes for votes, _ in answers), default=0)) + 1):
-        # ways[t, u]: draws of u attempts in which t answers have `most` votes and none has more;
-        # right[t, u]: the same, each weighed by how right these t answers are together
+        # ways[t, u]: the chance that u attempts are drawn, t answers have `most` votes and none has more;
+        # right[t, u]: the same, weighed by how right these t answers are together
         size = (len(answers) + 1, k + 1)
         ways, right = np.zeros(size), np.zeros(size)
-        for count in range(min(blank, k) + 1):
-            ways[0, count] = math.comb(blank, count)
-        for votes, share in answers:
+        ways[0, : len(blanks)] = blanks
+        for (votes, share), drawn in zip(answers, chances, strict=True):
             new_ways, new_right = np.zeros(size), np.zeros(size)
             for count in range(min(votes, most) + 1):
-                chosen = math.comb(votes, count)
+                chosen = drawn[count]
                 rest = k + 1 - count
                 if count < most:
                     new_ways[:, count:] += chosen * ways[:, :rest]
@@ -94,7 +95,18 @@ def _maj_at_k(answers: tuple[tuple[int, float], ...], n: int, k: int) -> float:
                     new_right[1:, count:] += chosen * (right[:-1, :rest] + share * ways[:-1, :rest])
             ways, right = new_ways, new_right
         total += float((right[1:, k] / np.arange(1, size[0])).sum())
-    return min(1.0, total / math.comb(n, k))
+    found = total / _chances(n, k, n, k)[k]
+    return min(1.0, round(found, 12))  # of equal chances the last bits may differ, and `estimate` looks for equal ones
+
+
+def _chances(attempts: int, most: int, n: int, k: int) -> list[float]:
+    """That 0, 1, ..., `most` of these attempts are drawn, where each of all n is drawn alone and with the chance k / n.
+
+    The draws that have k attempts in all are then equally likely, as they should be. To count draws instead would end
+    at a thousand attempts: comb(1100, 550) has no float.
+    """
+    whole = n**attempts
+    return [math.comb(attempts, count) * k**count * (n - k) ** (attempts - count) / whole for count in range(most + 1)]
 
 
 def sizes(n: int) -> list[int]:

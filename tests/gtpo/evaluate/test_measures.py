@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -87,6 +88,29 @@ def test_exact_values():
 def test_many_attempts_stay_exact():
     assert maj_at_k([(200, 1.0), (56, 0.0)], 256, 256) == 1.0
     assert maj_at_k([(128, 1.0), (128, 0.0)], 256, 63) == pytest.approx(0.5)
+
+
+def counted(right, wrong, n, k):
+    """maj@k of two answers, by counting draws in whole numbers."""
+    found = Fraction(0)
+    for ours, theirs in itertools.product(range(1, right + 1), range(wrong + 1)):
+        if theirs <= ours and ours + theirs <= k:
+            draws = math.comb(right, ours) * math.comb(wrong, theirs) * math.comb(n - right - wrong, k - ours - theirs)
+            found += draws * (Fraction(1, 2) if ours == theirs else 1)
+    return float(found / math.comb(n, k))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "n", "k"), [(60, 50, 2200, 1100), (100, 5000, 5100, 400), (40, 45, 3000, 2999), (7, 5, 20, 11)]
+)
+def test_more_draws_than_a_float_can_count_are_no_limit(right, wrong, n, k):
+    assert maj_at_k([(right, 1.0), (wrong, 0.0)], n, k) == pytest.approx(counted(right, wrong, n, k), abs=1e-11)
+
+
+@pytest.mark.parametrize("n", [5, 64, 1100])
+def test_equal_chances_are_equal_to_the_last_bit(n):
+    """A majority that is right whenever one is drawn: `estimate` asks whether all problems have the same value."""
+    assert maj_at_k([(n - 2, 1.0)], n, 3) == maj_at_k([(n - 3, 1.0), (1, 1.0)], n, 3) == 1.0
 
 
 @pytest.mark.parametrize("k", [0, 4])

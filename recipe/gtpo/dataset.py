@@ -48,6 +48,7 @@ class NumberedDataset(RLHFDataset):
 
 
 def file_row(row: Mapping[str, Any]) -> int | None:
-    """The number by which a user finds a row. A data set of one's own has `index` alone."""
+    """The number by which a user finds a row. A data set of one's own has `index` alone: its own, or in an evaluation
+    the row's place."""
     place = row.get(FILE_ROW, row.get("index"))
     return None if place is None else int(place)

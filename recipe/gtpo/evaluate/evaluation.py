@@ -124,7 +124,9 @@ class Evaluation:
 
             async def sample(job: tuple[int, int]) -> None:
                 index, session = job
-                row = entry.rows[index]
+                # A class of the user's own (data.custom_cls) may give rows other numbers, or all of them verl's 0:
+                # samples that went by these would not be found again, or be one another's.
+                row = {**entry.rows[index], "index": index}
                 rollout = await roller.roll_out(row, session, self.step)
                 done = self.samples.add(entry.name, row, session, rollout.trajectory, rollout.token_ids)
                 seen["right"] += int(done.acc >= 1)

@@ -413,6 +413,23 @@ def test_a_whole_evaluation_with_records(evaluation):
     assert {index for index, value in found.values["mean@2"].items() if value == 1.0} == right
 
 
+@pytest.mark.parametrize("number", ["3100 + 100 * item", "0"], ids=["numbers of its own", "none"])
+def test_samples_go_by_the_place_of_a_row_whatever_its_class_calls_it(evaluation, tmp_path, number):
+    (tmp_path / "own.py").write_text(
+        "from verl.utils.dataset.rl_dataset import RLHFDataset\n"
+        "class Own(RLHFDataset):\n"
+        "    def __getitem__(self, item):\n"
+        f"        return super().__getitem__(item) | {{'index': {number}}}\n"
+    )
+    given = ("samples=2", f"data.custom_cls.path={tmp_path}/own.py", "data.custom_cls.name=Own")
+    done = evaluation(*given)
+    found = rolled_out(done, RIGHT)
+    assert found.counts["scored"] == 16 and sorted(found.values["mean@2"]) == list(range(8))
+    lines = list(done.record.read_whole_lines(0, split="validation"))
+    assert sorted((line["index"], line["session"]) for line in lines) == [(i, j) for i in range(8) for j in range(2)]
+    assert done.complete and evaluation(*given).complete  # and a second start finds them
+
+
 def test_one_that_raises_ends_the_others():
     ended = []
 

@@ -64,6 +64,11 @@ def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: config.get(_key(name), default) for name, default in defaults().items()}
 
 
+def is_computed(settings: Mapping[str, Any]) -> bool:
+    """Whether `recompute` has the estimator; those of verl that are no method of the recipe it has not."""
+    return settings["estimator"] in _ESTIMATORS
+
+
 def _key(setting: str) -> str:
     return OF_VERL.get(setting, f"algorithm.gtpo.{setting}")
 

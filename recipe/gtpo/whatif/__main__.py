@@ -2,8 +2,9 @@
 
 Of the trajectories that one or several runs recorded, as they were sampled: the mean advantage of a turn and the share
 of turns whose advantage is above 0, by method, by whether the answer was right, and by turn number. "of the run" is
-with the run's own settings. A wrong answer's turn that is above 0 is made more likely; the last column says how much of
-a method's weight, |advantage| times tokens over all turns, does that.
+with the run's own settings; of an estimator of verl that is no method of the recipe, what was recorded. A wrong
+answer's turn that is above 0 is made more likely; the last column says how much of a method's weight, |advantage|
+times tokens over all turns, does that.
 
 It says where each method would have pushed this policy, not where training with it would have led. Trajectories that
 credit leaves out, with the settings asked about, are in no mean. Options that no file of config/method sets, such as
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,13 +51,25 @@ def add(table: Table, run: Run, step: int, methods: Mapping[str, Mapping[str, An
 
     Raises ValueError naming the option that is wrong, SimilarityError when programs cannot be compared.
     """
-    rows = run.rows("train", step)
     for name, settings in methods.items():
-        for row, answer in zip(rows, run.recompute("train", step, dict(settings)), strict=True):
-            if not answer["dropped"]:
-                for number, (turn, credit) in enumerate(zip(row["turns"], answer["turns"], strict=True), start=1):
-                    place = row["acc"] == 1, number
-                    table[name].setdefault(place, []).append(Weighed(credit["advantage"], trained_tokens(turn)))
+        turns = _computed(run, step, settings) if whatif.is_computed(settings) else _recorded(run, step)
+        for place, turn in turns:
+            table[name].setdefault(place, []).append(turn)
+
+
+def _computed(run: Run, step: int, settings: Mapping[str, Any]) -> Iterator[tuple[Place, Weighed]]:
+    for row, answer in zip(run.rows("train", step), run.recompute("train", step, dict(settings)), strict=True):
+        if not answer["dropped"]:
+            for number, (turn, credit) in enumerate(zip(row["turns"], answer["turns"], strict=True), start=1):
+                yield (row["acc"] == 1, number), Weighed(credit["advantage"], trained_tokens(turn))
+
+
+def _recorded(run: Run, step: int) -> Iterator[tuple[Place, Weighed]]:
+    for row in run.rows("train", step):
+        if not row["dropped"] and row["acc"] is not None:
+            for number, turn in enumerate(row["turns"], start=1):
+                if turn["advantage"] is not None:
+                    yield (row["acc"] == 1, number), Weighed(turn["advantage"], trained_tokens(turn))
 
 
 def praise_of_wrong(by_place: Mapping[Place, Sequence[Weighed]]) -> float | None:
@@ -111,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for path, steps in chosen.items():
                 run = _read(path, steps)
                 own = run.settings or {}
+                if not whatif.is_computed(own):
+                    said = f'"{OWN}" is what was recorded: {own["estimator"]} is no method of the recipe'
+                    print(f"whatif: {path}: {said}", file=sys.stderr)
                 methods = {OWN: own} | {name: own | presets[name] for name in names}
                 for step in steps:
                     add(table, run, step, methods)

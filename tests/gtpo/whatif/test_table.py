@@ -68,6 +68,22 @@ def test_a_method_is_compared_with_the_runs_own_penalty(run_dir, capsys):
     assert cells(text, "grpo_sum") == cells(text, "grpo_outcome")
 
 
+def test_a_run_with_another_estimator_of_verl_s_has_the_row_that_it_recorded(run_dir, capsys):
+    """Every preset has an estimator of its own, so all the others are computed as ever."""
+    tables = []
+    for estimator in ("gtpo", "opo"):
+        (run_dir / "config.json").write_text(json.dumps({"algorithm.adv_estimator": estimator}))
+        assert command.main([str(run_dir)]) == 0
+        tables.append(capsys.readouterr())
+    ours, theirs = (table.out.splitlines() for table in tables)
+    of_the_run = next(i for i, line in enumerate(ours) if line.startswith("of the run "))
+    assert [*ours[:of_the_run], *ours[of_the_run + 1 :]] == [*theirs[:of_the_run], *theirs[of_the_run + 1 :]]
+    first = [record["advantages"][0] for record in RECORD if record["acc"] == 1]
+    assert cells(tables[1].out, "of the run")[0].startswith(f"{sum(first) / len(first):+.2f}(")
+    assert '"of the run" is what was recorded: opo is no method of the recipe' in tables[1].err
+    assert "recorded:" not in tables[0].err
+
+
 def test_several_runs_are_one_table(run_dir, tmp_path, capsys):
     """The same trajectories twice: the same means and shares, twice the turns."""
     other = tmp_path / "other"

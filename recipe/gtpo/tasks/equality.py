@@ -44,7 +44,7 @@ LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 h
 DEEPEST = 40  # brackets of an answer in one another: the parser's time doubles with some of them
 _KEPT = 4096  # verdicts, and in each process parsed answers
 _ATTEMPTS = 2  # at a comparison whose process does not live to answer
-_DIGITS = 6  # that count where one side is a decimal number
+_DIGITS = 6  # that count where one side is a decimal number, from its first that is not 0
 
 
 async def same_answer(gold: str, answer: str) -> bool:
@@ -116,7 +116,20 @@ def _same_number(one: str, other: str) -> bool | None:
     if numbers[0] is None or numbers[1] is None:
         return None
     error = abs(numbers[0] - numbers[1])
-    return 2 * error * 10**_DIGITS <= abs(numbers[0]) if "." in one + other else error == 0
+    whole = numbers[0].denominator == numbers[1].denominator == 1  # 1000001 is not 1000000.0
+    if whole or 0 in numbers or "." not in one + other:
+        return error == 0
+    # The smaller one's digits: 0.999996 is not 1, but 0.9999996 rounds to it.
+    return 2 * error <= _last_digit(min(abs(numbers[0]), abs(numbers[1])))
+
+
+def _last_digit(number: Fraction) -> Fraction:
+    """What one more in the last digit that counts adds to a positive number: 1e-5 from 1 on, 1e-6 below."""
+    # The power of ten of its first digit, or one more.
+    first = len(str(number.numerator)) - len(str(number.denominator))
+    if number < Fraction(10) ** first:
+        first -= 1
+    return Fraction(10) ** (first - _DIGITS + 1)
 
 
 def _contradicts_itself(answer: str) -> bool:

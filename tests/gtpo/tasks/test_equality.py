@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from decimal import Context, Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -26,6 +28,15 @@ SAME = [  # gold, answer
     (r"\frac{1}{2}", "0.5"),
     (r"\frac12", r"\dfrac{2}{4}"),
     (r"\frac{1}{3}", "0.3333333"),
+    # six digits count, whatever the first of them is
+    (r"\frac{1}{3}", "0.333333"),
+    (r"\frac{1}{7}", "0.142857"),
+    (r"\frac{2}{3}", "0.666667"),
+    (r"\frac{10}{9}", "1.11111"),
+    (r"\frac{1}{300}", "0.00333333"),
+    (r"-\frac{1}{3}", "-0.333333"),
+    ("0.333333", r"\frac{1}{3}"),
+    (r"\frac{9999996}{10000000}", "1.00000"),
     # thousands separators
     ("1000", "1,000"),
     (r"11{,}111{,}100", "11111100"),
@@ -121,6 +132,12 @@ OTHER = [
     (r"50\%", r"0.5\%"),
     ("5", r"\frac{5}{100}"),
     (r"\frac13", "0.333"),
+    (r"\frac13", "0.33333"),
+    (r"\frac13", "-0.333333"),
+    (r"\frac{1}{3}", "0.333334"),
+    ("1", "0.999996"),
+    ("0", "0.0000001"),
+    ("1000001", "1000000.0"),  # an integer is stated with all its digits
     (r"5\text{ cm}", "5 m e t e r s"),
     ("5 cm", "5 meters"),
     (r"5\text{ m}", r"5\text{ km}"),
@@ -224,6 +241,30 @@ def test_other_answers():
 def test_whole_numbers_are_the_same_when_they_are_equal_however_they_are_written(a, b):
     for written in (str(b), f"{b:,}", rf"\boxed{{{b}}}"[7:-1], f"{b}.0", f"${b}$"):
         assert settle(str(a), written) is (a == b)
+
+
+def rounded(value, digits):
+    """A positive fraction with so many significant digits, written without an exponent."""
+    return f"{Context(prec=digits).divide(Decimal(value.numerator), Decimal(value.denominator)):f}"
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), st.sampled_from(["", "-"]), st.integers(6, 12))
+def test_a_fraction_is_its_rounding_to_six_digits_or_more_and_no_other_to_four(top, bottom, sign, digits):
+    value, gold = Fraction(top, bottom), rf"{sign}\frac{{{top}}}{{{bottom}}}"
+    enough, short = (sign + rounded(value, n) for n in (digits, 4))
+    for one, other in ((gold, enough), (enough, gold)):
+        assert settle(one, other) is True
+    # between them a rounding to four digits may be one to six by chance, as 0.30000 is of 0.300000001
+    if abs(Fraction(short)) != Fraction(rounded(value, 6)):
+        assert settle(gold, short) is settle(short, gold) is False
+
+
+decimals = st.decimals("-2", "2", allow_nan=False, places=7).map(lambda one: f"{one:f}")
+
+
+@given(decimals, decimals)
+def test_which_side_a_decimal_number_stands_on_decides_nothing(one, other):
+    assert settle(one, other) is settle(other, one)
 
 
 @given(st.text(max_size=60))

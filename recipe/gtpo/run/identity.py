@@ -18,9 +18,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.gtpo.run.record import RecordError, RunRecord
 
+_ACTOR, _REF, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
+#: What decides where a step's numbers lie and how many are worked on at once: a run that died of its memory goes on
+#: with less. verl divides a loss by the whole batch's tokens, whatever micro-batches it comes in; only the order in
+#: which sums are rounded is another. Not the limits of a trajectory, which cut it (rollout.max_model_len).
+MEMORY = (
+    f"{_ACTOR}.ppo_max_token_len_per_gpu",
+    *(f"{part}.log_prob_max_token_len_per_gpu" for part in (_REF, _ROLLOUT)),  # which follow it
+    *(
+        f"{part}.fsdp_config.{offload}"
+        for part in (_ACTOR, _REF)
+        for offload in ("param_offload", "optimizer_offload", "offload_policy")
+    ),
+    *(
+        f"{_ROLLOUT}.{key}"
+        for key in ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
+    ),
+)
 #: Keys and sections in which two starts of one run may differ: where it is, how long it goes on, what watches it, what
 #: it costs. Everything else makes another run.
 FREE = (
+    *MEMORY,
     "run_dir",
     "experiment",
     "matrix",
@@ -143,7 +161,8 @@ def flatten(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    in_a_benchmark = key.endswith(tuple(f".{one}" for one in MEMORY))  # an evaluation has the rollout's once for each
+    return in_a_benchmark or any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def _key(override: str) -> str:

@@ -223,6 +223,7 @@ def test_the_folder_belongs_to_what_is_asked_for(toy_policy, tmp_path, copies):
     given = ("benchmarks=gsm8k", f"local={copies}", "data.max_prompt_length=900")
     record = claimed(toy_policy, tmp_path / "out", *given)
     claimed(toy_policy, tmp_path / "out", *given, "samples=9", "concurrency=3")  # more of the same
+    claimed(toy_policy, tmp_path / "out", *given, "actor_rollout_ref.rollout.max_num_seqs=8")  # or with less memory
     assert record.read_config()["actor_rollout_ref.model.path"] == str(toy_policy)  # the viewer's tokenizer
     for other, named in (
         (["temperature=0.5"], "temperature=1.0 there, 0.5 here"),

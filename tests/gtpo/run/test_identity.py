@@ -47,6 +47,40 @@ def test_the_same_config_may_go_on_and_go_on_for_longer(tmp_path):
     assert record.read_config()["trainer.total_training_steps"] == 2  # the first start's
 
 
+ROLLOUT = "actor_rollout_ref.rollout"
+ACTOR = "actor_rollout_ref.actor"
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        f"{ROLLOUT}.gpu_memory_utilization=0.4",
+        f"{ROLLOUT}.max_num_seqs=8",
+        f"{ROLLOUT}.max_num_batched_tokens=512",
+        f"{ROLLOUT}.enforce_eager=true",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=2048",
+        f"{ACTOR}.fsdp_config.param_offload=true",
+        f"{ACTOR}.fsdp_config.optimizer_offload=true",
+        f"{ACTOR}.fsdp_config.offload_policy=true",
+        "actor_rollout_ref.ref.fsdp_config.param_offload=true",
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu=2048",
+    ],
+)
+def test_a_run_that_died_of_its_memory_goes_on_with_less(tmp_path, less):
+    """By the same command with one word more: it had begun anew, in a folder of another name."""
+    claim(RunRecord(tmp_path), compose())
+    claim(RunRecord(tmp_path), compose(less))
+    assert variant([less]) == "" and same_overrides([], [less])
+
+
+@pytest.mark.parametrize("other", [f"{ROLLOUT}.max_model_len=99", f"{ACTOR}.ppo_mini_batch_size=2", f"{ROLLOUT}.n=3"])
+def test_what_a_trajectory_or_an_update_is_makes_another_run(tmp_path, other):
+    claim(RunRecord(tmp_path), compose())
+    with pytest.raises(RecordError, match=f"{other.partition('=')[0]}="):
+        claim(RunRecord(tmp_path), compose(other))
+    assert variant([other]) != ""
+
+
 def test_another_config_is_refused_with_what_differs(tmp_path):
     record = RunRecord(tmp_path)
     claim(record, config_of())

@@ -28,6 +28,7 @@ from recipe.gtpo.run.gpu import (
     machine_checks,
     machines_of,
     shape_of,
+    slow_adapter,
 )
 from recipe.gtpo.run.identity import flatten, variant
 from recipe.gtpo.run.inputs import (
@@ -337,6 +338,8 @@ def first_checks(config: DictConfig, choices: dict[str, Any]) -> dict[str, Check
 
     def composition(say: Say) -> None:
         check(config, choices)
+        if (warning := slow_adapter(config)) is not None:
+            say(f"warning: {warning}")
 
     return {"config": composition, "folders": lambda say: check_machine(config), **machine_checks(config)}
 

@@ -29,6 +29,10 @@ _UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 _FSDP = "actor_rollout_ref.actor.fsdp_config"
 _TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 _SHARE = "actor_rollout_ref.rollout.gpu_memory_utilization"
+_LORA = "actor_rollout_ref.model.lora_rank"
+_RATE = "actor_rollout_ref.actor.optim.lr"
+#: Up to here a learning rate is one of full training; common advice for an adapter is about ten times that.
+_FULL_RATE, _ADAPTER_RATE = 2e-6, "1e-5"
 
 
 Check = Callable[[Say], None]
@@ -407,7 +411,8 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
 
 
 def _remedies(config: DictConfig) -> dict[str, str]:
-    """How to leave to `memory.choose` what this config sets of it, by the names of `asked_for`."""
+    """How to leave to `memory.choose` what this config sets of it, by the names of `asked_for`; and how to train an
+    adapter, `lora`."""
     actor = config.actor_rollout_ref.actor
     offloads = [key for key in ("param_offload", "optimizer_offload") if actor.fsdp_config.get(key) is not None]
     together = "actor_rollout_ref.actor.use_dynamic_bsz=true"
@@ -415,7 +420,24 @@ def _remedies(config: DictConfig) -> dict[str, str]:
         "tokens": _left_out(_TOKENS) if actor.use_dynamic_bsz else f"{together} with {_TOKENS}=null",
         "offload": _left_out(*(f"{_FSDP}.{key}" for key in offloads)),
         "share": _left_out(_SHARE),
+        "lora": f"{_LORA}=32" + (f" and {_RATE}={_ADAPTER_RATE}" if is_full_rate(config) else ""),
     }
+
+
+def is_full_rate(config: DictConfig) -> bool:
+    """Whether the learning rate is one with which an adapter hardly moves."""
+    return config.actor_rollout_ref.actor.optim.lr <= _FULL_RATE
+
+
+def slow_adapter(config: DictConfig) -> str | None:
+    """A warning where an adapter is trained with the learning rate of full training, else None."""
+    rank, rate = config.actor_rollout_ref.model.lora_rank, config.actor_rollout_ref.actor.optim.lr
+    if not rank or not is_full_rate(config):
+        return None
+    return (
+        f"{_RATE}={rate:g} is a rate of full training, and {_LORA}={rank} trains an adapter, which begins at zero and "
+        f"hardly moves with it: about ten times that is usual ({_RATE}={_ADAPTER_RATE}; not measured here)"
+    )
 
 
 def _left_out(*keys: str) -> str:

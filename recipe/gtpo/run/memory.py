@@ -323,7 +323,7 @@ def proposals(
     """What would fit instead, each as something to leave out, set, buy or take.
 
     Args:
-        remedies: how to leave each of `given` to be chosen.
+        remedies: how to leave each of `given` to be chosen; and `lora`, how an adapter is trained.
         given: as `choose` takes it. It stays, unless a proposal says otherwise.
     """
     fits: Callable[..., Settings | None] = partial(choose, **given)
@@ -335,7 +335,7 @@ def proposals(
         if some := next((one for one in fewer if fits(shape, machines, one)), None):
             yield f"actor_rollout_ref.rollout.max_num_seqs={some.rows}"
     elif not settings.lora_rank and fits(shape, machines, replace(settings, lora_rank=32)):
-        yield "actor_rollout_ref.model.lora_rank=32"
+        yield (remedies or {}).get("lora", "actor_rollout_ref.model.lora_rank=32")
     if settings.reference and fits(shape, machines, replace(settings, reference=False)):
         yield "actor_rollout_ref.actor.use_kl_loss=false and algorithm.use_kl_in_reward=false"
     on_cpu = replace(settings, cpu_adam=True)

@@ -14,9 +14,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
-from composition import compose
+from composition import compose, compose_with_choices
 from omegaconf import OmegaConf
 
+from recipe.gtpo.run.checks import first_checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import (
     attention,
@@ -36,6 +37,7 @@ from recipe.gtpo.run.gpu import (
     machines_of,
     needed_processors,
     shape_of,
+    slow_adapter,
 )
 from recipe.gtpo.run.machine import GB, Gpu
 from recipe.gtpo.run.memory import QWEN25, Machines
@@ -501,11 +503,31 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     message = refusal(fit, on("single_gpu"), "7B", 1)
     assert message.startswith("a model of 7.6 B parameters does not fit 1 x 80 GB: the update needs about 136 GB of ")
     assert message.endswith(
-        "; what would fit: actor_rollout_ref.model.lora_rank=32; or actor_rollout_ref.actor.fsdp_config.offload_policy="
-        "true (Adam on the CPU: slower, and 152 GB of the host's memory); or 2 such GPUs; or a model like Qwen2.5-3B"
+        "; what would fit: actor_rollout_ref.model.lora_rank=32 and actor_rollout_ref.actor.optim.lr=1e-5; or "
+        "actor_rollout_ref.actor.fsdp_config.offload_policy=true (Adam on the CPU: slower, and 152 GB of the host's "
+        "memory); or 2 such GPUs; or a model like Qwen2.5-3B"
     )
     fit(on("single_gpu", "actor_rollout_ref.model.lora_rank=32"), "7B", 1)
     fit(on("single_gpu", "actor_rollout_ref.actor.fsdp_config.offload_policy=true"), "7B", 1)
+
+
+RATE = "actor_rollout_ref.actor.optim.lr"
+
+
+def test_an_adapter_at_a_rate_of_full_training_is_told():
+    lora = "actor_rollout_ref.model.lora_rank=32"
+    assert slow_adapter(on("single_gpu", lora)).startswith(f"{RATE}=1e-06 is a rate of full training, and {lora} ")
+    for fine in ([], [lora, f"{RATE}=1.0e-5"]):
+        assert slow_adapter(on("single_gpu", *fine)) is None
+    said = []
+    config, choices = compose_with_choices("hardware=single_gpu", "rollout=vllm", "task=verl_data", lora)
+    first_checks(config, choices)["config"](said.append)
+    assert said == [f"warning: {slow_adapter(config)}"]
+
+
+def test_a_rate_that_the_user_has_chosen_for_more_is_not_proposed_away():
+    message = refusal(fit, on("single_gpu", f"{RATE}=5.0e-5"), "7B", 1)
+    assert "; what would fit: actor_rollout_ref.model.lora_rank=32; or " in message
 
 
 KL = ("actor_rollout_ref.actor.use_kl_loss", "algorithm.use_kl_in_reward")

@@ -23,7 +23,7 @@ from recipe.gtpo.tasks.task import make_row, write_parquet
 
 NOWHERE = "tool_server.url=http://127.0.0.1:9"  # nothing answers there, and at once
 FIRST = ["config", "folders", "processors"]
-GIVEN = ["data", "the reward function's answers", "model and tokenizer", "memory", "disk", "context"]
+GIVEN = ["data", "the reward function's answers", "model and tokenizer", "context", "memory", "disk"]
 REST = ["reward function", *GIVEN, "verl's own checks", "tools"]
 
 
@@ -112,7 +112,7 @@ def test_what_needs_the_model_is_left_out_where_there_is_none(tmp_path, capsys):
     found = report(capsys.readouterr().out)
     assert found["data"] == "ok    data: 128 training rows, 128 validation rows"
     assert found["model and tokenizer"].startswith("FAIL  model and tokenizer: actor_rollout_ref.model.path is not set")
-    for name in ("memory", "disk", "context"):
+    for name in ("context", "memory", "disk"):
         assert found[name] == f"ok    {name}: not looked at without a model"
 
 

@@ -22,7 +22,7 @@ from recipe.gtpo.evaluate.servers import Endpoint, own_ray, start_servers, watch
 from recipe.gtpo.main import keep_logs, naming_lost_part, watch_machine
 from recipe.gtpo.method.turns import Finish, Trajectory
 from recipe.gtpo.run.errors import ConfigError
-from recipe.gtpo.run.gpu import fill_logical_gpus
+from recipe.gtpo.run.gpu import fill_logical_gpus, served_context
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.tasks.unit_tests import close_client
 from verl_ext.tool_server.launch import ServerHandle
@@ -177,9 +177,10 @@ def _server_config(entries: Sequence[Entry], model: Model) -> DictConfig:
     rollout, all_of_them = config.actor_rollout_ref.rollout, [one.config.actor_rollout_ref.rollout for one in entries]
     rollout.prompt_length = max(one.prompt_length for one in all_of_them)
     rollout.response_length = max(one.response_length for one in all_of_them)
-    limits = [one.max_model_len for one in all_of_them]
-    rollout.max_model_len = None if None in limits else max(limits)
     config.actor_rollout_ref.model.path = model.path
+    limits = [one.max_model_len for one in all_of_them]
+    longest = max(one.max_model_len or one.prompt_length + one.response_length for one in all_of_them)
+    rollout.max_model_len = served_context(config, longest) if None in limits else longest
     fill_logical_gpus(config)
     return config
 

@@ -45,7 +45,7 @@ from recipe.gtpo.run.inputs import (
     ray_starts_here,
 )
 from recipe.gtpo.run.machine import cpu_dtype, gpus, host_memory
-from recipe.gtpo.run.model import check_model, read_config
+from recipe.gtpo.run.model import check_model, context_of
 from recipe.gtpo.sft import cold_start
 from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
@@ -364,9 +364,9 @@ def given_checks(config: DictConfig) -> dict[str, Check]:
         OF_DATA[0]: lambda say: prompts.extend(check_data(config, say)),
         OF_DATA[1]: lambda say: ask_reward(config, prompts),
         "model and tokenizer": lambda say: check_model(config, prompts, say),
+        "context": context,  # before the memory: that fills max_model_len, and the warning says whose limit it is
         "memory": memory,
         "disk": lambda say: check_disk(config, shape_of(config)),
-        "context": context,
     }
 
 
@@ -406,7 +406,7 @@ def short_context(config: DictConfig) -> str | None:
     """A warning where the server's context is shorter than prompt and response together, else None."""
     limit, source = config.actor_rollout_ref.rollout.max_model_len, "actor_rollout_ref.rollout.max_model_len"
     if limit is None:  # the servers take the model's
-        limit, source = _context_of_model(config.actor_rollout_ref.model), "the model's max_position_embeddings"
+        limit, source = context_of(config.actor_rollout_ref.model), "the model's max_position_embeddings"
     wanted = config.data.max_prompt_length + config.data.max_response_length
     if limit is None or limit >= wanted:
         return None
@@ -414,10 +414,3 @@ def short_context(config: DictConfig) -> str | None:
         f"{source}={limit} is below data.max_prompt_length + data.max_response_length = {wanted}: a trajectory that "
         "gets so long ends there, cut by length and not charged"
     )
-
-
-def _context_of_model(model: DictConfig) -> int | None:
-    known = read_config(model)
-    if known is None:
-        return None
-    return known.get("max_position_embeddings") or known.get("text_config", {}).get("max_position_embeddings")

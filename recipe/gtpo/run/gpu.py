@@ -21,7 +21,7 @@ from recipe.gtpo.run.errors import ConfigError, one_line
 from recipe.gtpo.run.inputs import Say, fill_open, ray_starts_here
 from recipe.gtpo.run.machine import GB, Gpu
 from recipe.gtpo.run.memory import Machines, Settings, Shape
-from recipe.gtpo.run.model import read_config
+from recipe.gtpo.run.model import context_of, read_config
 from verl_ext.tool_server.machine import processors
 
 _CPUS_KEY = "ray_kwargs.ray_init.num_cpus"
@@ -29,6 +29,7 @@ _UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 _FSDP = "actor_rollout_ref.actor.fsdp_config"
 _TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 _SHARE = "actor_rollout_ref.rollout.gpu_memory_utilization"
+_CONTEXT = "actor_rollout_ref.rollout.max_model_len"
 _LORA = "actor_rollout_ref.model.lora_rank"
 _RATE = "actor_rollout_ref.actor.optim.lr"
 #: Up to here a learning rate is one of full training; common advice for an adapter is about ten times that.
@@ -396,6 +397,7 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
         flash=_attention_of(config) == "flash_attention_2",
         rows=rollout.max_num_seqs if rollout.name == "transformers" else 0,
         prompt=config.data.max_prompt_length,
+        context=rollout.max_model_len or 0 if rollout.name == "vllm" else 0,
         # with an adapter verl asks the trained model without it
         reference=bool(need_reference_policy(config)) and model.lora_adapter_path is None,
     )
@@ -444,6 +446,21 @@ def _left_out(*keys: str) -> str:
     return f"leave out {' and '.join(keys)} (or null, where a file sets {'it' if len(keys) == 1 else 'them'})"
 
 
+def served_context(config: DictConfig, longest: int) -> int | None:
+    """What `rollout.max_model_len` has to be where it is left open and no trajectory gets longer than `longest`; None
+    where it stays open.
+
+    verl would take the model's whole context, and vLLM does not start unless one request of that length fits its
+    cache. No trajectory is cut by this one: verl cuts a prompt to `data.max_prompt_length`, and vLLM samples up to its
+    last token. SGLang starts whatever the context, of which verl keeps the last token back. A model that is yet to be
+    downloaded is taken for one that reads so much; verl refuses a longer context than the model's, with both numbers.
+    """
+    if config.trainer.device == "cpu" or config.actor_rollout_ref.rollout.name != "vllm":
+        return None
+    own = context_of(config.actor_rollout_ref.model)
+    return longest if own is None else min(own, longest)
+
+
 def _attention_of(config: DictConfig) -> str:
     return config.actor_rollout_ref.model.override_config.get("attn_implementation", "flash_attention_2")
 
@@ -479,7 +496,8 @@ def check_ulysses(config: DictConfig, shape: Shape | None) -> None:
 
 
 def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say: Say) -> None:
-    """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU.
+    """Fill what the hardware file leaves open, by arithmetic: micro-batch, offloading, vLLM's share of a GPU, the
+    length of its longest request.
 
     Raises ConfigError with the sums and with what would fit, where nothing does. With gtpo_separate_async, which
     generates on other GPUs, the sum for generation says too much.
@@ -508,6 +526,7 @@ def fit_memory(config: DictConfig, machines: Machines, shape: Shape | None, say:
             f"{_FSDP}.param_offload": found.offload,
             f"{_FSDP}.optimizer_offload": found.offload,
             _SHARE: found.share,
+            _CONTEXT: served_context(config, longest),
         },
     )
     engine = f"{found.rows} trajectories at once" if found.rows else f"vLLM's share {found.share:g}"

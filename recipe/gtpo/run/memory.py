@@ -173,6 +173,7 @@ class Settings:
     flash: bool = False  # flash-attn's kernels; without them attention reads a mask of tokens x tokens
     rows: int = 0  # trajectories that rollout=transformers has at once: rollout.max_num_seqs; 0: vLLM or SGLang
     prompt: int = 0  # of `longest`
+    context: int = 0  # tokens of a request that vLLM has to have room for, where that is set: rollout.max_model_len
     reference: bool = False  # a KL term asks for a model to compare with; with LoRA that is the base of the trained one
 
     @property
@@ -263,11 +264,11 @@ def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:
         if total > usable:
             return f"{phase} needs about {total / GB:.0f} GB of each GPU's {machines.memory / GB:.0f} ({_shown(parts)})"
     tokens, wanted = cache_tokens(shape, machines, settings), AT_ONCE * settings.longest
+    room = f"vLLM's share of {settings.share:g} has room for {tokens} tokens beside the weights, and"
     if tokens < wanted and not settings.rows:
-        return (
-            f"vLLM's share of {settings.share:g} has room for {tokens} tokens beside the weights, and {AT_ONCE} of "
-            f"the longest trajectories are {wanted}"
-        )
+        return f"{room} {AT_ONCE} of the longest trajectories are {wanted}"
+    if tokens < settings.context:  # vLLM does not start
+        return f"{room} one request of actor_rollout_ref.rollout.max_model_len has {settings.context}"
     parts = host(shape, machines, settings)
     needed = sum(parts.values())
     if machines.host is not None and needed > machines.host:
@@ -328,6 +329,8 @@ def proposals(
     """
     fits: Callable[..., Settings | None] = partial(choose, **given)
     yield from _without(shape, machines, settings, remedies or {}, given)
+    if settings.context and fits(shape, machines, replace(settings, context=0)):
+        yield "leave out actor_rollout_ref.rollout.max_model_len"
     if settings.rows:
         if fits(shape, machines, replace(settings, rows=0)):
             yield "rollout=vllm"

@@ -62,6 +62,14 @@ def read_config(model: DictConfig) -> dict[str, Any] | None:
     return _read_json(folder / "config.json") | OmegaConf.to_container(model.override_config, resolve=True)
 
 
+def context_of(model: DictConfig) -> int | None:
+    """The tokens that the model reads at once; None where that is not known before verl loads it. Args as above."""
+    known = None if model.path is None else read_config(model)
+    if known is None:
+        return None
+    return known.get("max_position_embeddings") or known.get("text_config", {}).get("max_position_embeddings")
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

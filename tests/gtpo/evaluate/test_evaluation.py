@@ -210,6 +210,34 @@ def test_servers_hold_the_longest_trajectory_of_all_benchmarks(toy_policy, tmp_p
     assert [part.multi_turn.max_assistant_turns for part in parts] == [5, 4]  # and each keeps its own limits
 
 
+@pytest.mark.parametrize(
+    ("engine", "limits", "context", "served"),
+    [
+        ("vllm", (None, None), 262144, "the longest"),
+        ("vllm", (None, None), 50, 50),
+        ("vllm", (None, 99), 262144, "that of the first"),
+        ("vllm", (40, 99), 262144, 99),
+        ("sglang", (None, None), 262144, None),
+    ],
+)
+def test_servers_hold_no_more_than_a_trajectory_takes(toy_policy, tmp_path, copies, engine, limits, context, served):
+    """vLLM's cache need not hold a model's whole context."""
+    names = ("benchmarks=arithmetic,gsm8k", f"local={copies}", "task=arithmetic", f"task.cache={tmp_path}/cache")
+    entries, model, record, request = prepared(toy_policy, tmp_path / "out", *names)
+    parts = [entry.config.actor_rollout_ref.rollout for entry in entries]
+    for part, limit in zip(parts, limits, strict=True):
+        part.max_model_len, part.name = limit, engine
+    for entry in entries:
+        entry.config.trainer.device = "cuda"
+        OmegaConf.update(
+            entry.config, "actor_rollout_ref.model.override_config.max_position_embeddings", context, force_add=True
+        )
+    lengths = [part.prompt_length + part.response_length for part in parts]
+    words = {"the longest": max(lengths), "that of the first": lengths[0]}
+    server = Evaluation(entries, model, 0, record, request).server_config.actor_rollout_ref.rollout
+    assert lengths[0] > 99 and server.max_model_len == words.get(served, served)
+
+
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 

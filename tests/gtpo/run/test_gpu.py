@@ -17,7 +17,7 @@ import yaml
 from composition import compose, compose_with_choices
 from omegaconf import OmegaConf
 
-from recipe.gtpo.run.checks import first_checks
+from recipe.gtpo.run.checks import first_checks, given_checks
 from recipe.gtpo.run.errors import ConfigError
 from recipe.gtpo.run.gpu import (
     attention,
@@ -480,6 +480,59 @@ def test_what_the_hardware_file_leaves_open_is_filled_and_told():
         "in generation; micro-batches of 9216 tokens, vLLM's share 0.7, with offloading"
     )
     assert filled(config) == {"tokens": 9216, "param_offload": True, "optimizer_offload": True, "share": 0.7}
+
+
+CONTEXT = "actor_rollout_ref.rollout.max_model_len"
+
+
+def of_context(tmp_path, tokens):
+    """A model's folder, as far as that is read of it."""
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": tokens}))
+    return f"actor_rollout_ref.model.path={tmp_path}"
+
+
+@pytest.mark.parametrize(("model_reads", "served"), [(262144, 9216), (9216, 9216), (4096, 4096)])
+def test_vllm_s_longest_request_is_prompt_and_response_as_far_as_the_model_reads(tmp_path, model_reads, served):
+    """By itself it is all that the model reads, and vLLM does not start where that does not fit its cache."""
+    config = on("single_gpu", of_context(tmp_path, model_reads))
+    fit(config, "3B", 1)
+    assert OmegaConf.select(config, CONTEXT) == served
+
+
+def test_a_model_that_reads_less_than_a_trajectory_is_told_as_the_model_s_limit(tmp_path):
+    config, said = on("single_gpu", of_context(tmp_path, 4096)), []
+    checks = given_checks(config)
+    for name in (name for name in checks if name in ("context", "memory")):
+        checks[name](said.append)
+    assert said[0].startswith("warning: the model's max_position_embeddings=4096 is below data.max_prompt_length + ")
+    assert OmegaConf.select(config, CONTEXT) == 4096
+
+
+def test_of_a_model_that_is_not_here_yet_no_less_is_served_than_a_trajectory_takes():
+    config = on("single_gpu", "actor_rollout_ref.model.path=Qwen/Qwen3-4B-Instruct-2507")
+    fit(config, None, 1)
+    assert OmegaConf.select(config, CONTEXT) == 9216
+
+
+@pytest.mark.parametrize("engine", ["sglang", "transformers"])
+def test_the_longest_request_of_another_engine_stays_the_model_s(tmp_path, engine):
+    """SGLang starts all the same, and verl would take the last token of what is set from the last turn."""
+    rollout = (f"actor_rollout_ref.rollout.{key}" for key in (f"name={engine}", "max_num_seqs=16"))
+    config = on("single_gpu", of_context(tmp_path, 262144), *rollout)
+    fit(config, "0.5B", 1)
+    assert OmegaConf.select(config, CONTEXT) is None
+
+
+def test_a_longest_request_that_is_set_stays_and_has_to_fit_vllm_s_cache(tmp_path):
+    model = of_context(tmp_path, 10**7)
+    config = on("single_gpu", model, f"{CONTEXT}=20000")
+    fit(config, "3B", 1)
+    assert OmegaConf.select(config, CONTEXT) == 20000
+    message = refusal(fit, on("single_gpu", model, f"{CONTEXT}=2000000"), "7B", 1)
+    assert f"leave out {CONTEXT}" not in message  # a 7B does not fit anyway
+    message = refusal(fit, on("single_gpu", model, f"{CONTEXT}=2000000"), "3B", 1)
+    assert f"tokens beside the weights, and one request of {CONTEXT} has 2000000; what would fit: " in message
+    assert f"leave out {CONTEXT}; or " in message
 
 
 def test_the_transformers_rollout_has_rows_in_the_place_of_a_share():

@@ -119,7 +119,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.trainer.device != "cpu":
         longest = config.data.max_prompt_length + config.data.max_response_length
         print(f"\nWhat fits, by arithmetic, with trajectories of up to {longest} tokens:")
-        print(memory.table(machines_of(config, gpus(), host_memory()), Settings(tokens=longest, longest=longest)))
+        sglang = config.actor_rollout_ref.rollout.name == "sglang"
+        asked = Settings(tokens=longest, longest=longest, sglang=sglang)
+        print(memory.table(machines_of(config, gpus(), host_memory()), asked))
     print(f"\n{failed} of the checks failed" if failed else "\nall checks passed")
     return 1 if failed else 0
 

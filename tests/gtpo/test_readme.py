@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,6 +237,25 @@ def test_what_the_page_says_fits_is_what_the_arithmetic_says():
                 settings = Settings(tokens=longest, longest=longest, lora_rank=rank)
                 fitting = [size for size, shape in QWEN25.items() if choose(shape, there, settings)]
                 assert fitting[-1] == name, one
+
+
+def test_what_that_page_says_of_sglang_is_what_the_arithmetic_says():
+    text = re.search(r"With SGLang it is the same in full\..*?\n\n", section("What fits"), re.DOTALL)[0]
+    named = {machines: size for size, machines in re.findall(r"([\d.]+B) on (\d x \d+ GB)", text)}
+    longest = sum(compose("task=verl_data").data[f"max_{part}_length"] for part in ("prompt", "response"))
+    less = {}
+    for count, gigabytes in ((1, 24), (1, 80), (2, 80), (8, 80)):
+        there, vllm = Machines(count, gigabytes * GB), Settings(tokens=longest, longest=longest)
+        for rank in (0, 32):
+            asked = replace(vllm, lora_rank=rank)
+            by_vllm, by_sglang, merged = (
+                [size for size, shape in QWEN25.items() if choose(shape, there, settings)][-1]
+                for settings in (asked, replace(asked, sglang=True), replace(asked, sglang=True, merged=True))
+            )
+            assert merged == by_vllm and (rank or by_sglang == by_vllm)
+            if by_sglang != by_vllm:
+                less[str(there)] = by_sglang
+    assert less == named != {}
 
 
 def test_the_doctor_s_command_composes():

@@ -391,6 +391,8 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
         longest=longest,
         cpu_adam=bool(fsdp.offload_policy),
         lora_rank=model.lora_rank,
+        merged=bool(model.lora.merge),
+        sglang=rollout.name == "sglang",
         tensor_parallel=rollout.tensor_model_parallel_size,
         ulysses=fsdp.ulysses_sequence_parallel_size,
         fused=bool(model.use_fused_kernels),

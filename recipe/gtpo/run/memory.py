@@ -20,7 +20,7 @@ from typing import Any
 
 GB = 1e9
 
-#: Of a GPU in the update: CUDA contexts, NCCL, and what vLLM keeps while it sleeps.
+#: Of a GPU in the update: CUDA contexts, NCCL, and what an engine keeps while it sleeps; SGLang's weights come on top.
 ASLEEP = 3 * GB
 #: Of a GPU in generation: the trainer's context, its buffers for the weight sync, what the allocator cannot use.
 SYNC = 4 * GB
@@ -167,6 +167,8 @@ class Settings:
     cpu_adam: bool = False  # they are there always, and the optimizer runs there: fsdp_config.offload_policy
     share: float = 0.6  # of a GPU, for vLLM: rollout.gpu_memory_utilization
     lora_rank: int = 0
+    merged: bool = False  # the adapter reaches the rollout inside the weights: model.lora.merge
+    sglang: bool = False  # generates, in the place of vLLM
     tensor_parallel: int = 1  # GPUs that share one copy of vLLM's weights
     ulysses: int = 1  # GPUs that share the tokens of one trajectory in the update
     fused: bool = True  # no logits of a whole micro-batch: model.use_fused_kernels
@@ -177,6 +179,11 @@ class Settings:
     reference: bool = False  # a KL term asks for a model to compare with; with LoRA that is the base of the trained one
 
     @property
+    def serves_adapter(self) -> bool:
+        """Whether the rollout has the adapter beside weights that never change."""
+        return bool(self.lora_rank) and not self.merged
+
+    @property
     def tokens_of_one(self) -> int:
         """Of the longest trajectory, on one GPU."""
         return -(-self.longest // self.ulysses)
@@ -184,6 +191,11 @@ class Settings:
 
 def trainable(shape: Shape, settings: Settings) -> int:
     return shape.adapter(settings.lora_rank) if settings.lora_rank else shape.parameters
+
+
+def rollout_weights(shape: Shape, settings: Settings) -> float:
+    """Bytes of the engine's weights on one GPU."""
+    return 2 * shape.parameters / settings.tensor_parallel
 
 
 def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
@@ -199,12 +211,15 @@ def update(shape: Shape, machines: Machines, settings: Settings) -> dict[str, fl
     mask = 0 if settings.flash else 3 * tokens**2  # as truth values, and as the bfloat16 that the kernel adds
     # when the backward pass is at the root, the activations are gone: its gradient, and the float32 copy to be reduced
     root_gradient = 0 if settings.lora_rank else 6 * shape.root
+    # verl's SGLang server gives up the cache alone where it gets nothing but adapters (async_sglang_server.py, sleep)
+    stays = rollout_weights(shape, settings) if settings.sglang and settings.serves_adapter else 0
     return {
         "weights": kept * 4 * (shape.parameters + (trained if settings.lora_rank else 0)) / shards,
         "gradients": kept * 4 * trained / shards,
         "Adam": kept * 8 * trained / shards,
         "gathered layers": 2 * (2 * shape.layer + shape.root),
         "activations and logits": max(activations + mask + logits, root_gradient),
+        "SGLang's weights": stays,
         "contexts": ASLEEP,
     }
 
@@ -234,7 +249,7 @@ def _transformers(shape: Shape, settings: Settings) -> float:
 def cache_tokens(shape: Shape, machines: Machines, settings: Settings) -> int:
     """Tokens whose keys and values vLLM has room for, in one replica."""
     copies = settings.tensor_parallel
-    weights = 2 * shape.parameters / copies
+    weights = rollout_weights(shape, settings)
     left = settings.share * machines.memory - weights * (1 + VLLM_OF_WEIGHTS) - VLLM_FIXED
     return max(0, int(left * copies / shape.cache))
 
@@ -339,6 +354,8 @@ def proposals(
             yield f"actor_rollout_ref.rollout.max_num_seqs={some.rows}"
     elif not settings.lora_rank and fits(shape, machines, replace(settings, lora_rank=32)):
         yield (remedies or {}).get("lora", "actor_rollout_ref.model.lora_rank=32")
+    if settings.sglang and settings.serves_adapter and fits(shape, machines, replace(settings, merged=True)):
+        yield "actor_rollout_ref.model.lora.merge=true"
     if settings.reference and fits(shape, machines, replace(settings, reference=False)):
         yield "actor_rollout_ref.actor.use_kl_loss=false and algorithm.use_kl_in_reward=false"
     on_cpu = replace(settings, cpu_adam=True)

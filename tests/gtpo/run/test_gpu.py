@@ -698,6 +698,14 @@ def test_gpus_share_a_trajectory_under_flash_attention_only():
     check_ulysses(three, None)
 
 
+def test_an_adapter_beside_sglang_s_weights_is_counted_unless_it_is_merged():
+    asked = ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.model.lora_rank=32")
+    merged = "actor_rollout_ref.model.lora.merge=true"
+    message = refusal(fit, on("single_gpu", *asked), "3B", 1, 24)
+    assert "SGLang's weights 6.2, " in message and f"{merged}; or " in message
+    fit(on("single_gpu", *asked, merged), "3B", 1, 24)
+
+
 def test_gpus_that_share_a_trajectory_need_a_part_of_its_tokens_each():
     flash = f"{ATTENTION}=flash_attention_2"
     alone = on("single_node", flash, "trainer.n_gpus_per_node=4")

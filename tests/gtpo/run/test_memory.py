@@ -150,6 +150,28 @@ def test_the_update_of_a_tiny_model_by_hand():
     assert lora["Adam"] == 8 * adapter / 2 and lora["weights"] == 4 * (404 + adapter) / 2
 
 
+def test_sglang_keeps_its_weights_in_the_update_where_it_gets_adapters_alone():
+    """verl's server then gives up the cache and nothing else; with whole weights it gives up both."""
+    shape = Shape(hidden=4, layers=2, intermediate=8, heads=2, kv_heads=1, head=2, vocabulary=10, tied=False)
+    machines, vllm = Machines(2, GB), Settings(tokens=100, longest=50, lora_rank=1)
+    sglang = replace(vllm, sglang=True)
+    for asked, kept in (
+        (sglang, 2 * 404),
+        (replace(sglang, tensor_parallel=2), 404),
+        (replace(sglang, merged=True), 0),
+        (replace(sglang, lora_rank=0), 0),
+        (vllm, 0),
+    ):
+        assert update(shape, machines, asked)["SGLang's weights"] == kept
+
+
+def test_where_sglang_s_weights_are_too_much_whole_ones_are_proposed():
+    asked = replace(OURS, lora_rank=32, sglang=True)
+    assert choose(QWEN25["3B"], SMALL, replace(asked, sglang=False)) and not choose(QWEN25["3B"], SMALL, asked)
+    assert "actor_rollout_ref.model.lora.merge=true" in proposals(QWEN25["3B"], SMALL, asked)
+    assert choose(QWEN25["3B"], SMALL, replace(asked, merged=True))
+
+
 def test_generation_and_host_of_a_tiny_model_by_hand():
     shape = Shape(hidden=4, layers=2, intermediate=8, heads=2, kv_heads=1, head=2, vocabulary=10, tied=False)
     machines, settings = Machines(2, 10 * GB), Settings(tokens=100, longest=50, share=0.5)

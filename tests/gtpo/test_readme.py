@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -27,7 +28,7 @@ from recipe.gtpo.experiments.compare import matrix, parse
 from recipe.gtpo.main import validate
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.run.checks import ROLLOUTS, check, prepare
-from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, choose, default_size, generation, update
+from recipe.gtpo.run.memory import GB, QWEN25, Machines, Settings, choose, default_size, generation, host, update
 
 pytestmark = pytest.mark.unit
 
@@ -237,6 +238,24 @@ def test_what_the_page_says_fits_is_what_the_arithmetic_says():
                 settings = Settings(tokens=longest, longest=longest, lora_rank=rank)
                 fitting = [size for size, shape in QWEN25.items() if choose(shape, there, settings)]
                 assert fitting[-1] == name, one
+
+
+def test_what_that_page_says_of_a_node_s_own_memory_is_what_the_arithmetic_says():
+    page, longest = (ROOT / NODE_PAGE).read_text(), 9216
+
+    def needed(size, gpus, **asked):
+        """As whole GB that are enough."""
+        there = Machines(gpus, 80 * GB)
+        return math.ceil(sum(host(QWEN25[size], there, Settings(longest, longest, **asked)).values()) / GB)
+
+    line = re.search(r"arithmetic: (\d+) GB for a 7B, (\d+) where it is offloaded .* 3B (\d+) a GPU", page)
+    one, away, small = line.groups()
+    assert (int(one), int(away)) == (needed("7B", 2), needed("7B", 2, offload=True))
+    on_one, on_eight = re.search(r"(\d+) GB for a 3B on\none GPU, (\d+) on eight", page).groups()
+    assert int(small) == int(on_one) == needed("3B", 1) and int(on_eight) == needed("3B", 8)
+    (sglang,) = re.search(r"(\d+) GB for a 7B on eight GPUs", page).groups()
+    kept = host(QWEN25["7B"], Machines(8, 80 * GB), Settings(longest, longest, sglang=True))
+    assert int(sglang) == math.ceil(kept["weights of sleeping rollouts"] / GB)
 
 
 def test_what_that_page_says_of_sglang_is_what_the_arithmetic_says():

@@ -176,6 +176,8 @@ class Settings:
     rows: int = 0  # trajectories that rollout=transformers has at once: rollout.max_num_seqs; 0: vLLM or SGLang
     prompt: int = 0  # of `longest`
     context: int = 0  # tokens of a request that vLLM has to have room for, where that is set: rollout.max_model_len
+    apart: bool = False  # rollouts have GPUs of their own, beside those of the training: mode=separate_async
+    old_log_probs: bool = True  # are worked out: algorithm.rollout_correction.bypass_mode takes the rollouts' instead
     reference: bool = False  # a KL term asks for a model to compare with; with LoRA that is the base of the trained one
 
     @property
@@ -255,17 +257,35 @@ def cache_tokens(shape: Shape, machines: Machines, settings: Settings) -> int:
 
 
 def host(shape: Shape, machines: Machines, settings: Settings) -> dict[str, float]:
-    """Bytes of a node's own memory, by what they are. Its first process reads all weights as float32."""
+    """Bytes of a node's own memory, by what they are."""
     trained = trainable(shape, settings)
     weights = 4 * (shape.parameters + (trained if settings.lora_rank else 0))
     away = weights + 8 * trained if settings.offload else weights + 12 * trained if settings.cpu_adam else 0
     # verl's FSDP keeps it there whatever its param_offload says, in float32 (ref.fsdp_config.model_dtype)
     reference = 4 * shape.parameters if settings.reference and not settings.lora_rank else 0
+    # As float32. Where the embedding is the head, verl has no process begin with empty weights (use_meta_tensor).
+    readers = machines.gpus if shape.tied else 1
     return {
         "offloaded": away / machines.nodes,
         "KL reference": reference / machines.nodes,
-        "weights that are read": weights,
+        "weights for old log-probs": _copies(settings) * weights / machines.nodes,
+        "weights of sleeping rollouts": machines.gpus * rollout_weights(shape, settings) if _kept(settings) else 0,
+        "weights that are read": readers * weights,
     }
+
+
+def _copies(settings: Settings) -> int:
+    """How often separate_async has the trained weights on the host besides: at every step it takes a copy for the old
+    log-probs, and lets go of the one before when it is whole. What lies there already is not copied."""
+    if not settings.apart or not settings.old_log_probs or settings.cpu_adam:
+        return 0
+    return 1 if settings.offload else 2
+
+
+def _kept(settings: Settings) -> bool:
+    """Whether the rollouts' weights go to the host for the update, to come back from there. vLLM does so where it gets
+    adapters alone, and else drops them; SGLang then leaves them where they are, and else does so."""
+    return not settings.rows and settings.serves_adapter != settings.sglang
 
 
 def lacking(shape: Shape, machines: Machines, settings: Settings) -> str | None:

@@ -706,6 +706,16 @@ def test_an_adapter_beside_sglang_s_weights_is_counted_unless_it_is_merged():
     fit(on("single_gpu", *asked, merged), "3B", 1, 24)
 
 
+def test_the_host_of_rollouts_apart_is_asked_for_more():
+    def fit_7b(*changes):
+        fit_memory(on("single_node", *changes), Machines(8, 80 * GB, host=64 * GB), QWEN25["7B"], lambda line: None)
+
+    fit_7b()
+    message = refusal(fit_7b, *APART)
+    assert ", weights for old log-probs 30.5, " in message and "91 GB of the host's memory instead of 64" in message
+    fit_7b(*APART, "algorithm.rollout_correction.bypass_mode=true")  # verl then takes the rollouts' own
+
+
 def test_gpus_that_share_a_trajectory_need_a_part_of_its_tokens_each():
     flash = f"{ATTENTION}=flash_attention_2"
     alone = on("single_node", flash, "trainer.n_gpus_per_node=4")

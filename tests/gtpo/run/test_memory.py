@@ -37,6 +37,11 @@ def total(parts):
     return sum(parts.values()) / GB
 
 
+def held(*arguments):
+    """What there is of on a host."""
+    return {part: size for part, size in host(*arguments).items() if size}
+
+
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
@@ -182,14 +187,51 @@ def test_generation_and_host_of_a_tiny_model_by_hand():
     }
     assert generation(shape, machines, replace(settings, offload=True))["trainer"] == 0
     assert cache_tokens(shape, machines, settings) == int((2 * GB - 1.13 * 808) / 16)
-    assert host(shape, machines, settings) == {"offloaded": 0, "KL reference": 0, "weights that are read": 4 * 404}
+    assert held(shape, machines, settings) == {"weights that are read": 4 * 404}
     away = replace(settings, offload=True, reference=True)
-    assert host(shape, replace(machines, nodes=2), away) == {
+    assert held(shape, replace(machines, nodes=2), away) == {
         "offloaded": 12 * 404 / 2,
         "KL reference": 4 * 404 / 2,
         "weights that are read": 4 * 404,
     }
     assert host(shape, machines, replace(away, lora_rank=1))["KL reference"] == 0  # the model without its adapter
+
+
+def test_every_process_reads_a_model_whose_embedding_is_its_head():
+    """verl begins with empty weights in all but the first process of all others alone."""
+    shape = Shape(hidden=4, layers=2, intermediate=8, heads=2, kv_heads=1, head=2, vocabulary=10, tied=True)
+    asked = Settings(tokens=100, longest=50)
+    for gpus in (1, 8):
+        assert held(shape, Machines(gpus, GB), asked) == {"weights that are read": gpus * 4 * shape.parameters}
+    one, eight = (round(total(host(QWEN25["3B"], Machines(n, 80 * GB), OURS))) for n in (1, 8))
+    assert (one, eight) == (12, 99) and round(total(host(QWEN25["7B"], EIGHT, OURS))) == 30
+
+
+@pytest.mark.parametrize(
+    ("asked", "copies"),
+    [
+        ({"sglang": True}, 8),
+        ({"sglang": True, "tensor_parallel": 2}, 4),
+        ({"sglang": True, "lora_rank": 1}, 0),  # they stay on the GPU
+        ({"sglang": True, "lora_rank": 1, "merged": True}, 8),
+        ({"lora_rank": 1}, 8),
+        ({"lora_rank": 1, "merged": True}, 0),
+        ({}, 0),
+        ({"rows": 16}, 0),
+    ],
+)
+def test_what_sleeping_rollouts_keep_on_a_host(asked, copies):
+    """verl: SGLang's enable_weights_cpu_backup, vLLM's level of sleep."""
+    found = host(QWEN25["7B"], SIXTEEN, replace(OURS, **asked))["weights of sleeping rollouts"]
+    assert found == copies * 2 * QWEN25["7B"].parameters
+
+
+@pytest.mark.parametrize(("asked", "copies"), [({}, 2), ({"offload": True}, 1), ({"cpu_adam": True}, 0)])
+def test_rollouts_apart_cost_the_host_copies_of_the_trained_weights(asked, copies):
+    there = replace(OURS, **asked)
+    part = "weights for old log-probs"
+    assert host(QWEN25["7B"], SIXTEEN, there)[part] == 0
+    assert host(QWEN25["7B"], SIXTEEN, replace(there, apart=True))[part] == copies * 4 * QWEN25["7B"].parameters / 2
 
 
 def test_the_transformers_rollout_of_a_tiny_model_by_hand():

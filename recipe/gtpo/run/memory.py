@@ -377,7 +377,7 @@ def proposals(
     if settings.sglang and settings.serves_adapter and fits(shape, machines, replace(settings, merged=True)):
         yield "actor_rollout_ref.model.lora.merge=true"
     if settings.reference and fits(shape, machines, replace(settings, reference=False)):
-        yield "actor_rollout_ref.actor.use_kl_loss=false and algorithm.use_kl_in_reward=false"
+        yield "actor_rollout_ref.actor.use_kl_loss=false"
     on_cpu = replace(settings, cpu_adam=True)
     if not settings.cpu_adam and (chosen := fits(shape, machines, on_cpu, offload=False)):
         yield (

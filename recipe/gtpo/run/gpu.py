@@ -400,7 +400,7 @@ def asked_for(config: DictConfig) -> tuple[Settings, dict[str, Any]]:
         rows=rollout.max_num_seqs if rollout.name == "transformers" else 0,
         prompt=config.data.max_prompt_length,
         context=rollout.max_model_len or 0 if rollout.name == "vllm" else 0,
-        apart=config.trainer.v1.trainer_mode == "gtpo_separate_async",
+        apart=_samples_apart(config),
         old_log_probs=not OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode", default=False),
         # with an adapter verl asks the trained model without it
         reference=bool(need_reference_policy(config)) and model.lora_adapter_path is None,

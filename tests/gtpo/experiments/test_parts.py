@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from recipe.gtpo.experiments.results import parts
@@ -67,3 +69,8 @@ def test_a_seed_that_a_setting_lacks_is_an_error():
     lacking = [row for row in rows() if not (row["seed"] == "2" and row["gamma"] == "1.0" and row["shaping"] == "true")]
     with pytest.raises(ValueError, match=r"lack seeds.*gamma='1.0', shaping='true'"):
         parts.read("final", lacking)
+
+
+def test_the_page_shows_what_the_file_has():
+    page = (Path(parts.__file__).parents[1] / "designs/8-parts.md").read_text()
+    assert [line for line in parts.lines() if line not in page] == []

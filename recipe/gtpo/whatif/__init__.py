@@ -66,7 +66,7 @@ def settings_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def is_computed(settings: Mapping[str, Any]) -> bool:
     """Whether `recompute` has the estimator; those of verl that are no method of the recipe it has not."""
-    return settings["estimator"] in _ESTIMATORS
+    return {**defaults(), **settings}["estimator"] in _ESTIMATORS
 
 
 def _key(setting: str) -> str:

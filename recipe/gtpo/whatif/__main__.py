@@ -51,21 +51,25 @@ def add(table: Table, run: Run, step: int, methods: Mapping[str, Mapping[str, An
 
     Raises ValueError naming the option that is wrong, SimilarityError when programs cannot be compared.
     """
+    rows = run.rows("train", step)
     for name, settings in methods.items():
-        turns = _computed(run, step, settings) if whatif.is_computed(settings) else _recorded(run, step)
+        is_computed = whatif.is_computed(settings)
+        turns = _computed(rows, run.recompute("train", step, dict(settings))) if is_computed else _recorded(rows)
         for place, turn in turns:
             table[name].setdefault(place, []).append(turn)
 
 
-def _computed(run: Run, step: int, settings: Mapping[str, Any]) -> Iterator[tuple[Place, Weighed]]:
-    for row, answer in zip(run.rows("train", step), run.recompute("train", step, dict(settings)), strict=True):
+def _computed(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Place, Weighed]]:
+    for row, answer in zip(rows, answers, strict=True):
         if not answer["dropped"]:
             for number, (turn, credit) in enumerate(zip(row["turns"], answer["turns"], strict=True), start=1):
                 yield (row["acc"] == 1, number), Weighed(credit["advantage"], trained_tokens(turn))
 
 
-def _recorded(run: Run, step: int) -> Iterator[tuple[Place, Weighed]]:
-    for row in run.rows("train", step):
+def _recorded(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Place, Weighed]]:
+    for row in rows:
         if not row["dropped"] and row["acc"] is not None:
             for number, turn in enumerate(row["turns"], start=1):
                 if turn["advantage"] is not None:

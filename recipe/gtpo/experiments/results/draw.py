@@ -210,6 +210,11 @@ def minus(rows: Sequence[Mapping[str, str]], method: str, rival: str, column: st
     return _bootstrap([ours[seed] - theirs[seed] for seed in ours])
 
 
+def mean_height(start: float, middle: float, end: float) -> float:
+    """Of a curve of three points, equally far apart: its area."""
+    return (start / 2 + middle + end / 2) / 2
+
+
 @cache
 def first_call() -> list[FirstCall]:
     """Both settings, of the seeds that every method has. Raises ValueError where a seed lacks a method."""
@@ -236,7 +241,7 @@ def first_call() -> list[FirstCall]:
         for rival in rivals:
             start, middle, end = ([accuracy[ours, at][s] - accuracy[rival, at][s] for s in seeds] for at in steps)
             final[rival] = _bootstrap(end)
-            area[rival] = _bootstrap([(a / 2 + b + c / 2) / 2 for a, b, c in zip(start, middle, end, strict=True)])
+            area[rival] = _bootstrap(list(map(mean_height, start, middle, end)))
         best = max(rivals, key=lambda rival: curves[rival][max(steps)].mean)
         found.append(FirstCall(rollouts, len(seeds), curves, final, area, best))
     return found

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from recipe.gtpo.experiments.report.statistics import Interval, bootstrap_interval
-from recipe.gtpo.experiments.results.draw import csv_rows
+from recipe.gtpo.experiments.results.draw import csv_rows, mean_height
 
 MEASURES = ("final", "area")
 RIVAL = "dr_grpo_sum"
@@ -48,7 +48,7 @@ def read(measure: str, rows: Sequence[Mapping[str, str]] | None = None) -> Numbe
     for row in csv_rows("parts.csv") if rows is None else rows:
         setting = None if row["method"] == RIVAL else Setting(row["method"], row["gamma"], row["shaping"])
         start, middle, end = (float(row[f"step_{step}"]) for step in (0, 10, 20))
-        found[setting][int(row["seed"])] = end if measure == "final" else (start / 2 + middle + end / 2) / 2
+        found[setting][int(row["seed"])] = end if measure == "final" else mean_height(start, middle, end)
     seeds = set().union(*found.values())
     if lacking := {setting: seeds - by_seed.keys() for setting, by_seed in found.items() if by_seed.keys() != seeds}:
         raise ValueError(f"parts.csv: these lack seeds: {lacking}")

@@ -341,29 +341,29 @@ def test_a_greedy_validation_is_one_at_temperature_0():
         validate(config)
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])
-def test_an_adapter_that_would_reach_no_rollout_is_refused(hardware):
-    config, choices = compose_with_choices(f"hardware={hardware}", "rollout=transformers")
+def refused_until_merged(*overrides: str) -> str:
+    """The refusal of an adapter of rank 8, which passes with `model.lora.merge=true`."""
+    config, choices = compose_with_choices(*overrides)
     model = config.actor_rollout_ref.model
     model.lora_rank = 8
-    assert refusal(config, choices).startswith(
-        "actor_rollout_ref.model.lora_rank=8: rollout=transformers takes whole weights and no adapter; set "
-    )
+    refused = refusal(config, choices)
     model.lora.merge = True
     check(config, choices)
+    return refused
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "single_gpu"])
+def test_an_adapter_that_would_reach_no_rollout_is_refused(hardware):
+    assert refused_until_merged(f"hardware={hardware}", "rollout=transformers").startswith(
+        "actor_rollout_ref.model.lora_rank=8: rollout=transformers takes whole weights and no adapter; set "
+    )
 
 
 @pytest.mark.parametrize(("hardware", "rollout"), [("cpu", "transformers"), ("single_node", "vllm")])
 def test_an_adapter_that_would_reach_no_server_of_its_own_is_refused(hardware, rollout):
-    config, choices = compose_with_choices(f"hardware={hardware}", f"rollout={rollout}", "mode=separate_async")
-    model = config.actor_rollout_ref.model
-    model.lora_rank = 8
-    assert refusal(config, choices).startswith(
+    assert refused_until_merged(f"hardware={hardware}", f"rollout={rollout}", "mode=separate_async").startswith(
         "actor_rollout_ref.model.lora_rank=8 with mode=separate_async: verl sends servers of their own whole weights"
     )
-    model.lora.merge = True
-    check(config, choices)
-    model.lora.merge = False
     config, choices = compose_with_choices("hardware=single_node", "rollout=vllm")
     config.actor_rollout_ref.model.lora_rank = 8  # in verl's sync mode the adapter goes to the engine as one
     check(config, choices)

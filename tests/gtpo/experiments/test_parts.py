@@ -50,8 +50,15 @@ def test_alone_is_what_one_remedy_changes_in_the_published_form():
     assert {name: parts.alone(numbers, name).mean for name in parts.EFFECTS} == pytest.approx(COSTS)
 
 
-def test_turns_alone_compares_all_remedies_with_the_rival():
-    assert parts.turns_alone(parts.read("final", rows())).mean == pytest.approx(0.1 + sum(COSTS.values()) + BOTH - 0.5)
+def test_a_setting_over_the_rival_that_has_no_turns():
+    numbers = parts.read("final", rows())
+    found = {name: parts.over_rival(numbers, setting).mean for name, setting in parts.OVER_RIVAL.items()}
+    assert found == pytest.approx(
+        {
+            "the same turn, discount and shaping on": 0.1 + 0.04 - 0.5,
+            "turns by themselves: all three remedies": 0.1 + sum(COSTS.values()) + BOTH - 0.5,
+        }
+    )
 
 
 def test_differences_are_paired_by_seed():

@@ -35,6 +35,11 @@ EFFECTS: Mapping[str, tuple[str, str]] = {
     "the same turn minus the group": ("method", "gtpo_turn"),
 }
 SETTINGS = tuple(map(Setting._make, itertools.product(("gtpo", "gtpo_turn"), ("0.9", "1.0"), ("true", "false"))))
+#: Compared with the rival besides: what the design's question began with, and what turns by themselves change.
+OVER_RIVAL: Mapping[str, Setting] = {
+    "the same turn, discount and shaping on": Setting("gtpo_turn"),
+    "turns by themselves: all three remedies": Setting("gtpo_turn", "1.0", "false"),
+}
 #: Accuracy or area, by setting (None: the rival) and seed.
 Numbers = dict[Setting | None, dict[int, float]]
 
@@ -68,9 +73,9 @@ def alone(numbers: Numbers, name: str) -> Interval:
     return _mean_difference(numbers, [(Setting()._replace(**{field: remedy}), Setting())])
 
 
-def turns_alone(numbers: Numbers) -> Interval:
-    """What turns by themselves change: all three remedies minus the rival, which has the same reward and no turns."""
-    return _mean_difference(numbers, [(Setting("gtpo_turn", "1.0", "false"), None)])
+def over_rival(numbers: Numbers, setting: Setting) -> Interval:
+    """A setting minus the rival, which has the same reward and no turns."""
+    return _mean_difference(numbers, [(setting, None)])
 
 
 def _mean_difference(numbers: Numbers, pairs: Sequence[tuple[Setting | None, Setting | None]]) -> Interval:
@@ -90,8 +95,10 @@ def lines() -> list[str]:
     for name in EFFECTS:
         both = [points(effect(numbers, name)) for numbers in by_measure.values()]
         found.append(f"| {name} | {' | '.join(both)} | {points(alone(by_measure['final'], name))} |")
-    turns = " | ".join(points(turns_alone(numbers)) for numbers in by_measure.values())
-    return [*found, f"| turns by themselves: all three remedies minus `{RIVAL}` | {turns} | |"]
+    for name, setting in OVER_RIVAL.items():
+        both = [points(over_rival(numbers, setting)) for numbers in by_measure.values()]
+        found.append(f"| {name} minus `{RIVAL}` | {' | '.join(both)} | |")
+    return found
 
 
 def points(found: Interval) -> str:

@@ -60,7 +60,8 @@ class Processes:
                 self._pool = self._new_pool()
             try:
                 return await self._answer(self._pool, function, args, seconds)
-            except concurrent.futures.TimeoutError as e:  # the built-in one from Python 3.11 on
+            # both the built-in one from Python 3.11 on; in 3.10 asyncio turns pebble's into its own
+            except (concurrent.futures.TimeoutError, asyncio.TimeoutError) as e:
                 raise TimeoutError(f"not done after {seconds:g} s") from e
             except BrokenProcessPool:
                 logger.warning("a process died beside a call of %s: new ones take the pool's place", function.__name__)

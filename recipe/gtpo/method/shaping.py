@@ -4,8 +4,13 @@ For a failed trajectory i, with P the successful trajectories of the same prompt
 
     acc[i] = (alpha / |P|) * sum over p in P of sim(c_i, c_p)          0 when P or c_i is empty; sim in [0, 1]
 
-where a success has outcome 1, as in the paper. One that is paid less (a score that falls with the length, say) bounds
-it: no more than alpha times the least outcome in P.
+where a success has outcome 1 and a failure 0, as in the paper. With other scores, of a reward function of one's own:
+
+    least = the least outcome in P; from = the failure's own outcome where it is below 0, else 0
+    acc[i] = from + the smaller of the credit above and alpha * (least - from); never below the own outcome
+
+So a failure at -1 whose code is like nobody's stays at -1, and closeness to a success that is paid little (a score
+that falls with the length, say) pays less than that success.
 
 Shaping pays for closeness, not for correctness: for every similarity measured, a buggy near-copy of a correct program
 scores higher than a correct rewording. Hence alpha < 1, its own metric, and a switch. Validation is never shaped.
@@ -64,7 +69,7 @@ def shape_outcomes(
         members[group].append(row)
     is_solved = solved.tolist()
     # one entry for each group that needs comparing
-    failed_rows, solved_rows, successes, most, pairs = [], [], [], [], []
+    failed_rows, solved_rows, successes, least, pairs = [], [], [], [], []
     for rows in members.values():
         failed = [i for i in rows if not is_solved[i] and codes[i].strip()]
         models = [i for i in rows if is_solved[i] and codes[i].strip()]
@@ -73,12 +78,13 @@ def shape_outcomes(
             solved_rows.append(models)
             paid = [float(shaped[i]) for i in rows if is_solved[i]]
             successes.append(len(paid))
-            most.append(alpha * min(paid))
+            least.append(min(paid))
             pairs.append(([codes[i] for i in failed], [codes[i] for i in models]))
     answers = similarity.compare(pairs) if pairs else []
-    for failed, models, count, limit, matrix in zip(failed_rows, solved_rows, successes, most, answers, strict=True):
+    for failed, models, count, limit, matrix in zip(failed_rows, solved_rows, successes, least, answers, strict=True):
         close = _in_range(matrix, (len(failed), len(models)))
-        credit = np.minimum(alpha / count * close.sum(axis=1), limit)
+        start = shaped[failed].double().clamp_max(0.0).numpy()
+        credit = start + np.minimum(alpha / count * close.sum(axis=1), alpha * (limit - start))
         shaped[failed] = torch.maximum(shaped[failed], torch.as_tensor(credit, dtype=torch.float32))
         for i, row in enumerate(failed):
             partners[row] = tuple(zip(models, close[i].tolist(), strict=True))

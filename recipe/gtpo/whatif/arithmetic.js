@@ -39,8 +39,9 @@ globalThis.viewerCredit = (() => {
         const similar = models.map((j) => rows[i].similar?.[j]);
         if (similar.includes(undefined)) throw new Error(UNKNOWN);
         const close = sum(similar.map((one) => Math.min(1, Math.max(0, one))));
-        const most = s["shaping.alpha"] * Math.min(...solved.map((j) => rows[j].outcome));
-        shaped.set(i, Math.max(rows[i].outcome, Math.min((s["shaping.alpha"] / solved.length) * close, most)));
+        const start = Math.min(0, rows[i].outcome);
+        const most = s["shaping.alpha"] * (Math.min(...solved.map((j) => rows[j].outcome)) - start);
+        shaped.set(i, Math.max(rows[i].outcome, start + Math.min((s["shaping.alpha"] / solved.length) * close, most)));
       }
     }
     return shaped;

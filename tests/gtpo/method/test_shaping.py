@@ -72,6 +72,40 @@ def test_a_success_that_is_paid_less_bounds_what_closeness_pays():
         assert shaped == pytest.approx([outcomes[0], expected, outcomes[2]])
 
 
+@given(
+    st.lists(st.floats(-3, 3), min_size=1, max_size=4),
+    st.floats(-3, 3),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    st.floats(0, 0.99),
+)
+def test_whatever_a_reward_function_pays_a_failure_gets_at_most_alpha_and_less_than_every_success(
+    paid, own, close, alpha
+):
+    names = "ABCD"[: len(paid)]
+    outcomes, solved = torch.tensor([own, *paid]), torch.tensor([False, *[True] * len(paid)])
+    similarity = Table(**{f"c{name}": value for name, value in zip(names, close, strict=False)})
+    shaped = shape_outcomes(outcomes, solved, ["c", *names], "g" * (1 + len(paid)), similarity, alpha).outcomes
+    assert shaped[1:].equal(outcomes[1:])
+    assert outcomes[0] <= shaped[0] <= outcomes[0] + alpha + 1e-5
+    assert shaped[0] < min(paid) + 1e-6 or shaped[0] == outcomes[0]  # one that was paid more than a success keeps it
+
+
+def test_a_failure_below_0_starts_from_its_own_outcome():
+    """Code that is like nobody's used to be lifted from -1 to 0, and a copy of a success at -0.2 above it."""
+    solved, codes = torch.tensor([True, False]), ["A", "c"]
+    for paid, own, close, expected in (
+        (1.0, -1.0, 0.0, -1.0),
+        (1.0, -1.0, 0.6, -0.7),
+        (1.0, -1.0, 1.0, -0.5),
+        (-0.2, -1.2, 1.0, -0.7),
+        (-0.2, -0.6, 1.0, -0.4),
+        (-1.0, -0.6, 1.0, -0.6),
+        (0.0, 0.0, 1.0, 0.0),
+    ):
+        shaped = shape_outcomes(torch.tensor([paid, own]), solved, codes, "gg", Table(cA=close), 0.5).outcomes.tolist()
+        assert shaped == pytest.approx([paid, expected])
+
+
 @pytest.mark.parametrize("answer", [np.array([[np.nan]]), np.array([[1.5]]), np.zeros((1, 2)), np.zeros(1)])
 def test_an_impossible_answer_raises(answer):
     class Broken:

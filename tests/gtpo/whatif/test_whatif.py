@@ -201,7 +201,7 @@ def random_trajectory(draw: random.Random) -> Trajectory:
         at = end
     finish = draw.choice([Finish.ANSWER] * 6 + [Finish.LENGTH, Finish.TURN_LIMIT, Finish.INFRA])
     acc = float(draw.random() < 0.5)
-    return replace(trajectory(*turns, acc=acc, finish=finish), outcome=draw.choice([None, 0.3]))
+    return replace(trajectory(*turns, acc=acc, finish=finish), outcome=draw.choice([None, 0.3, -1.0]))
 
 
 @settings(max_examples=60)
@@ -261,7 +261,7 @@ def random_rows(draw: random.Random) -> list[dict[str, Any]]:
             for _ in range(draw.randint(1, 5))
         ]
         finish = draw.choice(["answer"] * 6 + ["length", "turn_limit", "infra", "fault"])
-        outcome = None if acc is None else draw.choice([acc, acc, 0.3])
+        outcome = None if acc is None else draw.choice([acc, acc, 0.3, -1.0])
         group = draw.choice("abc")
         known = {"group": group, "update": int(group == "c"), "finish": finish}
         rows.append(known | {"acc": acc, "outcome": outcome, "turns": turn})

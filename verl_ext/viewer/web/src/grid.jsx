@@ -58,9 +58,9 @@ export function Grid({ rows, answers = null, most, dark, selected, choose, small
 function Outcome({ row, answer }) {
   if (answer?.dropped || row.dropped) return <span class="faint" title={row.finish}>dropped</span>;
   if (row.acc === null) return <span class="faint">none</span>;
-  const shaped = answer ? answer.shaped : row.shaped;
+  const gain = (answer ? answer.shaped : row.shaped) - row.outcome;
   if (row.acc === 1) return <span class="right">● right</span>;
-  return <span>○ wrong{shaped > 0 && shaped !== row.outcome ? <span class="faint"> +{shaped.toFixed(2)}</span> : ""}</span>;
+  return <span>○ wrong{gain > 0 ? <span class="faint"> +{gain.toFixed(2)}</span> : ""}</span>;
 }
 
 function Cell({ row, k, answers, most, dark, widest, choose, here, small }) {

@@ -65,11 +65,11 @@ export function Ledger({ rows, row, k, own, settings, answers }) {
 function Shaping({ rows, answers, row, value, settings }) {
   const found = shapedBy(rows, answers, row), alpha = settings?.["shaping.alpha"];
   if (!found || alpha === undefined) return "alpha / |P| × sum of similarities";
-  const [close, solved, least] = found, outcome = row.outcome ?? 0;
-  const credit = (alpha / solved) * close.reduce((sum, one) => sum + Math.min(1, Math.max(0, one)), 0), most = alpha * least;
+  const [close, solved, least] = found, outcome = row.outcome ?? 0, start = Math.min(0, outcome);
+  const credit = (alpha / solved) * close.reduce((sum, one) => sum + Math.min(1, Math.max(0, one)), 0), most = alpha * (least - start);
   const how = `${alpha} / ${solved} × (${close.map((one) => one.toFixed(3)).join(" + ")})`, bound = credit > most + 1e-9;
-  return <>{bound ? `${alpha} × ${number(least)}` : how}{outcome ? ` − ${number(outcome)}` : ""}
-    <Check computed={Math.max(outcome, Math.min(credit, most)) - outcome} shown={value} />{bound && `: the least that a solved sibling got bounds ${how}`}</>;
+  return <>{bound ? `${alpha} × ${start ? `(${number(least)} − (${number(start)}))` : number(least)}` : how}{outcome > 0 ? ` − ${number(outcome)}` : ""}
+    <Check computed={Math.max(outcome, start + Math.min(credit, most)) - outcome} shown={value} />{bound && `: the least that a solved sibling got bounds ${how}`}</>;
 }
 
 function Return({ turns, k, value, settings }) {

@@ -256,6 +256,21 @@ def judge_format(
     return None
 
 
+#: Why a row with anything else is refused: a policy would be trained on images that it has not seen.
+TEXT_ONLY = "this recipe's agent loop is for text; leave such rows out"
+
+
+def not_text(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], media: Sequence[str]) -> str | None:
+    """What of a row the agent loop would not pass on: a column's name or a part's type; None where all is text.
+
+    Args:
+        messages: its prompt. media: the columns of images, videos and sounds.
+    """
+    parts = (part for m in messages if isinstance(m["content"], list) for part in m["content"])
+    kinds = (str(part.get("type", "text")) for part in parts if isinstance(part, Mapping))
+    return next((key for key in media if row.get(key)), None) or next((kind for kind in kinds if kind != "text"), None)
+
+
 def read_score(scored: Any, success_threshold: float = 1.0) -> tuple[float, bool, str]:
     """Outcome, whether it is solved, and the stated answer, from what a reward function returned.
 

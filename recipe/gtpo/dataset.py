@@ -7,6 +7,8 @@ from typing import Any
 
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
+from recipe.gtpo.conversation import TEXT_ONLY, not_text
+
 #: A row's place in the data files, from 0, counted on from file to file.
 FILE_ROW = "gtpo_file_row"
 
@@ -30,6 +32,7 @@ class NumberedDataset(RLHFDataset):
         super().__setattr__(name, value)
 
     def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
+        self._refuse_media(dataframe)
         kept = super().maybe_filter_out_long_prompts(dataframe)
         self.too_long = len(dataframe) - len(kept)
         if self.too_long and not len(kept):
@@ -39,11 +42,21 @@ class NumberedDataset(RLHFDataset):
             )
         return kept
 
+    def _refuse_media(self, dataframe: Any) -> None:
+        """The check before a run reads the first rows of a file: these are all of them. verl drops such columns."""
+        media = [key for key in (self.image_key, self.video_key, self.audio_key) if key in dataframe.column_names]
+        for row in dataframe.select_columns([self.prompt_key, FILE_ROW, *media]):
+            if found := not_text(row, row[self.prompt_key], media):
+                raise ValueError(f"row {row[FILE_ROW]} of {', '.join(self.data_files)} has {found!r}: {TEXT_ONLY}")
+
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = super().__getitem__(item)
         row["index"] = int(item)
-        row.setdefault("data_source", "data")  # names a validation's metrics
-        row.setdefault("reward_model", {})
+        # a row of JSON lines that lacks what another has is read with None there
+        if row.get("data_source") is None:
+            row["data_source"] = "data"  # names a validation's metrics
+        if row.get("reward_model") is None:
+            row["reward_model"] = {}
         return row
 
 

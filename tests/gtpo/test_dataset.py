@@ -3,6 +3,7 @@ are counted."""
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -61,6 +62,33 @@ def test_data_of_which_nothing_is_left_are_refused(tmp_path):
     rows = [{"prompt": QUESTION}] * 2
     with pytest.raises(ValueError, match=r"all 2 rows of \S+rows.parquet .* data.max_prompt_length=3 tokens"):
         load(rows, tmp_path, max_prompt_length=3)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"images": [{"image": "a.png"}]}, "images"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}]}, "image"),
+    ],
+)
+@pytest.mark.parametrize("filtered", [True, False])
+def test_images_are_refused_in_every_row(tmp_path, row, what, filtered):
+    """The check before a run reads the first 1000 rows; an image after them was dropped, and its row trained on."""
+    text = QUESTION if "prompt" not in row else [{"role": "user", "content": [{"type": "text", "text": "2+3?"}]}]
+    rows = [{"prompt": text} | dict.fromkeys(row.keys() - {"prompt"})] * 1200
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows[:1100], rows[0] | row, *rows])))
+    with pytest.raises(ValueError, match=rf"row 1100 of \S+rows.jsonl has '{what}': this recipe's agent loop is for"):
+        load_files(str(file), tmp_path, filter_overlong_prompts=filtered)
+
+
+def test_a_row_that_lacks_what_others_have_is_as_one_without_the_column(tmp_path):
+    """The reader of JSON lines fills the gap with None, and `reward_model` of None ended the first validation."""
+    full = {"prompt": QUESTION, "data_source": "mine", "reward_model": {"ground_truth": "5"}}
+    (file := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [full, {"prompt": QUESTION}])))
+    dataset = load_files(str(file), tmp_path, filter_overlong_prompts=False)
+    assert [dataset[i]["reward_model"] for i in range(2)] == [{"ground_truth": "5"}, {}]
+    assert [dataset[i]["data_source"] for i in range(2)] == ["mine", "data"]
 
 
 class Letters:

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.gtpo.conversation import read_score
+from recipe.gtpo.conversation import TEXT_ONLY, not_text, read_score
 from recipe.gtpo.run.errors import ConfigError, near, one_line
 from recipe.gtpo.run.scoring import SPECIMEN, ScoreError, custom_score, load_function, try_score
 from recipe.gtpo.tasks.task import Task
@@ -402,8 +402,9 @@ def _check_table(table: _Table, config: DictConfig, say: Say) -> list[Prompt]:
             f"needs are recorded by {loop!r} alone; drop the column, or set it to {loop!r} in every row"
         )
     prompts = [_prompt(f"row {i} of {table.name}", table.name, row, key) for i, row in enumerate(table.rows)]
-    for prompt in prompts:
-        _check_text_only(prompt, _media(config))
+    for prompt in prompts:  # of the rows behind these, the data set asks the same
+        if found := not_text(prompt.row, prompt.messages, _media(config)):
+            raise ConfigError(f"{prompt.where} has {found!r}: {TEXT_ONLY}")
     return prompts
 
 
@@ -411,15 +412,6 @@ def _media(config: DictConfig) -> list[str]:
     """The columns of images, videos and sounds, as verl's dataset knows them."""
     found = (config.data.get(f"{kind}_key", default) for kind, default in _MEDIA.items())
     return [str(key) for key in found if key]
-
-
-def _check_text_only(prompt: Prompt, media: Sequence[str]) -> None:
-    """The agent loop passes on tokens alone: a policy would be trained on images that it has not seen."""
-    parts = (part for m in prompt.messages if isinstance(m["content"], list) for part in m["content"])
-    kinds = (str(part.get("type", "text")) for part in parts if isinstance(part, Mapping))
-    found = [key for key in media if prompt.row.get(key)] + [kind for kind in kinds if kind != "text"]
-    if found:
-        raise ConfigError(f"{prompt.where} has {found[0]!r}: this recipe's agent loop is for text; leave such rows out")
 
 
 def _prompt(where: str, file: str, row: Mapping[str, Any], key: str) -> Prompt:

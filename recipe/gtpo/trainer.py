@@ -30,7 +30,7 @@ from recipe.gtpo.method.metrics import credit_metrics, log_prob_gap_by_turn
 from recipe.gtpo.method.options import GTPOOptions
 from recipe.gtpo.method.similarity import make_similarity
 from recipe.gtpo.method.tokens import at_turn_ends, dense
-from recipe.gtpo.method.turns import TRAJECTORY, Finish, Trajectory
+from recipe.gtpo.method.turns import FAILED, TRAJECTORY, Finish, Trajectory
 from recipe.gtpo.run.record import RunRecord
 from recipe.gtpo.run.trajectories import Numbers, Row, Writer, training_lines, validation_lines
 from verl_ext.plugin import trainer_base
@@ -135,7 +135,7 @@ class GTPOTrainerMixin(_Trainer):
         lengths = rows["response_mask"].offsets().diff().tolist()
         credit = assign_credit(trajectories, uids, self.options, self.similarity)
         if not credit.valid.any():
-            raise RuntimeError("no trajectory of this step can be trained on: the tool server failed every one of them")
+            raise RuntimeError(f"no trajectory of this step can be trained on: {_why_dropped(trajectories)}")
         write_rewards(batch, credit, uids, rows["response_mask"])
         turn_ids = credit.turn_ids(max(lengths))
         seconds = time.perf_counter() - began
@@ -376,6 +376,19 @@ def read_trajectories(batch: KVBatchMeta, extra_fields: list[dict]) -> list[Traj
             raise ValueError(f"row {key} has no recorded turns: set rollout.agent.default_agent_loop=gtpo_agent")
         trajectories.append(Trajectory.from_dict(fields[TRAJECTORY]))
     return trajectories
+
+
+def _why_dropped(trajectories: list[Trajectory | None]) -> str:
+    """Of a step of which nothing is left."""
+    there = [t for t in trajectories if t is not None]
+    failed = sum(t.finish in FAILED for t in there)
+    said = [f"the tool server failed {failed} of {len(there)}"] if failed else []
+    if cut := len(there) - failed:
+        said.append(
+            f"{cut} of {len(there)} hit data.max_response_length or multi_turn.max_assistant_turns, and "
+            "algorithm.gtpo.truncated=drop leaves these out: raise the limit, or keep them (truncated=keep)"
+        )
+    return "; ".join(said)
 
 
 def write_rewards(batch: KVBatchMeta, credit: Credit, uids: list[str], response_mask: torch.Tensor) -> None:

@@ -292,6 +292,22 @@ def test_cut_rows_are_dropped_when_the_option_says_so(queue, tmp_path):
     assert queue.rows["p_2_0"]["loss_mask"].tolist() == [0] * 5
 
 
+@pytest.mark.parametrize(
+    ("kinds", "cause"),
+    [
+        (["CUT", "CUT"], r"2 of 2 hit data.max_response_length .*truncated=drop leaves these out: raise the limit"),
+        (["CUT", "INFRA"], r"the tool server failed 1 of 2; 1 of 2 hit data.max_response_length"),
+        (["INFRA", "INFRA"], r"the tool server failed 2 of 2$"),
+    ],
+)
+def test_a_step_of_which_nothing_is_left_ends_the_run_with_what_took_it(queue, tmp_path, kinds, cause):
+    """Where limits took all, it used to blame the tool server."""
+    batch = put(queue, {f"p_{i}_0": kind for i, kind in enumerate(kinds)})
+    trainer = make_trainer(tmp_path, "algorithm.gtpo.truncated=drop", "max_dropped_share=1")
+    with pytest.raises(RuntimeError, match=rf"no trajectory of this step can be trained on: {cause}"):
+        trainer._compute_advantage(batch, {})
+
+
 def test_groups_may_be_ragged_and_rows_in_any_order(queue, tmp_path):
     """Failed sessions leave their siblings behind, and balancing reorders the rows."""
     rows = {

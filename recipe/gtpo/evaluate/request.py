@@ -253,7 +253,9 @@ def overrides_of(benchmark: Benchmark, request: Request, run: Sequence[str], run
         merged[key_of(override)] = override
     made = list(merged.values())
     if benchmark.generator is not None:
-        # null and not `~`: hydra deletes nothing that is null already. {} keeps settings, and takes back a null.
+        # null and not `~`: hydra deletes nothing that is null already, and sets nothing that is deleted. {} keeps
+        # settings, and takes back a null.
+        made = [one for one in made if not one.startswith("~task.generators.")]
         made += [f"task.generators.{one}=null" for one in _generators(benchmark.task) if one != benchmark.generator]
         made.append(f"task.generators.{benchmark.generator}={{}}")
     return tuple(made)

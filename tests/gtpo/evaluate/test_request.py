@@ -168,6 +168,13 @@ def test_a_tasks_keys_are_for_that_task():
             check_task_keys(find_benchmarks(request.benchmarks, run_task), request, run_task)
 
 
+def test_a_generator_that_the_run_deleted_can_be_a_benchmark_or_stay_away():
+    run = ("task=reasoning_gym", "~task.generators.lcm")
+    for one in ("chain_sum", "lcm"):
+        config, _ = composed(one, run=run, run_task="reasoning_gym")
+        assert [name for name, value in config.task.generators.items() if value is not None] == [one]
+
+
 def test_a_published_experiment_goes_with_its_task_only():
     run = ("experiment=horizon6",)
     config, _ = composed("arithmetic", run=run, run_task="arithmetic")

@@ -149,8 +149,7 @@ def refuse_others(cells: Sequence[Cell]) -> None:
                 "algorithm.gtpo.format_rule=strict now and not the default. Give this matrix another out="
             )
         before = starts[-1]["command"][1:] if starts else cell.overrides
-        # `experiment=` is free for a run, whose config says what it set; here it says how many steps, too.
-        if not same_overrides(before, cell.overrides) or _experiments(before) != _experiments(cell.overrides):
+        if not same_overrides(before, cell.overrides):
             raise ValueError(
                 f"{cell.dir} was made by other overrides: {' '.join(before)}; here: {' '.join(cell.overrides)}. "
                 "Give this matrix another out="
@@ -163,10 +162,6 @@ def refuse_others(cells: Sequence[Cell]) -> None:
                 f"{cell.dir} was made with steps={shorter[-1].partition('=')[2]}, and here steps= is not given: "
                 "give it, and the run goes on to that, or give this matrix another out="
             )
-
-
-def _experiments(overrides: Sequence[str]) -> set[str]:
-    return {override for override in overrides if override.startswith("experiment=")}
 
 
 def _engine(record: RunRecord) -> str:

@@ -40,7 +40,6 @@ MEMORY = (
 FREE = (
     *MEMORY,
     "run_dir",
-    "experiment",
     "matrix",
     "max_dropped_share",
     "max_lost_trajectories",

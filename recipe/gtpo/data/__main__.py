@@ -6,6 +6,7 @@
 
 Keys:
     task        gsm8k, math, commonsense, code, reasoning_gym, or one of yours that extends PreparedTask
+    config_dir  the folder with your task's YAML, task/NAME.yaml: what a run is given as --config-dir
     source      training problems from elsewhere: a file (.jsonl, .json, .jsonl.gz, .parquet) or a hub id,
                 with :CONFIG after it where it has several                                          (the task's own)
     local       a folder with local copies, <set>/<split>.jsonl, instead of the hub
@@ -28,15 +29,19 @@ from recipe.gtpo.run.environment import CONFIG_DIR
 from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
 
-KEYS = ("task", "source", "local", "evaluation", "out")
+KEYS = ("task", "config_dir", "source", "local", "evaluation", "out")
 
 
-def make_task(name: str, settings: Sequence[str] = ()) -> Task:
-    """The task of config/task/NAME.yaml, with `task.KEY=VALUE` settings. Raises ValueError."""
-    known = sorted(path.stem for path in (CONFIG_DIR / "task").glob("*.yaml"))
+def make_task(name: str, settings: Sequence[str] = (), config_dir: str | None = None) -> Task:
+    """The task of task/NAME.yaml, here or in `config_dir`, with `task.KEY=VALUE` settings. Raises ValueError."""
+    folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
+    known = {path.stem: path for folder in folders for path in (folder / "task").glob("*.yaml")}
     if name not in known:
-        raise ValueError(f"unknown task={name}; tasks: {', '.join(known)}")
-    section = OmegaConf.load(CONFIG_DIR / "task" / f"{name}.yaml").task
+        raise ValueError(
+            f"unknown task={name}; tasks: {', '.join(sorted(known))}; one of yours: config_dir=FOLDER, with "
+            f"FOLDER/task/{name}.yaml"
+        )
+    section = OmegaConf.load(known[name]).task
     config = OmegaConf.merge({"seed": 1, "task": section}, OmegaConf.from_dotlist(list(settings)))
     try:
         return load_task(config)  # type: ignore[arg-type]
@@ -60,7 +65,7 @@ def run(arguments: Sequence[str]) -> None:
             raise ValueError(f"{argument}: no KEY=VALUE of this command; keys: {', '.join(KEYS)}, task.KEY")
     if "task" not in given:
         raise ValueError("task= is missing")
-    task = make_task(given["task"], settings)
+    task = make_task(given["task"], settings, given.get("config_dir"))
     if not isinstance(task, PreparedTask):
         raise ValueError(f"task={task.name} needs no preparation: a run makes what it needs, or takes your files")
     prepare(

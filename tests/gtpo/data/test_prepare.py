@@ -18,6 +18,7 @@ from recipe.gtpo.data import sources
 from recipe.gtpo.data.__main__ import make_task, run
 from recipe.gtpo.data.prepare import prepare
 from recipe.gtpo.data.sources import SourceError, local_file, read_file
+from recipe.gtpo.run.environment import CONFIG_DIR
 
 pytestmark = pytest.mark.unit
 
@@ -106,6 +107,17 @@ def test_a_second_time_replaces_the_first(local, tmp_path):
     assert len(rows_of(out / "train.parquet")) == 2
 
 
+def test_a_task_of_ones_own_is_prepared_out_of_the_folder_that_a_run_is_given(local, tmp_path, capsys):
+    (tmp_path / "mine/task").mkdir(parents=True)
+    text = (CONFIG_DIR / "task/gsm8k.yaml").read_text().replace("name: gsm8k", "name: sums")
+    (tmp_path / "mine/task/sums.yaml").write_text(text)
+    given = ["prepare", "task=sums", f"out={tmp_path / 'out'}", f"local={local}"]
+    with pytest.raises(ValueError, match=r"unknown task=sums; .*one of yours: config_dir=FOLDER, with FOLDER/task/sums"):
+        run(given)
+    run([*given, f"config_dir={tmp_path / 'mine'}"])
+    assert len(rows_of(tmp_path / "out/train.parquet")) == 2
+
+
 def test_a_batch_is_no_border(local, tmp_path, monkeypatch):
     """Duplicates are found, and lines counted, across batches."""
     monkeypatch.setattr(module, "_AT_ONCE", 3)
@@ -120,7 +132,7 @@ def test_a_batch_is_no_border(local, tmp_path, monkeypatch):
         ([], "no command: the command is prepare, with task=NAME"),
         (["prepare"], "task= is missing"),
         (["prepare", "task=maths"], "unknown task=maths; tasks: arithmetic, code, commonsense, gsm8k, math"),
-        (["prepare", "task=gsm8k", "split=train"], "split=train: no KEY=VALUE of this command; keys: task, source"),
+        (["prepare", "task=gsm8k", "split=train"], "split=train: no KEY=VALUE of this command; keys: task, config_dir"),
         (["prepare", "task=arithmetic"], "task=arithmetic needs"),
         (["prepare", "task=gsm8k", "evaluation=aime24"], "evaluation=aime24: task=gsm8k has gsm8k"),
         (["prepare", "task=gsm8k", "task.colour=red"], "task=gsm8k: "),

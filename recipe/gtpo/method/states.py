@@ -60,7 +60,8 @@ def state_values(
         leave_one_out: without the row's own returns, in the state and in those before it.
         prior: how many returns the value of the state before counts as; 0 or more.
         lone_state: in a state that nobody else is in, `parent` is (8) as it stands: the value of the state before.
-            `lone` is the mean over the others' turns in such states of the prompt; where there is none, `parent`.
+            `lone` is the mean over the others' turns in such states of the prompt, with `leave_one_out=False` over
+            all of them, the own too; where there is none, `parent`.
 
     The number is that of the others in the state, or with `leave_one_out=False` of all. Where nobody is left to compare
     with, at the prompt, both are 0.

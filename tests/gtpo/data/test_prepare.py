@@ -112,7 +112,7 @@ def test_a_task_of_ones_own_is_prepared_out_of_the_folder_that_a_run_is_given(lo
     text = (CONFIG_DIR / "task/gsm8k.yaml").read_text().replace("name: gsm8k", "name: sums")
     (tmp_path / "mine/task/sums.yaml").write_text(text)
     given = ["prepare", "task=sums", f"out={tmp_path / 'out'}", f"local={local}"]
-    with pytest.raises(ValueError, match=r"unknown task=sums; .*one of yours: config_dir=FOLDER, with FOLDER/task/sums"):
+    with pytest.raises(ValueError, match=r"unknown task=sums; .*one of yours: config_dir=FOLDER, with"):
         run(given)
     run([*given, f"config_dir={tmp_path / 'mine'}"])
     assert len(rows_of(tmp_path / "out/train.parquet")) == 2

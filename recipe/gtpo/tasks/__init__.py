@@ -1,1 +1,1 @@
-"""Embedded tasks: data, score and a warm-started policy for a machine without a GPU."""
+"""Tasks: the data, prompt and score of each. Arithmetic also makes the policy that a machine without a GPU trains."""

@@ -25,7 +25,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from recipe.gtpo.data.prepare import prepare
-from recipe.gtpo.run.environment import CONFIG_DIR
+from recipe.gtpo.run.environment import CONFIG_DIR, find_choice
 from recipe.gtpo.tasks.prepared import PreparedTask
 from recipe.gtpo.tasks.task import Task, load_task
 
@@ -34,14 +34,15 @@ KEYS = ("task", "config_dir", "source", "local", "evaluation", "out")
 
 def make_task(name: str, settings: Sequence[str] = (), config_dir: str | None = None) -> Task:
     """The task of task/NAME.yaml, here or in `config_dir`, with `task.KEY=VALUE` settings. Raises ValueError."""
-    folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
-    known = {path.stem: path for folder in folders for path in (folder / "task").glob("*.yaml")}
-    if name not in known:
+    own = [] if config_dir is None else [Path(config_dir)]
+    file = find_choice("task", name, own)
+    if file is None:
+        known = sorted({path.stem for folder in (CONFIG_DIR, *own) for path in (folder / "task").glob("*.yaml")})
         raise ValueError(
-            f"unknown task={name}; tasks: {', '.join(sorted(known))}; one of yours: config_dir=FOLDER, with "
+            f"unknown task={name}; tasks: {', '.join(known)}; one of yours: config_dir=FOLDER, with "
             f"FOLDER/task/{name}.yaml"
         )
-    section = OmegaConf.load(known[name]).task
+    section = OmegaConf.load(file).task
     config = OmegaConf.merge({"seed": 1, "task": section}, OmegaConf.from_dotlist(list(settings)))
     try:
         return load_task(config)  # type: ignore[arg-type]

@@ -16,6 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 CONFIG_DIR = Path(__file__).parents[1] / "config"
 
 
+def find_choice(group: str, name: str, own: Sequence[Path] = ()) -> Path | None:
+    """The file of `GROUP=NAME`, in our config or in the user's own folders: ours first, as hydra looks."""
+    files = (folder / group / f"{name}.yaml" for folder in (CONFIG_DIR, *own))
+    return next((file for file in files if file.is_file()), None)
+
+
 def settle(arguments: Sequence[str]) -> None:
     """Tell verl the platform of the chosen `hardware` file, and keep it from warning in every process."""
     if _device(arguments) == "cpu":
@@ -30,13 +36,12 @@ def _device(arguments: Sequence[str]) -> str | None:
     """`trainer.device` of the chosen file; None where it has none, or where hydra will refuse the choice."""
     defaults = OmegaConf.load(CONFIG_DIR / "gtpo_trainer.yaml").defaults
     hardware = next(one["hardware"] for one in defaults if isinstance(one, DictConfig) and "hardware" in one)
-    folders = [CONFIG_DIR]  # ours first, as hydra looks
+    own: list[Path] = []
     for i, argument in enumerate(arguments):
         key, _, value = argument.partition("=")
         if key == "hardware":
             hardware = value
         elif key in ("--config-dir", "-cd"):
-            folders += [Path(given) for given in [value or next(iter(arguments[i + 1 :]), "")] if given]
-    files = [folder / "hardware" / f"{hardware}.yaml" for folder in folders]
-    found = next((file for file in files if file.is_file()), None)
+            own += [Path(given) for given in [value or next(iter(arguments[i + 1 :]), "")] if given]
+    found = find_choice("hardware", hardware, own)
     return None if found is None else OmegaConf.select(OmegaConf.load(found), "trainer.device")

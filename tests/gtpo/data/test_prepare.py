@@ -116,6 +116,8 @@ def test_a_task_of_ones_own_is_prepared_out_of_the_folder_that_a_run_is_given(lo
         run(given)
     run([*given, f"config_dir={tmp_path / 'mine'}"])
     assert len(rows_of(tmp_path / "out/train.parquet")) == 2
+    (tmp_path / "mine/task/gsm8k.yaml").write_text(text)
+    assert make_task("gsm8k", config_dir=str(tmp_path / "mine")).name == "gsm8k"  # ours first, as in a run
 
 
 def test_a_batch_is_no_border(local, tmp_path, monkeypatch):

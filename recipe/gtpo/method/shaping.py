@@ -81,10 +81,10 @@ def shape_outcomes(
             least.append(min(paid))
             pairs.append(([codes[i] for i in failed], [codes[i] for i in models]))
     answers = similarity.compare(pairs) if pairs else []
-    for failed, models, count, limit, matrix in zip(failed_rows, solved_rows, successes, least, answers, strict=True):
+    for failed, models, count, lowest, matrix in zip(failed_rows, solved_rows, successes, least, answers, strict=True):
         close = _in_range(matrix, (len(failed), len(models)))
         start = shaped[failed].double().clamp_max(0.0).numpy()
-        credit = start + np.minimum(alpha / count * close.sum(axis=1), alpha * (limit - start))
+        credit = start + np.minimum(alpha / count * close.sum(axis=1), alpha * (lowest - start))
         shaped[failed] = torch.maximum(shaped[failed], torch.as_tensor(credit, dtype=torch.float32))
         for i, row in enumerate(failed):
             partners[row] = tuple(zip(models, close[i].tolist(), strict=True))

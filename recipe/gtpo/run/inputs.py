@@ -402,8 +402,9 @@ def _check_table(table: _Table, config: DictConfig, say: Say) -> list[Prompt]:
             f"needs are recorded by {loop!r} alone; drop the column, or set it to {loop!r} in every row"
         )
     prompts = [_prompt(f"row {i} of {table.name}", table.name, row, key) for i, row in enumerate(table.rows)]
+    media = _media(config)
     for prompt in prompts:  # of the rows behind these, the data set asks the same
-        if found := not_text(prompt.row, prompt.messages, _media(config)):
+        if found := not_text(prompt.row, prompt.messages, media):
             raise ConfigError(f"{prompt.where} has {found!r}: {TEXT_ONLY}")
     return prompts
 
